@@ -1,0 +1,123 @@
+// The CPU kernels as the torch side sees them: plain structs and function pointers, one table per instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace fastpo {
+
+enum class DType : int { f32, f64, bf16, f16 };
+
+// Rows of a strided tensor (..., n): where row r starts, and the stride inside it.
+struct Rows {
+  static constexpr int max_dims = 16;
+  void* data;
+  int64_t columns;
+  int64_t stride;  // between columns, in elements
+  int dims;        // leading dimensions
+  int64_t sizes[max_dims];
+  int64_t strides[max_dims];
+
+  int64_t offset(int64_t row) const {
+    int64_t at = 0;
+    for (int d = dims - 1; d > 0; --d) {
+      at += row % sizes[d] * strides[d];
+      row /= sizes[d];
+    }
+    return dims > 0 ? at + row * strides[0] : 0;
+  }
+};
+
+// Outputs and gradients are in the accumulator's type: double for f64 logits, else float. All are contiguous.
+struct TokenLogprobs {
+  Rows logits;
+  DType dtype;
+  int64_t rows;
+  int64_t ids;  // targets per row
+  const void* targets;
+  bool targets_are_int64;
+  int64_t ignore_index;
+  const void* temperatures;  // per row, in the accumulator's type, or null
+  double temperature;
+  void* row_max;
+  void* row_log_sum;
+  // forward: outputs, null if not wanted
+  void* logprobs;
+  void* entropy;
+  void* logsumexp;
+  void* log_sum_p2;
+  int64_t* top1;
+  // backward: upstream gradients, null if absent; `entropy` is then the forward's
+  const void* grad_logprobs;
+  const void* grad_entropy;
+  const void* grad_logsumexp;
+  Rows gradient;  // may be the logits themselves
+
+  int64_t target(int64_t i) const {
+    return targets_are_int64 ? static_cast<const int64_t*>(targets)[i] : static_cast<const int32_t*>(targets)[i];
+  }
+};
+
+// One side of the rows of an objective: where its tokens are. Without mask and boundaries, and with tokens = 1, the
+// stream is summed already.
+struct Layout {
+  const bool* mask = nullptr;  // same layout as the streams
+  int64_t mask_stride = 0;
+  const int32_t* boundaries = nullptr;
+  int64_t tokens = 1;             // per row, if there are no boundaries
+  const void* lengths = nullptr;  // given lengths of summed streams
+  bool lengths_are_int64 = true;
+
+  int64_t length(int64_t row) const {
+    return lengths_are_int64 ? static_cast<const int64_t*>(lengths)[row] : static_cast<const int32_t*>(lengths)[row];
+  }
+};
+
+struct Stream {
+  const void* data;
+  DType dtype;
+  int64_t row_stride;  // in elements; the tokens of a row are adjacent
+};
+
+struct Objective {
+  static constexpr int max_sides = 2;
+  static constexpr int max_streams = 4;
+  static constexpr int block = 256;  // rows whose sums are held while the formula runs over them
+  int formula;
+  int sides;
+  int streams;
+  Layout layouts[max_sides];
+  Stream stream[max_streams];
+  const double* hyper;
+  bool length_norm;
+  bool is_double;  // the accumulator's type, that of all outputs
+  double scale;    // 1 / denominator, applied to the slopes
+  int64_t rows;
+  void* loss;          // (rows,), or null if only the sum is wanted
+  double* block_loss;  // sum of the losses of each block, for a sum whose order no thread count changes
+  void* slopes;        // (sides, rows)
+  void* rewards;       // (sides, rows)
+};
+
+// gradient of one token stream: grad * slope where the token counts, else 0
+struct Spread {
+  Layout layout;
+  DType dtype;
+  bool is_double;  // type of grad and slopes
+  int64_t rows;
+  const void* grad;
+  bool grad_per_row;
+  const void* slopes;
+  void* gradient;  // contiguous
+};
+
+struct Kernels {
+  void (*token_logprobs)(const TokenLogprobs&, int64_t begin, int64_t end);
+  void (*token_logprobs_backward)(const TokenLogprobs&, int64_t begin, int64_t end);
+  void (*objective)(const Objective&, int64_t first_block, int64_t last_block);
+  void (*spread)(const Spread&, int64_t begin, int64_t end);
+};
+
+// the table of the instruction set in force
+const Kernels& kernels();
+
+}  // namespace fastpo

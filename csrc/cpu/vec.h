@@ -1,0 +1,195 @@
+// Vectors as wide as the instruction set's registers (a vector that is wider is emulated, at a tenth of the
+// speed), and the primitives of scalar.h for them. Included after the target pragma.
+#pragma once
+
+#include "../formulas/scalar.h"
+
+namespace FASTPO_NAMESPACE {
+
+using VecF = float __attribute__((vector_size(FASTPO_VECTOR_BYTES)));
+using VecI = int __attribute__((vector_size(FASTPO_VECTOR_BYTES)));
+using VecD = double __attribute__((vector_size(FASTPO_VECTOR_BYTES)));
+using VecL = Int64 __attribute__((vector_size(FASTPO_VECTOR_BYTES)));
+using HalfBits = unsigned short __attribute__((vector_size(FASTPO_VECTOR_BYTES / 2)));
+using VecU = unsigned __attribute__((vector_size(FASTPO_VECTOR_BYTES)));
+
+template <>
+struct Traits<VecF> : Traits<float> {
+  using Int = VecI;
+};
+template <>
+struct Traits<VecD> : Traits<double> {
+  using Int = VecL;
+};
+
+template <class S>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using type = VecF;
+};
+template <>
+struct VectorOf<double> {
+  using type = VecD;
+};
+template <class S>
+using Vec = typename VectorOf<S>::type;
+template <class S>
+constexpr int lanes = FASTPO_VECTOR_BYTES / sizeof(S);
+
+FASTPO_FN VecF select(VecI condition, VecF a, VecF b) { return condition ? a : b; }
+FASTPO_FN VecD select(VecL condition, VecD a, VecD b) { return condition ? a : b; }
+FASTPO_FN VecI to_bits(VecF x) { return (VecI)x; }
+FASTPO_FN VecL to_bits(VecD x) { return (VecL)x; }
+FASTPO_FN VecF from_bits(VecI x) { return (VecF)x; }
+FASTPO_FN VecD from_bits(VecL x) { return (VecD)x; }
+FASTPO_FN VecF to_float(VecI x) { return __builtin_convertvector(x, VecF); }
+FASTPO_FN VecD to_float(VecL x) { return __builtin_convertvector(x, VecD); }
+
+template <class V>
+FASTPO_FN V max(V a, V b) {
+  return select(a > b, a, b);
+}
+
+template <class V>
+FASTPO_FN Scalar<V> sum_lanes(V v) {
+  Scalar<V> s = 0;
+  for (int i = 0; i < lanes<Scalar<V>>; ++i) s += v[i];
+  return s;
+}
+
+template <class V>
+FASTPO_FN Scalar<V> max_lanes(V v) {
+  Scalar<V> m = v[0];
+  for (int i = 1; i < lanes<Scalar<V>>; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+}  // namespace FASTPO_NAMESPACE
+
+// only here: its templates would not find overloads for built-in types that are declared after them
+#include "../formulas/math.h"
+
+namespace FASTPO_NAMESPACE {
+
+// How an element type is read and written. A is the type in which it is computed with.
+template <DType dtype>
+struct Element;
+
+template <>
+struct Element<DType::f32> {
+  using A = float;
+  using Storage = float;
+  static FASTPO_FN VecF load(const float* p) {
+    VecF v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static FASTPO_FN void store(float* p, VecF v) { __builtin_memcpy(p, &v, sizeof v); }
+};
+
+template <>
+struct Element<DType::f64> {
+  using A = double;
+  using Storage = double;
+  static FASTPO_FN VecD load(const double* p) {
+    VecD v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static FASTPO_FN void store(double* p, VecD v) { __builtin_memcpy(p, &v, sizeof v); }
+};
+
+template <>
+struct Element<DType::bf16> {
+  using A = float;
+  using Storage = uint16_t;
+  static FASTPO_FN VecF load(const uint16_t* p) {
+    HalfBits h;
+    __builtin_memcpy(&h, p, sizeof h);
+    return (VecF)(__builtin_convertvector(h, VecU) << 16);
+  }
+  static FASTPO_FN void store(uint16_t* p, VecF v) {
+    // round to nearest even; a NaN stays one although rounding would carry out of its mantissa
+    const VecU bits = (VecU)v;
+    const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const VecU quiet = (bits >> 16) | 0x40u;
+    const HalfBits h = __builtin_convertvector((VecU)(v == v ? (VecI)rounded : (VecI)quiet), HalfBits);
+    __builtin_memcpy(p, &h, sizeof h);
+  }
+};
+
+template <>
+struct Element<DType::f16> {
+  using A = float;
+  using Storage = uint16_t;
+  static FASTPO_FN VecF load(const uint16_t* p) {
+#if FASTPO_AVX512
+    return (VecF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif FASTPO_AVX2
+    return (VecF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    HalfBits h;
+    __builtin_memcpy(&h, p, sizeof h);
+    const VecU wide = __builtin_convertvector(h, VecU);
+    // the exponent is moved by a multiplication, which also makes subnormals normal; inf and NaN are put right
+    const VecF magnitude = (VecF)((wide & 0x7fffu) << 13) * 0x1p112f;
+    const VecI special = (wide & 0x7c00u) == 0x7c00u;
+    const VecU bits = ((VecU)magnitude | ((VecU)special & 0x7f800000u)) | ((wide & 0x8000u) << 16);
+    return (VecF)bits;
+#endif
+  }
+  static FASTPO_FN void store(uint16_t* p, VecF v) {
+#if FASTPO_AVX512
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif FASTPO_AVX2
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    const VecU bits = (VecU)v;
+    const VecU sign = (bits >> 16) & 0x8000u;
+    const VecU magnitude = bits & 0x7fffffffu;
+    // normal result: round the mantissa to nearest even and move the exponent
+    const VecU normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    // subnormal result: adding 0.5 lets the hardware round at 2^-24, the last bit of 0.5's mantissa
+    const VecU subnormal = (VecU)((VecF)magnitude + 0.5f) - 0x3f000000u;
+    VecU half = (VecU)((VecI)(magnitude < (113u << 23)) ? (VecI)subnormal : (VecI)normal);
+    half = (VecU)((VecI)(magnitude >= 0x477ff000u) ? (VecI)(VecU{} + 0x7c00u) : (VecI)half);
+    half = (VecU)((VecI)(magnitude > 0x7f800000u) ? (VecI)(VecU{} + 0x7e00u) : (VecI)half);
+    const HalfBits h = __builtin_convertvector(half | sign, HalfBits);
+    __builtin_memcpy(p, &h, sizeof h);
+#endif
+  }
+};
+
+// The first n < lanes elements at p, the others filled with `fill`.
+template <DType dtype>
+FASTPO_FN auto load_some(const typename Element<dtype>::Storage* p, int64_t stride, int64_t n,
+                         typename Element<dtype>::A fill) {
+  using E = Element<dtype>;
+  constexpr int width = lanes<typename E::A>;
+  typename E::Storage buffer[width] = {};
+  for (int64_t i = 0; i < n; ++i) buffer[i] = p[i * stride];
+  auto v = E::load(buffer);
+  for (int64_t i = n; i < width; ++i) v[i] = fill;
+  return v;
+}
+
+template <DType dtype, class V>
+FASTPO_FN void store_some(typename Element<dtype>::Storage* p, int64_t stride, int64_t n, V v) {
+  using E = Element<dtype>;
+  typename E::Storage buffer[lanes<typename E::A>];
+  E::store(buffer, v);
+  for (int64_t i = 0; i < n; ++i) p[i * stride] = buffer[i];
+}
+
+template <DType dtype>
+using Storage = typename Element<dtype>::Storage;
+template <DType dtype>
+using Acc = typename Element<dtype>::A;
+
+template <DType dtype>
+FASTPO_FN Acc<dtype> load_one(const Storage<dtype>* p) {
+  return load_some<dtype>(p, 1, 1, 0)[0];
+}
+
+}  // namespace FASTPO_NAMESPACE

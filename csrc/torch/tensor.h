@@ -1,0 +1,62 @@
+// What the ops need of torch, on the LibTorch stable ABI.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../cpu/kernels.h"
+
+namespace fastpo {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Checks of values, which Python cannot make without reading the tensor. The tag names the Python error to raise;
+// they must not stand inside parallel_for, where torch 2.10 loses the text.
+#define FASTPO_CHECK(condition, error, ...) STD_TORCH_CHECK(condition, "[fastpo " #error "] ", __VA_ARGS__)
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: STD_TORCH_CHECK(false, "fastpo: a floating point tensor was expected");
+  }
+}
+
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
+}
+
+inline std::vector<int64_t> shape_of(const Tensor& t) {
+  std::vector<int64_t> shape(static_cast<size_t>(t.dim()));
+  for (int64_t d = 0; d < t.dim(); ++d) shape[static_cast<size_t>(d)] = t.size(d);
+  return shape;
+}
+
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline OptionalTensor as_contiguous(const OptionalTensor& t) {
+  return t ? OptionalTensor(as_contiguous(*t)) : std::nullopt;
+}
+
+inline const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+inline bool is_int64(const Tensor& t) { return t.scalar_type() == ScalarType::Long; }
+
+inline int64_t integer_at(const Tensor& t, int64_t i) {
+  return is_int64(t) ? t.const_data_ptr<int64_t>()[i] : t.const_data_ptr<int32_t>()[i];
+}
+
+}  // namespace fastpo

@@ -1,0 +1,54 @@
+"""Argument checks shared by the public functions. Each names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32)
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    """A strided tensor of one of the dtypes."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must have dtype {_names(dtypes)}, got {str(value.dtype).removeprefix('torch.')}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got layout {value.layout}")
+    return value
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name} is on {value.device}, {other_name} on {other.device}: they must be on one device")
+
+
+def shape(name: str, value: Tensor, expected: tuple[int, ...] | torch.Size, because: str) -> None:
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(expected)}: {because}")
+
+
+def number(name: str, value: object) -> float:
+    """A Python number; tensors are refused, since reading one would synchronise with its device."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def hyper_parameters(
+    method: str, given: Mapping[str, object], domains: Mapping[str, object]
+) -> dict[str, float]:
+    """The hyper-parameters as floats, each inside the domain of its registry row."""
+    values = {name: number(name, value) for name, value in given.items()}
+    for name, value in values.items():
+        if value not in domains[name]:  # type: ignore[operator]
+            raise ValueError(f"{name} must be in {domains[name]} for {method}, got {value:g}")
+    return values

@@ -1,0 +1,155 @@
+"""The compiled libraries: finding them, choosing between them and the reference, and saying why.
+
+Importing this module never warns: what could not be loaded is remembered and shown by `fastpo.info()`.
+With FASTPO_REQUIRE_NATIVE=1 in the environment a library that does not load is an ImportError instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NoReturn
+
+import torch
+
+Backend = Literal["auto", "native", "reference"]
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_backend: Backend = "auto"
+
+
+@dataclass
+class Library:
+    """One compiled library: where it is, or why it is not there."""
+
+    name: str
+    path: Path | None = None
+    error: str | None = None
+    handle: ctypes.CDLL | None = None
+    formulas: dict[str, int] = field(default_factory=dict)
+    hyper_parameters: tuple[str, ...] = ()
+
+    @property
+    def loaded(self) -> bool:
+        return self.handle is not None
+
+    def text(self, symbol: str) -> str:
+        """What an exported `const char* symbol()` of the library says."""
+        assert self.handle is not None
+        function = self.handle[symbol]
+        function.restype = ctypes.c_char_p
+        return function().decode()
+
+
+def _load(name: str) -> Library:
+    library = Library(name)
+    found = sorted(Path(__file__).parent.parent.glob(f"{name}*.so"))
+    if not found:
+        library.error = "not built (no C++ compiler when fastpo was installed)"
+        return library
+    library.path = found[0]
+    try:
+        library.handle = ctypes.CDLL(str(library.path))
+        library.formulas = {n: i for i, n in enumerate(library.text("fastpo_formulas").split(","))}
+        library.hyper_parameters = tuple(library.text("fastpo_hyper_parameters").split(","))
+        # reads FASTPO_CPU_CAPABILITY; an unknown or unsupported value is an error, not a fallback
+        problem = library.text("fastpo_capability_error")
+    except (OSError, AttributeError) as error:
+        library.handle, library.error = None, str(error)
+        return library
+    if problem:
+        raise RuntimeError(problem)
+    return library
+
+
+def _import_host() -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module("fastpo._host"), None
+    except ImportError as error:
+        return None, str(error)
+
+
+CPU = _load("_cpu")
+_HOST, HOST_ERROR = _import_host()
+if os.environ.get("FASTPO_REQUIRE_NATIVE") == "1":
+    for _name, _error in (("_cpu", CPU.error), ("_host", HOST_ERROR)):
+        if _error:
+            raise ImportError(f"FASTPO_REQUIRE_NATIVE=1, but fastpo.{_name} did not load: {_error}")
+
+
+def host() -> ModuleType | None:
+    """The pybind11 module, or None if it is not built or the reference is asked for."""
+    if _backend == "reference":
+        return None
+    if _backend == "native" and _HOST is None:
+        raise RuntimeError(f"use_backend('native'): fastpo._host did not load: {HOST_ERROR}")
+    return _HOST
+
+
+@contextlib.contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Choose what computes inside the block, for debugging.
+
+    Args:
+        backend: "native" takes the compiled kernels and raises where there is none; "reference" takes plain
+            torch; "auto", the default outside any block, takes the native kernel where there is one.
+    """
+    global _backend
+    if backend not in ("auto", "native", "reference"):
+        raise ValueError(f"backend must be 'auto', 'native' or 'reference', got {backend!r}")
+    before, _backend = _backend, backend
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+def why_not(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """None if the compiled kernels serve this device and these dtypes, else the reason in words."""
+    if device.type != "cpu":
+        return f"no compiled kernel for device type {device.type!r}"
+    if not CPU.loaded:
+        return CPU.error
+    for dtype in dtypes:
+        if dtype not in _DTYPES:
+            return f"no compiled kernel for {dtype}"
+    return None
+
+
+def serves(device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether the native kernel is to be taken under the backend in force."""
+    if _backend == "reference":
+        return False
+    reason = why_not(device, *dtypes)
+    if reason is not None and _backend == "native":
+        raise RuntimeError(f"use_backend('native'): {reason}")
+    return reason is None
+
+
+# checks of tensor values live in C++, in front of the loop; they name the Python error they stand for
+_TAGGED = re.compile(r"\[fastpo (IndexError|ValueError)\] (.*?)(?:\n|$)")
+_ERRORS: dict[str, type[Exception]] = {"IndexError": IndexError, "ValueError": ValueError}
+
+
+def _reraise(error: RuntimeError) -> NoReturn:
+    tagged = _TAGGED.search(str(error))
+    if tagged is None:
+        raise error
+    raise _ERRORS[tagged[1]](tagged[2]) from None
+
+
+def call(op: Callable[..., Any], *args: Any) -> Any:
+    """Call an op; a check that failed in C++ becomes the Python error that it names (not under compile)."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        _reraise(error)

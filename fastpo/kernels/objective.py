@@ -1,0 +1,267 @@
+"""`objective`: one scalar formula per row, fused with the masked sums of its inputs over the tokens.
+
+The C++ side evaluates the formula of a registry row (csrc/formulas) on dual numbers, so that one forward launch
+returns loss, slopes and metrics; the backward spreads the slopes over the tokens.
+
+A row of the batch has one or more sides (a pair: chosen, rejected), each with its own layout: a mask, or
+cu_seqlens, or neither. The op's streams are tensors of log-probs, one per side and model: first the policy's,
+one per side, which are differentiable, then the reference's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpo.kernels import _checks, _native
+from fastpo.reference.pairwise import Side, pairwise_objective
+from fastpo.reference.registry import Objective, objective
+
+Reduction = Literal["mean", "sum", "none"]
+REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
+
+
+class PairwiseOutput(NamedTuple):
+    """What a pairwise objective returns.
+
+    Attributes:
+        loss: scalar, or (B,) with `reduction="none"`; the only differentiable field.
+        chosen_rewards: (B,), the implicit reward β · log(π/π_ref) of the chosen completion.
+        rejected_rewards: (B,), the same of the rejected one.
+    """
+
+    loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+
+    @property
+    def margins(self) -> Tensor:
+        """(B,), chosen minus rejected reward."""
+        return self.chosen_rewards - self.rejected_rewards
+
+    @property
+    def accuracies(self) -> Tensor:
+        """(B,), 1 where the chosen reward is the larger; a tie counts 0."""
+        return (self.chosen_rewards > self.rejected_rewards).to(self.chosen_rewards.dtype)
+
+
+# `reduce` sums over the rows and divides by `denominator`, as do the slopes (sides, B); the loss is then a scalar
+torch.library.define(
+    "fastpo::objective",
+    "(int formula, Tensor[] streams, Tensor?[] masks, Tensor?[] cu_seqlens, Tensor?[] lengths, float[] hyper, "
+    "bool length_norm, bool reduce, float denominator) -> (Tensor loss, Tensor slopes, Tensor rewards)",
+)
+# `needed`: bit i is set if the gradient of stream i is wanted; the others come back empty
+torch.library.define(
+    "fastpo::objective_backward",
+    "(Tensor grad, Tensor slopes, Tensor[] streams, Tensor?[] masks, Tensor?[] cu_seqlens, int needed) -> Tensor[]",
+)
+
+
+def _rows(stream: Tensor, cu_seqlens: Tensor | None) -> int:
+    return stream.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _accumulator(streams: list[Tensor]) -> torch.dtype:
+    return torch.float64 if any(s.dtype == torch.float64 for s in streams) else torch.float32
+
+
+@torch.library.register_fake("fastpo::objective")
+def _fake(
+    formula: int,
+    streams: list[Tensor],
+    masks: list[Tensor | None],
+    cu_seqlens: list[Tensor | None],
+    lengths: list[Tensor | None],
+    hyper: list[float],
+    length_norm: bool,
+    reduce: bool,
+    denominator: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, sides = _rows(streams[0], cu_seqlens[0]), len(masks)
+    dtype = _accumulator(streams)
+    loss = streams[0].new_empty(() if reduce else (rows,), dtype=dtype)
+    return loss, loss.new_empty((sides, rows)), loss.new_empty((sides, rows))
+
+
+@torch.library.register_fake("fastpo::objective_backward")
+def _fake_backward(
+    grad: Tensor,
+    slopes: Tensor,
+    streams: list[Tensor],
+    masks: list[Tensor | None],
+    cu_seqlens: list[Tensor | None],
+    needed: int,
+) -> list[Tensor]:
+    return [s.new_empty(s.shape if needed >> i & 1 else (0,)) for i, s in enumerate(streams)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.formula, streams, masks, cu_seqlens, lengths, ctx.hyper, ctx.length_norm, ctx.reduce, ctx.denominator = inputs
+    _, slopes, rewards = output
+    ctx.mark_non_differentiable(slopes, rewards)
+    ctx.set_materialize_grads(False)
+    # the reference's log-probs are needed only to differentiate the gradient again
+    ctx.sides = len(masks)
+    ctx.save_for_backward(slopes, *masks, *cu_seqlens, *lengths, *streams)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    slopes, *saved = ctx.saved_tensors
+    sides = ctx.sides
+    masks, cu_seqlens, lengths, streams = saved[:sides], saved[sides : 2 * sides], saved[2 * sides : 3 * sides], saved[3 * sides :]
+    wanted = ctx.needs_input_grad[1]
+    needed = [bool(wanted[i]) if isinstance(wanted, (list, tuple)) else bool(wanted) for i in range(sides)]
+    constants = [None] * (len(streams) - sides)
+    if grad is None or not any(needed):
+        grads: list[Tensor | None] = [None] * sides
+    elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        grads = _differentiable_backward(ctx, grad, needed, streams, masks, cu_seqlens, lengths)
+    else:
+        bits = sum(1 << i for i, n in enumerate(needed) if n)
+        out = torch.ops.fastpo.objective_backward(grad, slopes, streams[:sides], masks, cu_seqlens, bits)
+        grads = [g if n else None for g, n in zip(out, needed, strict=True)]
+    return None, [*grads, *constants], [None] * sides, [None] * sides, [None] * sides, None, None, None, None
+
+
+def _differentiable_backward(
+    ctx: Any,
+    grad: Tensor,
+    needed: list[bool],
+    streams: list[Tensor],
+    masks: list[Tensor | None],
+    cu_seqlens: list[Tensor | None],
+    lengths: list[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradient as a function that can be differentiated again (create_graph), from the reference."""
+    library = _native.CPU
+    row = objective(next(name for name, index in library.formulas.items() if index == ctx.formula))
+    given = dict(zip(library.hyper_parameters, ctx.hyper, strict=True))
+    references = streams[ctx.sides :] or [None] * ctx.sides
+    parts = zip(streams[: ctx.sides], references, masks, cu_seqlens, lengths, strict=True)
+    sides = [Side(*part) for part in parts]
+    hyper = {name: given[name] for name in row.defaults}
+    loss, *_ = pairwise_objective(row, *sides, hyper, length_norm=ctx.length_norm)
+    if ctx.reduce:
+        loss = loss.sum() / ctx.denominator
+    inputs = [s for s, n in zip(streams, needed, strict=False) if n]
+    found = iter(torch.autograd.grad(loss, inputs, grad, create_graph=True))
+    return [next(found) if n else None for n in needed]
+
+
+torch.library.register_autograd("fastpo::objective", _backward, setup_context=_setup_context)
+
+
+def _check_side(name: str, side: Side, policy_of: Tensor, length_norm: bool) -> int:
+    """Check one side of the pairs; returns its number of rows."""
+    policy = _checks.tensor(f"policy_{name}", side.policy, _checks.FLOATS)
+    _checks.same_device(f"policy_{name}", policy, "policy_chosen", policy_of)
+    packed = side.cu_seqlens is not None
+    if packed:
+        boundaries = _checks.tensor(f"{name}_cu_seqlens", side.cu_seqlens, (torch.int32,))
+        _checks.same_device(f"{name}_cu_seqlens", boundaries, f"policy_{name}", policy)
+        if boundaries.dim() != 1 or boundaries.shape[0] < 1:
+            raise ValueError(f"{name}_cu_seqlens has shape {tuple(boundaries.shape)}, expected (B + 1,)")
+        if policy.dim() != 1:
+            raise ValueError(f"policy_{name} has shape {tuple(policy.shape)}, expected (N,) with {name}_cu_seqlens")
+    elif policy.dim() not in (1, 2):
+        raise ValueError(f"policy_{name} has shape {tuple(policy.shape)}, expected (B,) or (B, T)")
+    tokens = packed or policy.dim() == 2
+    if side.reference is not None:
+        reference = _checks.tensor(f"reference_{name}", side.reference, _checks.FLOATS)
+        _checks.same_device(f"reference_{name}", reference, f"policy_{name}", policy)
+        _checks.shape(f"reference_{name}", reference, policy.shape, f"it must match policy_{name}")
+    if side.mask is not None:
+        mask = _checks.tensor(f"{name}_mask", side.mask, (torch.bool,))
+        _checks.same_device(f"{name}_mask", mask, f"policy_{name}", policy)
+        if not tokens:
+            raise ValueError(f"{name}_mask is for token log-probs, but policy_{name} is (B,), summed already")
+        _checks.shape(f"{name}_mask", mask, policy.shape, f"it must match policy_{name}")
+    rows = _rows(policy, side.cu_seqlens)
+    if side.lengths is not None:
+        if tokens or not length_norm:
+            raise ValueError(f"{name}_lengths is only for length_norm=True with summed (B,) log-probs")
+        lengths = _checks.tensor(f"{name}_lengths", side.lengths, _checks.INTEGERS)
+        _checks.same_device(f"{name}_lengths", lengths, f"policy_{name}", policy)
+        _checks.shape(f"{name}_lengths", lengths, (rows,), f"one length per row of policy_{name}")
+    elif length_norm and not tokens:
+        raise ValueError(f"length_norm=True with summed (B,) log-probs needs {name}_lengths")
+    return rows
+
+
+def _check_cu_seqlens(name: str, cu_seqlens: Tensor | None, tokens: int) -> None:
+    """What the C++ kernel checks itself, for the reference; on the CPU only, elsewhere it would synchronise."""
+    if cu_seqlens is None or cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] > tokens or (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"{name}_cu_seqlens must rise from 0 to at most {tokens}, the number of tokens")
+
+
+def _denominator(reduction: str, num_items: float | Tensor | None, rows: int) -> float:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f"num_items is the denominator of reduction='mean', got reduction={reduction!r}")
+    if isinstance(num_items, Tensor):
+        if num_items.dim() != 0:
+            raise ValueError(f"num_items must be a number or 0-dimensional, got shape {tuple(num_items.shape)}")
+        return 1.0
+    if num_items is not None:
+        if _checks.number("num_items", num_items) <= 0:
+            raise ValueError(f"num_items must be positive, got {num_items}")
+        return float(num_items)
+    if reduction != "mean":
+        return 1.0
+    if rows == 0:
+        raise ValueError("reduction='mean' of an empty batch is undefined: pass num_items, or reduction='sum'")
+    return float(rows)
+
+
+def pairwise(
+    row: Objective,
+    chosen: Side,
+    rejected: Side,
+    hyper: Mapping[str, object],
+    *,
+    length_norm: bool = False,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+) -> PairwiseOutput:
+    """Evaluate a pairwise registry row; the functions of `fastpo.losses` document the arguments."""
+    values = _checks.hyper_parameters(row.name, hyper, row.domains)
+    rows = _check_side("chosen", chosen, chosen.policy, length_norm)
+    if (other := _check_side("rejected", rejected, chosen.policy, length_norm)) != rows:
+        raise ValueError(f"policy_rejected has {other} rows, policy_chosen has {rows}: pairs need as many of both")
+    denominator = _denominator(reduction, num_items, rows)
+    sides = (chosen, rejected)
+    policies = [s.policy for s in sides]
+    references = [s.reference.detach() for s in sides if s.reference is not None]
+    streams = [*policies, *references]
+    if _native.serves(chosen.policy.device, *(s.dtype for s in streams)) and row.name in _native.CPU.formulas:
+        loss, _, rewards = _native.call(
+            torch.ops.fastpo.objective,
+            _native.CPU.formulas[row.name],
+            streams,
+            [s.mask for s in sides],
+            [s.cu_seqlens for s in sides],
+            [s.lengths for s in sides],
+            [values.get(name, 0.0) for name in _native.CPU.hyper_parameters],
+            length_norm,
+            reduction != "none",
+            denominator,
+        )
+        chosen_rewards, rejected_rewards = rewards.unbind(0)
+    else:
+        _check_cu_seqlens("chosen", chosen.cu_seqlens, chosen.policy.shape[0])
+        _check_cu_seqlens("rejected", rejected.cu_seqlens, rejected.policy.shape[0])
+        loss, chosen_rewards, rejected_rewards = pairwise_objective(
+            row, chosen, rejected, values, length_norm=length_norm
+        )
+        if reduction != "none":
+            loss = loss.sum() / denominator
+    if isinstance(num_items, Tensor):
+        loss = loss / num_items
+    return PairwiseOutput(loss, chosen_rewards, rejected_rewards)
