@@ -189,7 +189,36 @@ using Acc = typename Element<dtype>::A;
 
 template <DType dtype>
 FASTPO_FN Acc<dtype> load_one(const Storage<dtype>* p) {
-  return load_some<dtype>(p, 1, 1, 0)[0];
+  if constexpr (dtype == DType::f32 || dtype == DType::f64)
+    return *p;
+  else if constexpr (dtype == DType::bf16)
+    return from_bits(static_cast<int>(static_cast<unsigned>(*p) << 16));
+  else
+    return load_some<dtype>(p, 1, 1, 0)[0];
+}
+
+// Sum in double of a vector's lanes and of what v holds already.
+FASTPO_FN void add_wide(VecD (&sums)[2], VecD v) { sums[0] += v; }
+FASTPO_FN void add_wide(VecD (&sums)[2], VecF v) {
+  using HalfF = float __attribute__((vector_size(FASTPO_VECTOR_BYTES / 2)));
+  HalfF halves[2];
+  __builtin_memcpy(halves, &v, sizeof v);
+  sums[0] += __builtin_convertvector(halves[0], VecD);
+  sums[1] += __builtin_convertvector(halves[1], VecD);
+}
+
+// v where the bytes at `mask` are true, else 0; what a masked lane holds is never computed with
+FASTPO_FN VecF where(const bool* mask, VecF v) {
+  using Bytes = signed char __attribute__((vector_size(FASTPO_VECTOR_BYTES / 4)));
+  Bytes b;
+  __builtin_memcpy(&b, mask, sizeof b);
+  return select(__builtin_convertvector(b, VecI) != 0, v, VecF{});
+}
+FASTPO_FN VecD where(const bool* mask, VecD v) {
+  using Bytes = signed char __attribute__((vector_size(FASTPO_VECTOR_BYTES / 8)));
+  Bytes b;
+  __builtin_memcpy(&b, mask, sizeof b);
+  return select(__builtin_convertvector(b, VecL) != 0, v, VecD{});
 }
 
 }  // namespace FASTPO_NAMESPACE

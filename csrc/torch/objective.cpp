@@ -90,6 +90,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(int64_t formula, Tensors streams, Opt
   Tensor loss = new_tensor(streams[0], reduce ? std::vector<int64_t>{} : std::vector<int64_t>{o.rows}, accumulator);
   Tensor slopes = new_tensor(streams[0], {2, o.rows}, accumulator);
   Tensor rewards = new_tensor(streams[0], {2, o.rows}, accumulator);
+  advise_huge_pages(slopes);
+  advise_huge_pages(rewards);
   std::vector<double> block_loss(static_cast<size_t>(blocks));
   o.hyper = hyper.data();
   o.length_norm = length_norm;
@@ -130,6 +132,7 @@ Tensors backward(Tensor grad, Tensor slopes, Tensors streams, OptionalTensors ma
     Tensor gradient = new_tensor(stream, wanted ? shape_of(stream) : std::vector<int64_t>{0}, stream.scalar_type());
     out.push_back(gradient);
     if (!wanted) continue;
+    advise_huge_pages(gradient);
     Spread s{};
     s.layout = layout_of(stream, masks[i], cu_seqlens[i], std::nullopt);
     s.dtype = dtype_of(stream);

@@ -6,6 +6,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <optional>
@@ -37,6 +41,19 @@ inline DType dtype_of(const Tensor& t) {
 
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
+}
+
+// Large fresh memory is first touched by the kernel that fills it, and with 4 KiB pages the faults then cost several
+// times the arithmetic: 100 MB took 50 ms to copy into, 10 ms with huge pages.
+inline void advise_huge_pages([[maybe_unused]] const Tensor& t) {
+#if defined(__linux__)
+  constexpr uintptr_t page = uintptr_t{1} << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(t.numel()) * t.element_size();
+  const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
+  // only advice: where the kernel refuses it, nothing is lost
+  if (first < last) ::madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 inline std::vector<int64_t> shape_of(const Tensor& t) {

@@ -76,8 +76,7 @@ int64_t grain(const TokenLogprobs& a) { return std::max<int64_t>(1, 32768 / a.lo
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor logits, Tensor targets,
                                                                     OptionalTensor temperatures, double temperature,
-                                                                    int64_t ignore_index, int64_t stats,
-                                                                    bool /*inplace_backward*/) {
+                                                                    int64_t ignore_index, int64_t stats) {
   Prepared p = prepare(logits, targets, temperatures, temperature, ignore_index);
   TokenLogprobs& a = p.arguments;
   std::vector<int64_t> shape = shape_of(logits);
@@ -132,6 +131,7 @@ Tensor backward(Tensor logits, Tensor targets, Tensor state, OptionalTensor entr
                 double temperature, int64_t ignore_index, OptionalTensor grad_logprobs, OptionalTensor grad_entropy,
                 OptionalTensor grad_logsumexp) {
   Tensor gradient = new_tensor(logits, shape_of(logits), logits.scalar_type());
+  advise_huge_pages(gradient);
   write_gradient(logits, gradient, targets, state, entropy, temperatures, temperature, ignore_index, grad_logprobs,
                  grad_entropy, grad_logsumexp);
   return gradient;

@@ -20,8 +20,7 @@ STATISTICS: tuple[Statistic, ...] = ("entropy", "logsumexp", "log_sum_p2", "top1
 # `state` (2, rows) is what the backward needs of a row: its largest logit and log Σ exp((x - max) / T).
 torch.library.define(
     "fastpo::token_logprobs",
-    "(Tensor logits, Tensor targets, Tensor? temperatures, float temperature, int ignore_index, int stats, "
-    "bool inplace_backward) -> "
+    "(Tensor logits, Tensor targets, Tensor? temperatures, float temperature, int ignore_index, int stats) -> "
     "(Tensor logprobs, Tensor state, Tensor entropy, Tensor logsumexp, Tensor log_sum_p2, Tensor top1)",
 )
 _BACKWARD_ARGUMENTS = (
@@ -40,7 +39,6 @@ def _fake(
     temperature: float,
     ignore_index: int,
     stats: int,
-    inplace_backward: bool,
 ) -> tuple[Tensor, ...]:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     rows = math.prod(logits.shape[:-1])
@@ -68,33 +66,50 @@ def _fake_backward_inplace(logits: Tensor, *_: Any) -> None:
     return None
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, targets, temperatures, ctx.temperature, ctx.ignore_index, ctx.stats, ctx.inplace = inputs
-    _, state, entropy, _, log_sum_p2, top1 = output
-    ctx.mark_non_differentiable(state, log_sum_p2, top1)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, targets, temperatures, state, entropy if ctx.stats & 1 else None)
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        temperatures: Tensor | None,
+        temperature: float,
+        ignore_index: int,
+        stats: int,
+        inplace_backward: bool,
+    ) -> tuple[Tensor, ...]:
+        logprobs, state, entropy, logsumexp, log_sum_p2, top1 = torch.ops.fastpo.token_logprobs(
+            logits, targets, temperatures, temperature, ignore_index, stats
+        )
+        ctx.temperature, ctx.ignore_index, ctx.stats, ctx.inplace = temperature, ignore_index, stats, inplace_backward
+        ctx.mark_non_differentiable(log_sum_p2, top1)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, targets, temperatures, state, entropy if stats & 1 else None)
+        return logprobs, entropy, logsumexp, log_sum_p2, top1
 
-
-def _backward(ctx: Any, grad_logprobs: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 6
-    grad_entropy = grads[1] if ctx.stats & 1 else None
-    grad_logsumexp = grads[2] if ctx.stats & 2 else None
-    upstream = (grad_logprobs, grad_entropy, grad_logsumexp)
-    if all(g is None for g in upstream):
-        return (None, *nothing)
-    logits, targets, temperatures, state, entropy = ctx.saved_tensors
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return (_differentiable_backward(ctx, logits, targets, temperatures, upstream), *nothing)
-    # the kernel reads and writes log-prob gradients in the dtype it accumulates in
-    upstream = tuple(None if g is None else g.to(state.dtype) for g in upstream)
-    rest = (targets, state, entropy, temperatures, ctx.temperature, ctx.ignore_index, *upstream)
-    if ctx.inplace and not torch.compiler.is_compiling():
-        torch.ops.fastpo.token_logprobs_backward_(logits, *rest)
-        # a second backward would read gradients where it expects logits: let autograd see the write
-        torch.autograd.graph.increment_version(logits)
-        return (logits, *nothing)
-    return (torch.ops.fastpo.token_logprobs_backward(logits, *rest), *nothing)
+    @staticmethod
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_logsumexp: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 6
+        # the empty tensor that stands for a statistic not asked for has a gradient of no meaning
+        upstream = (
+            grad_logprobs,
+            grad_entropy if ctx.stats & 1 else None,
+            grad_logsumexp if ctx.stats & 2 else None,
+        )
+        if all(g is None for g in upstream):
+            return (None, *nothing)
+        logits, targets, temperatures, state, entropy = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return (_differentiable_backward(ctx, logits, targets, temperatures, upstream), *nothing)
+        rest = (targets, state, entropy, temperatures, ctx.temperature, ctx.ignore_index, *upstream)
+        if ctx.inplace and not torch.compiler.is_compiling():
+            torch.ops.fastpo.token_logprobs_backward_(logits, *rest)
+            # a second backward would read gradients where it expects logits: let autograd see the write
+            torch.autograd.graph.increment_version(logits)
+            return (logits, *nothing)
+        return (torch.ops.fastpo.token_logprobs_backward(logits, *rest), *nothing)
 
 
 def _differentiable_backward(
@@ -117,9 +132,6 @@ def _differentiable_backward(
     used = [(o, g) for o, g in pairs if g is not None]
     (grad,) = torch.autograd.grad([o for o, _ in used], logits, [g for _, g in used], create_graph=True)
     return grad
-
-
-torch.library.register_autograd("fastpo::token_logprobs", _backward, setup_context=_setup_context)
 
 
 def _check(
@@ -252,8 +264,8 @@ def token_logprobs(
         )
         return out if stats else out.logprobs
     many = targets.dim() == logits.dim()
-    logprobs, _, *found = _native.call(
-        torch.ops.fastpo.token_logprobs,
+    logprobs, *found = _native.call(
+        _TokenLogprobs.apply,
         logits,
         targets if many else targets.unsqueeze(-1),
         temperature if per_row else None,
