@@ -39,7 +39,7 @@ struct TokenLogprobs {
   const void* temperatures;  // per row, in the accumulator's type, or null
   double temperature;
   void* row_max;
-  void* row_log_sum;
+  void* row_sum;
   // forward: outputs, null if not wanted
   void* logprobs;
   void* entropy;

@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor logits
   Tensor top1 = statistic(3, ScalarType::Long, a.top1);
   a.logprobs = logprobs.mutable_data_ptr();
   a.row_max = state.mutable_data_ptr();
-  a.row_log_sum = static_cast<char*>(a.row_max) + a.rows * (p.accumulator == ScalarType::Double ? 8 : 4);
+  a.row_sum = static_cast<char*>(a.row_max) + a.rows * (p.accumulator == ScalarType::Double ? 8 : 4);
   const Kernels& k = kernels();
   torch::stable::parallel_for(0, a.rows, grain(a),
                               [&](int64_t begin, int64_t end) { k.token_logprobs(a, begin, end); });
@@ -115,7 +115,7 @@ void write_gradient(const Tensor& logits, const Tensor& gradient, const Tensor& 
     STD_TORCH_CHECK(!*t || (*t)->scalar_type() == p.accumulator, "fastpo::token_logprobs_backward: wrong dtype");
   STD_TORCH_CHECK(!gh || h, "fastpo::token_logprobs_backward: grad_entropy without entropy");
   a.row_max = const_cast<void*>(row_state.const_data_ptr());
-  a.row_log_sum = static_cast<char*>(a.row_max) + a.rows * (p.accumulator == ScalarType::Double ? 8 : 4);
+  a.row_sum = static_cast<char*>(a.row_max) + a.rows * (p.accumulator == ScalarType::Double ? 8 : 4);
   a.entropy = const_cast<void*>(data_or_null(h));
   a.grad_logprobs = data_or_null(g);
   a.grad_entropy = data_or_null(gh);

@@ -17,7 +17,7 @@ Statistic = Literal["entropy", "logsumexp", "log_sum_p2", "top1"]
 STATISTICS: tuple[Statistic, ...] = ("entropy", "logsumexp", "log_sum_p2", "top1")
 
 # targets are (..., K) here; a statistic that was not asked for (a bit of `stats` not set) is an empty tensor.
-# `state` (2, rows) is what the backward needs of a row: its largest logit and log Σ exp((x - max) / T).
+# `state` (2, rows) is what the backward needs of a row: its largest logit and Σ exp((x - max) / T).
 torch.library.define(
     "fastpo::token_logprobs",
     "(Tensor logits, Tensor targets, Tensor? temperatures, float temperature, int ignore_index, int stats) -> "
@@ -156,7 +156,7 @@ def _check(
         _checks.shape("temperature", temperature, expected, "one temperature per token")
         if temperature.requires_grad:
             raise ValueError("temperature requires grad, but no gradient flows to it: pass temperature.detach()")
-    elif not (_checks.number("temperature", temperature) > 0 and math.isfinite(temperature)):
+    elif not 0 < _checks.number("temperature", temperature) < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")

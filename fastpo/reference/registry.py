@@ -28,7 +28,7 @@ class Domain:
     def __contains__(self, value: float) -> bool:
         above = value > self.low if self.low_open else value >= self.low
         below = value < self.high if self.high_open else value <= self.high
-        return above and below and math.isfinite(value)
+        return above and below and -math.inf < value < math.inf
 
     def __str__(self) -> str:
         left = "(" if self.low_open or math.isinf(self.low) else "["

@@ -1,0 +1,113 @@
+"""What this installation consists of, and what serves each function on each device."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from fastpo import losses
+from fastpo.kernels import _native
+from fastpo.kernels.packing import pack
+from fastpo.kernels.token_logprobs import token_logprobs
+
+_PACKAGES = ("torch", "triton", "cupy", "transformers", "accelerate", "trl")
+
+
+@dataclass
+class Service:
+    """What serves one function on one device type, and why what would be faster does not."""
+
+    function: str
+    device: str
+    backend: str
+    reason: str | None = None
+
+
+@dataclass
+class Info:
+    """The report of `fastpo.info()`; printed, it is what `fastpo info` shows."""
+
+    version: str
+    python: str
+    packages: dict[str, str | None]
+    libraries: dict[str, dict[str, Any]]
+    services: list[Service] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"fastpo {self.version}, Python {self.python}"]
+        lines += [f"  {name:14}{found or 'not installed'}" for name, found in self.packages.items()]
+        lines.append("libraries")
+        for name, facts in self.libraries.items():
+            lines.append(f"  {name:14}" + (facts.get("error") or facts["path"]))
+            lines += [f"    {key}: {value}" for key, value in facts.items() if key not in ("path", "error")]
+        lines.append("what serves what")
+        for s in self.services:
+            lines.append(f"  {s.function:18}{s.device:6}{s.backend}" + (f" ({s.reason})" if s.reason else ""))
+        return "\n".join(lines)
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _probe_vocabulary() -> bool:
+    logits = torch.tensor([[0.5, -1.0, 2.0]])
+    return abs(token_logprobs(logits, torch.tensor([2])).item() - logits.log_softmax(-1)[0, 2].item()) < 1e-6
+
+
+def _probe_objective() -> bool:
+    one = torch.zeros(1)
+    return abs(getattr(losses, "dpo")(one, one, one, one).loss.item() - 0.6931472) < 1e-6  # noqa: B009
+
+
+def _probe_packing() -> bool:
+    return pack([2, 3, 1], 3) == [[1], [0, 2]]
+
+
+def _services() -> list[Service]:
+    """Each kernel is run, not merely looked for: what loads may still fail."""
+    services = []
+    for name, probe in (("token_logprobs", _probe_vocabulary), ("objective", _probe_objective)):
+        for device in ("cpu", "cuda"):
+            reason = _native.why_not(torch.device(device), torch.float32)
+            if reason is None:
+                try:
+                    with _native.use_backend("native"):
+                        reason = None if probe() else "the compiled kernel gives a wrong result"
+                except Exception as error:
+                    reason = f"the compiled kernel failed: {error}"
+            services.append(Service(name, device, "reference" if reason else "compiled", reason))
+    services.append(Service("packing", "host", "Python" if _native.HOST_ERROR else "compiled", _native.HOST_ERROR))
+    if not _probe_packing():
+        services[-1].reason = "gives a wrong result"
+    return services
+
+
+def info() -> Info:
+    """Versions, what was built and for which instruction sets, and per function and device what serves it.
+
+    Returns:
+        an `Info`; `print(fastpo.info())` is the report, `.as_dict()` its data.
+    """
+    cpu: dict[str, Any] = {"path": str(_native.CPU.path), "error": _native.CPU.error}
+    if _native.CPU.loaded:
+        cpu["built for"] = _native.CPU.text("fastpo_built_for")
+        cpu["in use"] = _native.CPU.text("fastpo_capability") + " (FASTPO_CPU_CAPABILITY overrides)"
+    host = {"path": getattr(_native._HOST, "__file__", None), "error": _native.HOST_ERROR}
+    return Info(
+        version=_installed("fastpo") or "0+unknown",
+        python=platform.python_version(),
+        packages={name: _installed(name) for name in _PACKAGES},
+        libraries={"_cpu": cpu, "_host": host},
+        services=_services(),
+    )
