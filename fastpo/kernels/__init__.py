@@ -1,6 +1,7 @@
 """The kernels: one module each, from the public function with its checks down to the op."""
 
 from fastpo.kernels._native import use_backend
+from fastpo.kernels.packing import balance, pack
 from fastpo.kernels.token_logprobs import TokenLogprobs, token_logprobs
 
-__all__ = ["TokenLogprobs", "token_logprobs", "use_backend"]
+__all__ = ["TokenLogprobs", "balance", "pack", "token_logprobs", "use_backend"]

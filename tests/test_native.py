@@ -1,0 +1,139 @@
+"""The compiled libraries: what is in them, how one is chosen, and what happens without them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastpo
+from fastpo.kernels import _native
+
+PACKAGE = Path(fastpo.__file__).parent
+SETS = _native.CPU.text("fastpo_built_for").split(",") if _native.CPU.loaded else []
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("FASTPO_")}
+    environment = {**clean, "PYTHONPATH": str(PACKAGE.parent), **environment}
+    # from another directory: a checkout in the current one would come before PYTHONPATH
+    return subprocess.run([sys.executable, "-c", code], env=environment, cwd="/", capture_output=True, text=True)
+
+
+def test_native_is_here_where_it_is_required():
+    if os.environ.get("FASTPO_REQUIRE_NATIVE") == "1":
+        assert _native.CPU.loaded and _native._HOST is not None
+        assert {s.backend for s in fastpo.info().services if s.device != "cuda"} == {"compiled"}
+
+
+@pytest.mark.skipif(not _native.CPU.loaded, reason="no compiled library")
+class TestLibrary:
+    def test_every_pairwise_row_has_a_formula(self):
+        """Compiled graphs keep a formula's number: the order may grow at its end and nowhere else."""
+        assert list(_native.CPU.formulas)[:5] == ["dpo", "cdpo", "robust_dpo", "ipo", "hinge"]
+        rows = {row.name: row for row in fastpo.reference.objectives("pairwise")}
+        assert set(_native.CPU.formulas) == set(rows)
+        assert {h for row in rows.values() for h in row.defaults} == set(_native.CPU.hyper_parameters)
+
+    def test_only_the_stable_abi(self):
+        """Undefined torch symbols are C functions: no C++ name of a torch version."""
+        out = subprocess.run(["nm", "-D", "--undefined-only", str(_native.CPU.path)], capture_output=True, text=True, check=True)
+        names = [line.split()[-1] for line in out.stdout.splitlines()]
+        assert any(n.startswith("aoti_torch_") for n in names)
+        assert not [n for n in names if re.match(r"_Z.*(2at|3c10|5torch)", n)]
+
+    def test_no_vector_code_outside_its_namespace(self):
+        """A VEX or EVEX instruction in code shared with the baseline is an illegal instruction on an older machine."""
+        command = ["objdump", "-d", "--no-show-raw-insn", "-C", str(_native.CPU.path)]
+        function, found = "", {}
+        for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
+            if header := re.match(r"[0-9a-f]+ <(.*)>:$", line):
+                function = header[1]
+            elif re.match(r"\s+[0-9a-f]+:\s+(\{evex\} )?(v[a-z0-9]+|k(mov|ortest|and|or|not|xor)[bwdq]?)\s", line):
+                found.setdefault(function, line)
+        inside = {f for f in found if "fastpo::avx2::" in f or "fastpo::avx512::" in f}
+        assert len(inside) > 20, "the AVX kernels are missing"
+        assert not set(found) - inside, list(found.items())[:3]
+
+    @pytest.mark.parametrize("capability", SETS)
+    def test_each_instruction_set(self, capability):
+        """The kernels' own tests under each set, but for those that compile with inductor."""
+        if _native.CPU.text("fastpo_capability") == capability:
+            pytest.skip("the set in use: its tests run anyway")
+        probe = python("import fastpo", FASTPO_CPU_CAPABILITY=capability)
+        if "this build on this machine has" in probe.stderr:
+            pytest.skip(f"this machine has no {capability}")
+        tests = [str(p) for p in sorted(Path(__file__).parent.glob("kernels/test_*.py")) if "packing" not in p.name]
+        assert len(tests) >= 2
+        out = subprocess.run(
+            [sys.executable, "-m", "pytest", "-k", "not ompile", "-p", "no:cacheprovider", *tests],
+            env={**os.environ, "FASTPO_CPU_CAPABILITY": capability},
+            cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+        )
+        assert out.returncode == 0, out.stdout[-3000:]
+        assert re.search(r"\d\d+ passed", out.stdout)
+
+    def test_capability_is_read_and_checked(self):
+        show = "from fastpo.kernels import _native; print(_native.CPU.text('fastpo_capability'))"
+        assert python(show, FASTPO_CPU_CAPABILITY="default").stdout.strip() == "default"
+        bad = python(show, FASTPO_CPU_CAPABILITY="sse9")
+        assert bad.returncode != 0
+        assert "FASTPO_CPU_CAPABILITY is 'sse9'; this build on this machine has: default" in bad.stderr
+
+    def test_unknown_backend_and_device(self):
+        with pytest.raises(ValueError, match="backend must be 'auto', 'native' or 'reference', got 'fast'"), fastpo.use_backend("fast"):
+            pass
+        with fastpo.use_backend("native"), pytest.raises(RuntimeError, match="no compiled kernel for device type 'meta'"):
+            fastpo.token_logprobs(torch.zeros(1, 2, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta"))
+
+    def test_use_backend_is_undone(self):
+        with pytest.raises(KeyError), fastpo.use_backend("reference"):
+            assert _native._backend == "reference"
+            raise KeyError
+        assert _native._backend == "auto"
+
+
+class TestWithoutLibraries:
+    @pytest.fixture
+    def bare(self, tmp_path):
+        """The package as an install without a compiler leaves it."""
+        shutil.copytree(PACKAGE, tmp_path / "fastpo", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        return str(tmp_path)
+
+    def test_the_reference_serves(self, bare):
+        code = (
+            "import torch, fastpo; from fastpo import losses\n"
+            "x = torch.zeros(2, 4, requires_grad=True)\n"
+            "fastpo.token_logprobs(x, torch.tensor([0, 3])).sum().backward(); print(x.grad[0, 0].item())\n"
+            "o = torch.ones(2); print(round(losses.dpo(o, o, o, o).loss.item(), 4)); print(fastpo.pack([1, 2], 3))\n"
+            "print(fastpo.info())"
+        )
+        out = python(code, PYTHONPATH=bare)
+        assert out.stdout.splitlines()[:3] == ["0.75", "0.6931", "[[1, 0]]"], out.stderr
+        assert out.stderr == ""
+        assert out.stdout.count("reference (not built (no C++ compiler when fastpo was installed))") == 2
+
+    def test_required(self, bare):
+        out = python("import fastpo", PYTHONPATH=bare, FASTPO_REQUIRE_NATIVE="1")
+        assert out.returncode != 0
+        assert "FASTPO_REQUIRE_NATIVE=1, but fastpo._cpu did not load: not built" in out.stderr
+
+    def test_broken_library(self, bare):
+        (Path(bare) / "fastpo" / "_cpu.abi3.so").write_bytes(b"not a library")
+        out = python("import fastpo; print(fastpo.info())", PYTHONPATH=bare)
+        assert "invalid ELF header" in out.stdout or "file too short" in out.stdout, out.stderr
+
+
+def test_info_report():
+    report = fastpo.info()
+    assert f"torch         {torch.__version__}" in str(report)
+    names = {(s.function, s.device) for s in report.services}
+    assert {("token_logprobs", "cpu"), ("objective", "cpu"), ("packing", "host")} <= names
+    assert all(s.reason for s in report.services if s.backend == "reference")
+    assert report.as_dict()["libraries"]["_cpu"]["path"] == str(_native.CPU.path)
