@@ -76,10 +76,10 @@ FASTPO_FN Dual<T, k> square(const Dual<T, k>& a) {
   return chain(a, a.value * a.value, constant<T>(2.0) * a.value);
 }
 
-// the slope at 0 is 0 and NaN passes, as in torch
+// the slope is 0 at 0 and 1 at NaN, as in torch
 template <class T, int k>
 FASTPO_FN Dual<T, k> relu(const Dual<T, k>& a) {
-  return chain(a, select(a.value < T{}, T{}, a.value), select(a.value > T{}, constant<T>(1.0), T{}));
+  return chain(a, select(a.value < T{}, T{}, a.value), select(a.value <= T{}, T{}, constant<T>(1.0)));
 }
 
 template <class T, int k>

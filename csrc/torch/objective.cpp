@@ -57,7 +57,7 @@ int64_t row_count(const Tensor& stream, const OptionalTensor& boundaries) {
 std::tuple<Tensor, Tensor, Tensor> forward(int64_t formula, Tensors streams, OptionalTensors masks,
                                            OptionalTensors cu_seqlens, OptionalTensors lengths,
                                            std::vector<double> hyper, bool length_norm, bool reduce,
-                                           double denominator) {
+                                           std::optional<double> given_denominator) {
   STD_TORCH_CHECK(formula >= 0 && formula < formula_count, "fastpo::objective: there is no formula ", formula);
   STD_TORCH_CHECK(masks.size() == 2 && cu_seqlens.size() == 2 && lengths.size() == 2,
                   "fastpo::objective: a pair has two sides");
@@ -95,6 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(int64_t formula, Tensors streams, Opt
   std::vector<double> block_loss(static_cast<size_t>(blocks));
   o.hyper = hyper.data();
   o.length_norm = length_norm;
+  const double denominator = given_denominator.value_or(static_cast<double>(o.rows));
   o.scale = 1 / denominator;
   o.loss = reduce ? nullptr : loss.mutable_data_ptr();
   o.block_loss = block_loss.data();

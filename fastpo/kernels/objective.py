@@ -10,6 +10,7 @@ one per side, which are differentiable, then the reference's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -48,11 +49,12 @@ class PairwiseOutput(NamedTuple):
         return (self.chosen_rewards > self.rejected_rewards).to(self.chosen_rewards.dtype)
 
 
-# `reduce` sums over the rows and divides by `denominator`, as do the slopes (sides, B); the loss is then a scalar
+# `reduce` sums over the rows, and the loss is a scalar; it and the slopes (sides, B) are divided by `denominator`, or
+# by the number of rows if that is None, which leaves the batch size out of compiled graphs
 torch.library.define(
     "fastpo::objective",
     "(int formula, Tensor[] streams, Tensor?[] masks, Tensor?[] cu_seqlens, Tensor?[] lengths, float[] hyper, "
-    "bool length_norm, bool reduce, float denominator) -> (Tensor loss, Tensor slopes, Tensor rewards)",
+    "bool length_norm, bool reduce, float? denominator) -> (Tensor loss, Tensor slopes, Tensor rewards)",
 )
 # `needed`: bit i is set if the gradient of stream i is wanted; the others come back empty
 torch.library.define(
@@ -79,7 +81,7 @@ def _fake(
     hyper: list[float],
     length_norm: bool,
     reduce: bool,
-    denominator: float,
+    denominator: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, sides = _rows(streams[0], cu_seqlens[0]), len(masks)
     dtype = _accumulator(streams)
@@ -110,7 +112,7 @@ class _Objective(torch.autograd.Function):
         hyper: list[float],
         length_norm: bool,
         reduce: bool,
-        denominator: float,
+        denominator: float | None,
         sides: int,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
@@ -176,18 +178,20 @@ def _differentiable_backward(
     row = objective(next(name for name, index in library.formulas.items() if index == ctx.formula))
     given = dict(zip(library.hyper_parameters, ctx.hyper, strict=True))
     references = streams[ctx.sides :] or [None] * ctx.sides
-    parts = zip(streams[: ctx.sides], references, masks, cu_seqlens, lengths, strict=True)
+    # views, so that each gradient is that of its own argument, also where one policy stream is made from the other
+    policies = [s.view_as(s) for s in streams[: ctx.sides]]
+    parts = zip(policies, references, masks, cu_seqlens, lengths, strict=True)
     sides = [Side(*part) for part in parts]
     hyper = {name: given[name] for name in row.defaults}
     loss, *_ = pairwise_objective(row, *sides, hyper, length_norm=ctx.length_norm)
     if ctx.reduce:
-        loss = loss.sum() / ctx.denominator
-    inputs = [s for s, n in zip(streams, needed, strict=False) if n]
+        loss = _mean(loss, ctx.denominator)
+    inputs = [s for s, n in zip(policies, needed, strict=True) if n]
     found = iter(torch.autograd.grad(loss, inputs, grad, create_graph=True))
     return [next(found) if n else None for n in needed]
 
 
-def _check_side(name: str, side: Side, policy_of: Tensor, length_norm: bool) -> int:
+def _check_side(row: Objective, name: str, side: Side, policy_of: Tensor, length_norm: bool) -> int:
     """Check one side of the pairs; returns its number of rows."""
     policy = _checks.tensor(f"policy_{name}", side.policy, _checks.FLOATS)
     _checks.same_device(f"policy_{name}", policy, "policy_chosen", policy_of)
@@ -202,7 +206,7 @@ def _check_side(name: str, side: Side, policy_of: Tensor, length_norm: bool) -> 
     elif policy.dim() not in (1, 2):
         raise ValueError(f"policy_{name} has shape {tuple(policy.shape)}, expected (B,) or (B, T)")
     tokens = packed or policy.dim() == 2
-    if side.reference is not None:
+    if row.reference_model:
         reference = _checks.tensor(f"reference_{name}", side.reference, _checks.FLOATS)
         _checks.same_device(f"reference_{name}", reference, f"policy_{name}", policy)
         _checks.shape(f"reference_{name}", reference, policy.shape, f"it must match policy_{name}")
@@ -232,24 +236,30 @@ def _check_cu_seqlens(name: str, cu_seqlens: Tensor | None, tokens: int) -> None
         raise ValueError(f"{name}_cu_seqlens must rise from 0 to at most {tokens}, the number of tokens")
 
 
-def _denominator(reduction: str, num_items: float | Tensor | None, rows: int) -> float:
+def _denominator(reduction: str, num_items: float | Tensor | None, rows: int, policy: Tensor) -> float | None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items is the denominator of reduction='mean', got reduction={reduction!r}")
     if isinstance(num_items, Tensor):
+        _checks.tensor("num_items", num_items, _checks.FLOATS + _checks.INTEGERS)
         if num_items.dim() != 0:
             raise ValueError(f"num_items must be a number or 0-dimensional, got shape {tuple(num_items.shape)}")
+        _checks.same_device("num_items", num_items, "policy_chosen", policy)
         return 1.0
     if num_items is not None:
-        if _checks.number("num_items", num_items) <= 0:
-            raise ValueError(f"num_items must be positive, got {num_items}")
+        if not 0 < _checks.number("num_items", num_items) < math.inf:
+            raise ValueError(f"num_items must be positive and finite, got {num_items}")
         return float(num_items)
     if reduction != "mean":
         return 1.0
     if rows == 0:
         raise ValueError("reduction='mean' of an empty batch is undefined: pass num_items, or reduction='sum'")
-    return float(rows)
+    return None
+
+
+def _mean(loss: Tensor, denominator: float | None) -> Tensor:
+    return loss.mean() if denominator is None else loss.sum() / denominator
 
 
 def pairwise(
@@ -264,10 +274,10 @@ def pairwise(
 ) -> PairwiseOutput:
     """Evaluate a pairwise registry row; the functions of `fastpo.losses` document the arguments."""
     values = _checks.hyper_parameters(row.name, hyper, row.domains)
-    rows = _check_side("chosen", chosen, chosen.policy, length_norm)
-    if (other := _check_side("rejected", rejected, chosen.policy, length_norm)) != rows:
+    rows = _check_side(row, "chosen", chosen, chosen.policy, length_norm)
+    if (other := _check_side(row, "rejected", rejected, chosen.policy, length_norm)) != rows:
         raise ValueError(f"policy_rejected has {other} rows, policy_chosen has {rows}: pairs need as many of both")
-    denominator = _denominator(reduction, num_items, rows)
+    denominator = _denominator(reduction, num_items, rows, chosen.policy)
     sides = (chosen, rejected)
     policies = [s.policy for s in sides]
     references = [s.reference.detach() for s in sides if s.reference is not None]
@@ -294,7 +304,7 @@ def pairwise(
             row, chosen, rejected, values, length_norm=length_norm
         )
         if reduction != "none":
-            loss = loss.sum() / denominator
+            loss = _mean(loss, denominator)
     if isinstance(num_items, Tensor):
-        loss = loss / num_items
+        loss = loss / num_items.to(loss.dtype)
     return PairwiseOutput(loss, chosen_rewards, rejected_rewards)

@@ -69,12 +69,15 @@ def _docstring(row: Objective) -> str:
     return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
 
+# names that the function needs are closure cells: torch.compile looks globals up in the module of that name
 _TEMPLATE = """\
 from __future__ import annotations
-def {name}({signature}) -> PairwiseOutput:
-    return _pairwise(
-        _row, {chosen}, {rejected}, {{{hyper}}}, length_norm={length_norm}, reduction=reduction, num_items=num_items
-    )
+def build(_pairwise, _row, _Side):
+    def {name}({signature}) -> PairwiseOutput:
+        return _pairwise(
+            _row, {chosen}, {rejected}, {{{hyper}}}, length_norm={length_norm}, reduction=reduction, num_items=num_items
+        )
+    return {name}
 """
 
 
@@ -94,8 +97,9 @@ def build_pairwise(row: Objective) -> Callable[..., PairwiseOutput]:
         hyper=", ".join(f"{name!r}: {name}" for name in row.defaults),
         length_norm="length_norm" if row.length_norm else False,
     )
-    scope: dict[str, Any] = {"_pairwise": pairwise, "_row": row, "_Side": Side, "__name__": "fastpo.losses"}
+    scope: dict[str, Any] = {"__name__": "fastpo.losses"}
     exec(source, scope)
-    loss = scope[row.name]
+    loss = scope["build"](pairwise, row, Side)
+    loss.__qualname__ = row.name
     loss.__doc__ = _docstring(row)
     return loss
