@@ -9,9 +9,23 @@ from setuptools.command.build_ext import build_ext
 
 REQUIRE = os.environ.get("FASTPO_REQUIRE_NATIVE") == "1"
 # -ffp-contract: the ISO modes of g++ switch fused multiply-add off
-FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+]
 # GCC 12 warns inside its own AVX-512 intrinsics
-FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized", "-Wno-unused-parameter"]
+FLAGS += [
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-Wno-ignored-attributes",
+    "-Wno-maybe-uninitialized",
+    "-Wno-unused-parameter",
+]
 # one build serves every torch from this version on
 TORCH_TARGET = "0x020a000000000000"
 

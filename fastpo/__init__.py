@@ -11,4 +11,13 @@ try:
 except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["TokenLogprobs", "__version__", "balance", "info", "losses", "pack", "token_logprobs", "use_backend"]
+__all__ = [
+    "TokenLogprobs",
+    "__version__",
+    "balance",
+    "info",
+    "losses",
+    "pack",
+    "token_logprobs",
+    "use_backend",
+]

@@ -12,7 +12,10 @@ import torch
 def poisoned_memory() -> Iterator[None]:
     """Fill what torch.empty returns, also inside C++, with NaN: reading it before writing shows in the result."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    before, torch.utils.deterministic.fill_uninitialized_memory = torch.utils.deterministic.fill_uninitialized_memory, True
+    before, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        True,
+    )
     yield
     torch.utils.deterministic.fill_uninitialized_memory = before
     torch.use_deterministic_algorithms(False)

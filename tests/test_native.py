@@ -43,7 +43,12 @@ class TestLibrary:
 
     def test_only_the_stable_abi(self):
         """Undefined torch symbols are C functions: no C++ name of a torch version."""
-        out = subprocess.run(["nm", "-D", "--undefined-only", str(_native.CPU.path)], capture_output=True, text=True, check=True)
+        out = subprocess.run(
+            ["nm", "-D", "--undefined-only", str(_native.CPU.path)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         names = [line.split()[-1] for line in out.stdout.splitlines()]
         assert any(n.startswith("aoti_torch_") for n in names)
         assert not [n for n in names if re.match(r"_Z.*(2at|3c10|5torch)", n)]
@@ -74,7 +79,9 @@ class TestLibrary:
         out = subprocess.run(
             [sys.executable, "-m", "pytest", "-k", "not ompile", "-p", "no:cacheprovider", *tests],
             env={**os.environ, "FASTPO_CPU_CAPABILITY": capability},
-            cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
         )
         assert out.returncode == 0, out.stdout[-3000:]
         assert re.search(r"\d\d+ passed", out.stdout)
@@ -87,9 +94,15 @@ class TestLibrary:
         assert "FASTPO_CPU_CAPABILITY is 'sse9'; this build on this machine has: default" in bad.stderr
 
     def test_unknown_backend_and_device(self):
-        with pytest.raises(ValueError, match="backend must be 'auto', 'native' or 'reference', got 'fast'"), fastpo.use_backend("fast"):
+        with (
+            pytest.raises(ValueError, match="backend must be 'auto', 'native' or 'reference', got 'fast'"),
+            fastpo.use_backend("fast"),
+        ):
             pass
-        with fastpo.use_backend("native"), pytest.raises(RuntimeError, match="no compiled kernel for device type 'meta'"):
+        with (
+            fastpo.use_backend("native"),
+            pytest.raises(RuntimeError, match="no compiled kernel for device type 'meta'"),
+        ):
             fastpo.token_logprobs(torch.zeros(1, 2, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta"))
 
     def test_use_backend_is_undone(self):

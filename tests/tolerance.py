@@ -39,7 +39,11 @@ def assert_within(
     """
     assert ours.shape == tuple(truth.shape), f"{name}: shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
     eps = torch.finfo(eps_dtype or ours.dtype).eps
-    value, exact, torch_value = _extended(ours).ravel(), _extended(truth).ravel(), _extended(same_dtype_torch).ravel()
+    value, exact, torch_value = (
+        _extended(ours).ravel(),
+        _extended(truth).ravel(),
+        _extended(same_dtype_torch).ravel(),
+    )
     # what overflows the dtype in torch overflows in ours
     exact = np.where(np.isfinite(exact) & np.isinf(torch_value), torch_value, exact)
     special = ~np.isfinite(exact)

@@ -37,14 +37,14 @@ struct Choice {
 
 Choice choose() {
   static const InstructionSet sets[] = {
-    {"default", true, FASTPO_TABLE(baseline)},
+      {"default", true, FASTPO_TABLE(baseline)},
 #if FASTPO_X86_SETS
-    {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
-     FASTPO_TABLE(avx2)},
-    {"avx512",
-     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl"),
-     FASTPO_TABLE(avx512)},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
+       FASTPO_TABLE(avx2)},
+      {"avx512",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl"),
+       FASTPO_TABLE(avx512)},
 #endif
   };
   const char* wanted = std::getenv("FASTPO_CPU_CAPABILITY");

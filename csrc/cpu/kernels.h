@@ -1,4 +1,5 @@
-// The CPU kernels as the torch side sees them: plain structs and function pointers, one table per instruction set.
+// The CPU kernels as the torch side sees them: plain structs and function pointers, one table per instruction
+// set.
 #pragma once
 
 #include <cstdint>
@@ -57,8 +58,8 @@ struct TokenLogprobs {
   }
 };
 
-// One side of the rows of an objective: where its tokens are. Without mask and boundaries, and with tokens = 1, the
-// stream is summed already.
+// One side of the rows of an objective: where its tokens are. Without mask and boundaries, and with tokens =
+// 1, the stream is summed already.
 struct Layout {
   const bool* mask = nullptr;  // same layout as the streams
   int64_t mask_stride = 0;

@@ -132,7 +132,8 @@ struct Element<DType::f16> {
     HalfBits h;
     __builtin_memcpy(&h, p, sizeof h);
     const VecU wide = __builtin_convertvector(h, VecU);
-    // the exponent is moved by a multiplication, which also makes subnormals normal; inf and NaN are put right
+    // the exponent is moved by a multiplication, which also makes subnormals normal; inf and NaN are put
+    // right
     const VecF magnitude = (VecF)((wide & 0x7fffu) << 13) * 0x1p112f;
     const VecI special = (wide & 0x7c00u) == 0x7c00u;
     const VecU bits = ((VecU)magnitude | ((VecU)special & 0x7f800000u)) | ((wide & 0x8000u) << 16);

@@ -1,4 +1,5 @@
-// Branch-free elementary functions that vectorise, for any T of scalar.h. NaN and inf pass through as in torch.
+// Branch-free elementary functions that vectorise, for any T of scalar.h. NaN and inf pass through as in
+// torch.
 #pragma once
 
 #include "scalar.h"

@@ -1,7 +1,7 @@
 // The primitives on which the formulas stand, for float and double, on the host and on a device.
 //
-// A formula is written over a scalar type T. T is float or double, or, on the CPU, a vector of them (csrc/cpu/vec.h
-// adds the same primitives for vectors). Nothing here includes a header: NVRTC has none.
+// A formula is written over a scalar type T. T is float or double, or, on the CPU, a vector of them
+// (csrc/cpu/vec.h adds the same primitives for vectors). Nothing here includes a header: NVRTC has none.
 #pragma once
 
 #if defined(__CUDACC__)

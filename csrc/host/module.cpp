@@ -1,5 +1,6 @@
 // fastpo._host: structures that live on the host and are walked item by item. No torch headers.
-// Checks of the arguments are in fastpo/kernels/packing.py; the twins in Python are in fastpo/reference/packing.py.
+// Checks of the arguments are in fastpo/kernels/packing.py; the twins in Python are in
+// fastpo/reference/packing.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -22,8 +23,8 @@ std::vector<int64_t> by_decreasing_length(const Lengths& lengths) {
   return order;
 }
 
-// First-fit decreasing. A tree over the bins holds the largest free space below each node; bins that are not open yet
-// count as empty, so that the first bin with room is found in one descent.
+// First-fit decreasing. A tree over the bins holds the largest free space below each node; bins that are not
+// open yet count as empty, so that the first bin with room is found in one descent.
 Groups pack(const Lengths& lengths, int64_t budget) {
   int64_t leaves = 1;
   while (leaves < static_cast<int64_t>(lengths.size())) leaves *= 2;
@@ -41,14 +42,13 @@ Groups pack(const Lengths& lengths, int64_t budget) {
   return bins;
 }
 
-// A part of a partial partition: its total, its items as a linked list, and its lowest item (or n if it is empty).
+// A part of a partial partition: its total, its items as a linked list, and its lowest item (or n if it is
+// empty).
 struct Part {
   int64_t total, lowest, head, tail;
 };
 
-bool comes_first(const Part& a, const Part& b) {
-  return a.total != b.total ? a.total > b.total : a.lowest < b.lowest;
-}
+bool comes_first(const Part& a, const Part& b) { return a.total != b.total ? a.total > b.total : a.lowest < b.lowest; }
 
 struct Partial {
   int64_t number;  // of creation: the older one of equals goes first
@@ -63,7 +63,8 @@ struct Later {
   }
 };
 
-// Largest differencing: the two partial partitions of the largest spread are merged, heavy parts with light ones.
+// Largest differencing: the two partial partitions of the largest spread are merged, heavy parts with light
+// ones.
 Groups balance(const Lengths& lengths, int64_t count, bool equal_size) {
   const int64_t n = static_cast<int64_t>(lengths.size());
   const std::vector<int64_t> order = by_decreasing_length(lengths);
@@ -74,7 +75,8 @@ Groups balance(const Lengths& lengths, int64_t count, bool equal_size) {
   const int64_t step = equal_size ? count : 1;
   for (int64_t first = 0; first < n; first += step) {
     Partial partial{number++, {}};
-    for (int64_t i = first; i < first + step; ++i) partial.parts.push_back({lengths[order[i]], order[i], order[i], order[i]});
+    for (int64_t i = first; i < first + step; ++i)
+      partial.parts.push_back({lengths[order[i]], order[i], order[i], order[i]});
     partial.parts.resize(static_cast<size_t>(count), Part{0, n, -1, -1});
     heap.push(std::move(partial));
   }

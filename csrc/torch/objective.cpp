@@ -141,7 +141,8 @@ Tensors backward(Tensor grad, Tensor slopes, Tensors streams, OptionalTensors ma
     s.rows = slopes.size(1);
     s.grad = grad.const_data_ptr();
     s.grad_per_row = grad.dim() == 1;
-    s.slopes = static_cast<const char*>(slopes.const_data_ptr()) + static_cast<int64_t>(i) * s.rows * (s.is_double ? 8 : 4);
+    s.slopes =
+        static_cast<const char*>(slopes.const_data_ptr()) + static_cast<int64_t>(i) * s.rows * (s.is_double ? 8 : 4);
     s.gradient = gradient.mutable_data_ptr();
     // tokens behind the last sequence
     if (s.layout.boundaries && s.layout.boundaries[s.rows] < stream.size(0)) torch::stable::zero_(gradient);

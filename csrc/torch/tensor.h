@@ -25,17 +25,22 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Checks of values, which Python cannot make without reading the tensor. The tag names the Python error to raise;
-// they must not stand inside parallel_for, where torch 2.10 loses the text.
+// Checks of values, which Python cannot make without reading the tensor. The tag names the Python error to
+// raise; they must not stand inside parallel_for, where torch 2.10 loses the text.
 #define FASTPO_CHECK(condition, error, ...) STD_TORCH_CHECK(condition, "[fastpo " #error "] ", __VA_ARGS__)
 
 inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: STD_TORCH_CHECK(false, "fastpo: a floating point tensor was expected");
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      STD_TORCH_CHECK(false, "fastpo: a floating point tensor was expected");
   }
 }
 
@@ -43,8 +48,8 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, 
   return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
 }
 
-// Large fresh memory is first touched by the kernel that fills it, and with 4 KiB pages the faults then cost several
-// times the arithmetic: 100 MB took 50 ms to copy into, 10 ms with huge pages.
+// Large fresh memory is first touched by the kernel that fills it, and with 4 KiB pages the faults then cost
+// several times the arithmetic: 100 MB took 50 ms to copy into, 10 ms with huge pages.
 inline void advise_huge_pages([[maybe_unused]] const Tensor& t) {
 #if defined(__linux__)
   constexpr uintptr_t page = uintptr_t{1} << 21;

@@ -18,7 +18,8 @@ Rows rows_of(const Tensor& t) {
   return rows;
 }
 
-// What the arguments must fulfil for the memory accesses to be inside the tensors; the rest is checked in Python.
+// What the arguments must fulfil for the memory accesses to be inside the tensors; the rest is checked in
+// Python.
 void check_arguments(const TokenLogprobs& a, const Tensor& targets) {
   for (int64_t i = 0; i < a.rows * a.ids; ++i) {
     const int64_t id = a.target(i);
@@ -75,8 +76,8 @@ Prepared prepare(const Tensor& logits, const Tensor& targets, const OptionalTens
 int64_t grain(const TokenLogprobs& a) { return std::max<int64_t>(1, 32768 / a.logits.columns); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor logits, Tensor targets,
-                                                                    OptionalTensor temperatures, double temperature,
-                                                                    int64_t ignore_index, int64_t stats) {
+                                                                   OptionalTensor temperatures, double temperature,
+                                                                   int64_t ignore_index, int64_t stats) {
   Prepared p = prepare(logits, targets, temperatures, temperature, ignore_index);
   TokenLogprobs& a = p.arguments;
   std::vector<int64_t> shape = shape_of(logits);

@@ -43,9 +43,7 @@ def number(name: str, value: object) -> float:
     return float(value)
 
 
-def hyper_parameters(
-    method: str, given: Mapping[str, object], domains: Mapping[str, object]
-) -> dict[str, float]:
+def hyper_parameters(method: str, given: Mapping[str, object], domains: Mapping[str, object]) -> dict[str, float]:
     """The hyper-parameters as floats, each inside the domain of its registry row."""
     values = {name: number(name, value) for name, value in given.items()}
     for name, value in values.items():

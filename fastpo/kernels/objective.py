@@ -11,7 +11,7 @@ one per side, which are differentiable, then the reference's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -124,7 +124,11 @@ class _Objective(torch.autograd.Function):
         ctx.mark_non_differentiable(rewards)
         ctx.set_materialize_grads(False)
         ctx.formula, ctx.hyper, ctx.length_norm, ctx.reduce, ctx.denominator = (
-            formula, hyper, length_norm, reduce, denominator
+            formula,
+            hyper,
+            length_norm,
+            reduce,
+            denominator,
         )
         ctx.sides = sides
         # the reference's log-probs are needed only to differentiate the gradient again
@@ -155,7 +159,9 @@ def _spread(
     cu_seqlens: list[Tensor | None],
     needed: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    summed = all(s.dim() == 1 and c is None and s.dtype == slopes.dtype for s, c in zip(streams, cu_seqlens, strict=True))
+    summed = all(
+        s.dim() == 1 and c is None and s.dtype == slopes.dtype for s, c in zip(streams, cu_seqlens, strict=True)
+    )
     if summed:
         out = list((slopes * grad).unbind(0))
     else:
@@ -177,13 +183,13 @@ def _differentiable_backward(
     library = _native.CPU
     row = objective(next(name for name, index in library.formulas.items() if index == ctx.formula))
     given = dict(zip(library.hyper_parameters, ctx.hyper, strict=True))
-    references = streams[ctx.sides :] or [None] * ctx.sides
+    references: Sequence[Tensor | None] = streams[ctx.sides :] or [None] * ctx.sides
     # views, so that each gradient is that of its own argument, also where one policy stream is made from the other
     policies = [s.view_as(s) for s in streams[: ctx.sides]]
     parts = zip(policies, references, masks, cu_seqlens, lengths, strict=True)
-    sides = [Side(*part) for part in parts]
+    chosen, rejected = (Side(*part) for part in parts)
     hyper = {name: given[name] for name in row.defaults}
-    loss, *_ = pairwise_objective(row, *sides, hyper, length_norm=ctx.length_norm)
+    loss, *_ = pairwise_objective(row, chosen, rejected, hyper, length_norm=ctx.length_norm)
     if ctx.reduce:
         loss = _mean(loss, ctx.denominator)
     inputs = [s for s, n in zip(policies, needed, strict=True) if n]

@@ -81,7 +81,12 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs, state, entropy, logsumexp, log_sum_p2, top1 = torch.ops.fastpo.token_logprobs(
             logits, targets, temperatures, temperature, ignore_index, stats
         )
-        ctx.temperature, ctx.ignore_index, ctx.stats, ctx.inplace = temperature, ignore_index, stats, inplace_backward
+        ctx.temperature, ctx.ignore_index, ctx.stats, ctx.inplace = (
+            temperature,
+            ignore_index,
+            stats,
+            inplace_backward,
+        )
         ctx.mark_non_differentiable(log_sum_p2, top1)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, targets, temperatures, state, entropy if stats & 1 else None)
@@ -89,7 +94,11 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_logsumexp: Tensor | None, *_: None
+        ctx: Any,
+        grad_logprobs: Tensor | None,
+        grad_entropy: Tensor | None,
+        grad_logsumexp: Tensor | None,
+        *_: None,
     ) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 6
         # the empty tensor that stands for a statistic not asked for has a gradient of no meaning
@@ -172,7 +181,9 @@ def _check_inplace(logits: Tensor) -> None:
     reach = 0
     for stride, size in spans:
         if stride <= reach:
-            raise ValueError("inplace_backward=True needs logits whose elements do not share memory (an expanded view?)")
+            raise ValueError(
+                "inplace_backward=True needs logits whose elements do not share memory (an expanded view?)"
+            )
         reach += stride * (size - 1)
 
 
@@ -192,7 +203,7 @@ def _check_values(targets: Tensor, temperature: float | Tensor, ignore_index: in
 
 
 @overload
-def token_logprobs(
+def token_logprobs(  # type: ignore[overload-overlap]  # an empty tuple is an Iterable too
     logits: Tensor,
     targets: Tensor,
     *,

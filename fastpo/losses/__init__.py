@@ -11,12 +11,10 @@ from fastpo.kernels.objective import PairwiseOutput
 from fastpo.losses._build import build_pairwise
 from fastpo.reference.registry import objectives
 
-_FUNCTIONS: dict[str, Callable[..., PairwiseOutput]] = {
-    row.name: build_pairwise(row) for row in objectives("pairwise")
-}
+_FUNCTIONS: dict[str, Callable[..., PairwiseOutput]] = {row.name: build_pairwise(row) for row in objectives("pairwise")}
 globals().update(_FUNCTIONS)
 
-__all__ = ["PairwiseOutput", *_FUNCTIONS]  # noqa: PLE0604
+__all__ = ["PairwiseOutput", *_FUNCTIONS]
 
 
 def __getattr__(name: str) -> Callable[..., PairwiseOutput]:

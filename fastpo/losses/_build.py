@@ -7,7 +7,7 @@ from typing import Any
 
 from fastpo.kernels.objective import PairwiseOutput, pairwise
 from fastpo.reference.pairwise import Side
-from fastpo.reference.registry import Objective
+from fastpo.reference.registry import Objective, objectives
 
 _PAIRWISE_ARGUMENTS = """\
     policy_chosen, policy_rejected: log-probs of the completions under the policy, fp32, bf16, fp16 or fp64:
@@ -103,3 +103,20 @@ def build_pairwise(row: Objective) -> Callable[..., PairwiseOutput]:
     loss.__qualname__ = row.name
     loss.__doc__ = _docstring(row)
     return loss
+
+
+_STUB_HEADER = """\
+# Written by `python -m fastpo.losses`: the signatures that fastpo/losses/_build.py makes from the registry.
+from typing import Literal
+
+from torch import Tensor
+
+from fastpo.kernels.objective import PairwiseOutput as PairwiseOutput
+
+"""
+
+
+def stub() -> str:
+    """The type stub of `fastpo.losses`, for editors and type checkers."""
+    lines = [f"def {row.name}({signature(row)}) -> PairwiseOutput: ..." for row in objectives("pairwise")]
+    return _STUB_HEADER + "\n".join(lines) + "\n"

@@ -114,9 +114,7 @@ def summed(side: Side, dtype: torch.dtype) -> tuple[Side, Tensor]:
     return Side(policy, reference, lengths=side.lengths if counts is None else counts), size
 
 
-def sensitivities(
-    row: Objective, pairs: Pairs, dtype: torch.dtype, length_norm: bool = False
-) -> dict[str, Tensor]:
+def sensitivities(row: Objective, pairs: Pairs, dtype: torch.dtype, length_norm: bool = False) -> dict[str, Tensor]:
     """By how many eps each pair's results move when both log-ratios are off by one, in the worse direction.
 
     The rounding of the log-ratios is the same for us and for torch, but each has its own luck with it. By
@@ -161,9 +159,7 @@ def compare(row: Objective, pairs: Pairs, **options) -> dict[str, Tensor]:
             # a product of up to five rounded factors: 1 - e, 1 / (1 - 2e), beta, 1 / B and the upstream
             factors = truth[name].abs().amax() if value.numel() else 0.0
             terms = terms * up / denominator + 2 * factors
-        assert_within(
-            value, truth[name], same[name], name=name, terms=terms.max().item() if terms.numel() else 0.0
-        )
+        assert_within(value, truth[name], same[name], name=name, terms=terms.max().item() if terms.numel() else 0.0)
     return ours
 
 
@@ -177,9 +173,7 @@ def tokens_of(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Te
     return (reference + 0.4 * random(*shape, seed=seed + 1)).to(dtype), reference.to(dtype)
 
 
-def make(
-    layout: str, rows: int, tokens: int, dtype: torch.dtype, seed: int = 0, length_norm: bool = False
-) -> Side:
+def make(layout: str, rows: int, tokens: int, dtype: torch.dtype, seed: int = 0, length_norm: bool = False) -> Side:
     """One side of random pairs in one of the layouts."""
     if layout == "summed":
         lengths = torch.randint(0, 30, (rows,), generator=torch.Generator().manual_seed(seed))
@@ -197,9 +191,7 @@ def make(
         mask = None
         if layout == "padded masked":
             # ragged ends, as in right padding, and holes, as in tool calls
-            mask = (torch.arange(tokens) < lengths[:, None]) & (
-                torch.rand(rows, tokens, generator=generator) < 0.8
-            )
+            mask = (torch.arange(tokens) < lengths[:, None]) & (torch.rand(rows, tokens, generator=generator) < 0.8)
         return Side(*tokens_of((rows, tokens), dtype, seed), mask=mask)
     boundaries = boundaries_of(lengths)
     total = int(boundaries[-1])
@@ -332,9 +324,7 @@ class TestStrides:
             pairs = (make(layout, 21, 35, dtype, 3, length_norm), make(layout, 21, 34, dtype, 8, length_norm))
             views = strided(pairs[0], name), strided(pairs[1], name)
             for reduction in ("mean", "none"):
-                plain, ours = (
-                    evaluate(row, p, length_norm=length_norm, reduction=reduction) for p in (pairs, views)
-                )
+                plain, ours = (evaluate(row, p, length_norm=length_norm, reduction=reduction) for p in (pairs, views))
                 for key, value in ours.items():
                     assert torch.equal(value, plain[key]), (layout, key)
 
@@ -353,10 +343,7 @@ class TestStrides:
         ):
             plain = Side(*(None if t is None else t.contiguous() for t in side))
             for a, b in zip(
-                *(
-                    evaluate(row, (s, s), length_norm=length_norm, reduction="none").values()
-                    for s in (side, plain)
-                ),
+                *(evaluate(row, (s, s), length_norm=length_norm, reduction="none").values() for s in (side, plain)),
                 strict=True,
             ):
                 assert torch.equal(a, b)
@@ -388,9 +375,7 @@ class TestMasked:
                 )
                 for s in pairs
             ]
-            clean, ours = (
-                evaluate(row, p, length_norm=length_norm, reduction="none") for p in (pairs, tuple(dirty))
-            )
+            clean, ours = (evaluate(row, p, length_norm=length_norm, reduction="none") for p in (pairs, tuple(dirty)))
             for key, value in ours.items():
                 assert torch.equal(value, clean[key]), (layout, key)
             for side, name in zip(pairs, ("chosen_grad", "rejected_grad"), strict=True):
@@ -423,9 +408,7 @@ class TestMasked:
             first = 8 * 12 if layout == "padded" else int(pairs[0].cu_seqlens[8])
             flat[first + 3] = math.nan
             clean, ours = (
-                evaluate(
-                    row, (pairs[0]._replace(policy=p), pairs[1]), length_norm=length_norm, reduction="none"
-                )
+                evaluate(row, (pairs[0]._replace(policy=p), pairs[1]), length_norm=length_norm, reduction="none")
                 for p in (pairs[0].policy, bad)
             )
             assert ours["loss"][8].isnan() and ours["chosen_rewards"][8].isnan()
@@ -462,9 +445,7 @@ class TestExtremeRows:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
     def test_every_digit(self, row, dtype):
         """Along the margin, each loss and slope by itself: the smallest has as many digits as torch's."""
-        margin = torch.cat(
-            [torch.linspace(-400, 400, 1601), torch.logspace(-12, 3, 200), -torch.logspace(-12, 3, 200)]
-        )
+        margin = torch.cat([torch.linspace(-400, 400, 1601), torch.logspace(-12, 3, 200), -torch.logspace(-12, 3, 200)])
         margin = margin.to(dtype)
         zero = torch.zeros_like(margin)
         sides = Side(margin, zero), Side(zero, zero)
@@ -595,9 +576,7 @@ class TestAutograd:
                 if create_graph:
                     # from the reference, so equal up to rounding
                     eps = torch.finfo(dtype).eps
-                    assert torch.allclose(
-                        leaf.grad, both[name], rtol=4 * eps, atol=64 * eps * both[name].abs().max()
-                    )
+                    assert torch.allclose(leaf.grad, both[name], rtol=4 * eps, atol=64 * eps * both[name].abs().max())
                 else:
                     assert torch.equal(leaf.grad, both[name])
 
@@ -638,13 +617,10 @@ class TestAutograd:
         leaf = pairs[0].policy.requires_grad_()
         loss = call(objective("dpo"), *pairs, reduction="none").loss
         weights = random(6, 2, seed=4)[:, 1]
-        grads = [
-            torch.autograd.grad(loss, leaf, w, retain_graph=True)[0] for w in (weights, weights.contiguous())
-        ]
+        grads = [torch.autograd.grad(loss, leaf, w, retain_graph=True)[0] for w in (weights, weights.contiguous())]
         assert torch.equal(*grads)
         ones = [
-            torch.autograd.grad(loss, leaf, w, retain_graph=True)[0]
-            for w in (torch.ones(1).expand(6), torch.ones(6))
+            torch.autograd.grad(loss, leaf, w, retain_graph=True)[0] for w in (torch.ones(1).expand(6), torch.ones(6))
         ]
         assert torch.equal(*ones)
 
@@ -780,9 +756,7 @@ class TestProperties:
                 assert torch.equal(value, plain[key]), (row.name, key)
 
     @once
-    @given(
-        st.lists(st.tuples(*[exact_number] * 4), min_size=1, max_size=40), st.randoms(use_true_random=False)
-    )
+    @given(st.lists(st.tuples(*[exact_number] * 4), min_size=1, max_size=40), st.randoms(use_true_random=False))
     def test_permuting_the_rows(self, rows, generator):
         order = list(range(len(rows)))
         generator.shuffle(order)
@@ -826,8 +800,7 @@ class TestProperties:
         valid = torch.arange(tokens) < lengths[:, None]
         for name, mask in (("right", valid), ("left", valid.flip(1))):
             padded = [
-                torch.full((rows, tokens), math.nan, dtype=dtype).masked_scatter(mask, x)
-                for x in (policy, reference)
+                torch.full((rows, tokens), math.nan, dtype=dtype).masked_scatter(mask, x) for x in (policy, reference)
             ]
             sides[name] = Side(*padded, mask=mask)
         sums = [
@@ -850,9 +823,7 @@ class TestProperties:
                 if name == "packed":
                     assert torch.equal(results[name]["chosen_grad"], per_row.repeat_interleave(lengths))
                 elif name != "summed":
-                    assert torch.equal(
-                        results[name]["chosen_grad"], torch.where(side.mask, per_row[:, None], 0)
-                    )
+                    assert torch.equal(results[name]["chosen_grad"], torch.where(side.mask, per_row[:, None], 0))
 
 
 def step_of(row: Objective, pairs: Pairs, **options) -> Callable[..., tuple[Tensor, ...]]:
@@ -1133,9 +1104,7 @@ class TestBadInput:
     def test_unknown_arguments(self, row):
         self.refused(row.name, {"gamma": 0.1}, TypeError, "unexpected keyword argument 'gamma'")
         if not row.length_norm:
-            self.refused(
-                row.name, {"length_norm": True}, TypeError, "unexpected keyword argument 'length_norm'"
-            )
+            self.refused(row.name, {"length_norm": True}, TypeError, "unexpected keyword argument 'length_norm'")
 
     def test_limits_of_the_domains_are_taken(self):
         zero = torch.zeros(2)

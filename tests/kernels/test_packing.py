@@ -52,7 +52,8 @@ class TestPack:
     def test_number_of_bins(self, lengths):
         used = len(both(pack, lengths, 12))
         best = next(
-            k for k in range(len(lengths) + 1)
+            k
+            for k in range(len(lengths) + 1)
             if any(max(totals(a, lengths, k), default=0) <= 12 for a in partitions(len(lengths), k))
         )
         assert used * 9 <= 11 * best + 6
@@ -70,7 +71,13 @@ class TestPack:
         assert len(bins) <= 1.001 * -(-sum(lengths) // 8192)
 
     def test_inputs(self):
-        for lengths in ([3, 1, 2], (3, 1, 2), np.array([3, 1, 2]), torch.tensor([3, 1, 2]), torch.tensor([3, 1, 2]).int()):
+        for lengths in (
+            [3, 1, 2],
+            (3, 1, 2),
+            np.array([3, 1, 2]),
+            torch.tensor([3, 1, 2]),
+            torch.tensor([3, 1, 2]).int(),
+        ):
             assert both(pack, lengths, 3) == [[0], [2, 1]]
         assert both(pack, range(4), 3) == [[3, 0], [2, 1]]
         assert both(pack, [], 3) == []

@@ -69,7 +69,9 @@ def exact(
     }
     values = {name: v for name, v in values.items() if name in ("logprobs", *stats)}
     like = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    g = {n: upstream(n, torch.empty(values[n].shape, dtype=like)).double().numpy() for n in DIFFERENTIABLE if n in values}
+    g = {
+        n: upstream(n, torch.empty(values[n].shape, dtype=like)).double().numpy() for n in DIFFERENTIABLE if n in values
+    }
     per_id = np.where(valid, g["logprobs"].reshape(y.shape), 0)
     grad = -per_id.sum(-1, keepdims=True) * p
     grad_terms = np.abs(per_id).sum(-1, keepdims=True) * p
@@ -460,7 +462,10 @@ class TestCompile:
 
     def test_dynamic_shapes(self):
         function = torch.compile(
-            lambda x, t: fastpo.token_logprobs(x, t, stats=("entropy",)), fullgraph=True, dynamic=True, backend="aot_eager"
+            lambda x, t: fastpo.token_logprobs(x, t, stats=("entropy",)),
+            fullgraph=True,
+            dynamic=True,
+            backend="aot_eager",
         )
         for rows, vocab in ((3, 50), (4, 70), (9, 33)):
             logits, targets = make(rows, vocab)
@@ -480,7 +485,17 @@ class TestCompile:
             torch.library.opcheck(op, (logits, targets, None, 0.7, -100, stats))
         torch.library.opcheck(op, (logits, targets, temperatures, 1.0, -100, 15))
         logprobs, state, entropy, *_ = op(logits, targets, None, 0.7, -100, 15)
-        rest = (targets, state, entropy, None, 0.7, -100, torch.randn_like(logprobs), torch.randn_like(entropy), None)
+        rest = (
+            targets,
+            state,
+            entropy,
+            None,
+            0.7,
+            -100,
+            torch.randn_like(logprobs),
+            torch.randn_like(entropy),
+            None,
+        )
         torch.library.opcheck(torch.ops.fastpo.token_logprobs_backward.default, (logits, *rest))
         torch.library.opcheck(torch.ops.fastpo.token_logprobs_backward_.default, (logits.clone(), *rest))
 
@@ -491,9 +506,9 @@ class TestBadInput:
         call = fastpo.token_logprobs
         for backend in ("native", "reference"):
             with fastpo.use_backend(backend):
-                with pytest.raises(TypeError, match="logits must be a torch.Tensor, got list"):
+                with pytest.raises(TypeError, match=r"logits must be a torch.Tensor, got list"):
                     call([[0.0]], targets)
-                with pytest.raises(TypeError, match="logits must have dtype .*got int64"):
+                with pytest.raises(TypeError, match=r"logits must have dtype .*got int64"):
                     call(logits.long(), targets)
                 with pytest.raises(TypeError, match="targets must have dtype int64, int32, got float32"):
                     call(logits, targets.float())
@@ -501,7 +516,7 @@ class TestBadInput:
                     call(logits, targets.t())
                 with pytest.raises(ValueError, match="vocabulary"):
                     call(torch.tensor(1.0), torch.tensor(0))
-                with pytest.raises(ValueError, match="vocabulary.*is empty"):
+                with pytest.raises(ValueError, match=r"vocabulary.*is empty"):
                     call(torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64))
                 with pytest.raises(ValueError, match="targets is on meta, logits on cpu"):
                     call(logits, targets.to("meta"))
@@ -516,7 +531,7 @@ class TestBadInput:
                     call(logits, targets, temperature=torch.ones(3))
                 with pytest.raises(ValueError, match="no gradient flows"):
                     call(logits, targets, temperature=torch.ones(2, 3, requires_grad=True))
-                with pytest.raises(ValueError, match="stats may hold entropy.*got 'variance'"):
+                with pytest.raises(ValueError, match=r"stats may hold entropy.*got 'variance'"):
                     call(logits, targets, stats=("variance",))
                 with pytest.raises(TypeError, match="ignore_index must be an int, got float"):
                     call(logits, targets, ignore_index=-100.0)

@@ -93,9 +93,7 @@ def evaluate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and both gradients of the formula, for log-ratios to a reference of 0."""
     a, b = chosen.clone().requires_grad_(), rejected.clone().requires_grad_()
-    loss, _, _ = pairwise_objective(
-        row, Side(a, torch.zeros_like(a)), Side(b, torch.zeros_like(b)), dict(hyper)
-    )
+    loss, _, _ = pairwise_objective(row, Side(a, torch.zeros_like(a)), Side(b, torch.zeros_like(b)), dict(hyper))
     return loss.detach(), *torch.autograd.grad(loss.sum(), (a, b))
 
 
@@ -168,9 +166,7 @@ class TestClosedForms:
                     assert grad[s, i, t].item() == pytest.approx(want, rel=32 * EPS)
 
     def test_without_reference_model_the_ratio_is_the_policy(self):
-        loss, *rewards = pairwise_objective(
-            objective("dpo"), Side(double(3.0)), Side(double(1.0)), {"beta": 0.5}
-        )
+        loss, *rewards = pairwise_objective(objective("dpo"), Side(double(3.0)), Side(double(1.0)), {"beta": 0.5})
         assert loss.item() == pytest.approx(math.log1p(math.exp(-1.0)), rel=4 * EPS)
         assert [r.item() for r in rewards] == [1.5, 0.5]
 
@@ -252,8 +248,7 @@ class TestSequenceSum:
             results = [sequence_sum(x, given, boundaries) for x in (clean, dirty)]
             assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
             grads = [
-                torch.autograd.grad(r[0].square().sum(), x)[0]
-                for r, x in zip(results, (clean, dirty), strict=True)
+                torch.autograd.grad(r[0].square().sum(), x)[0] for r, x in zip(results, (clean, dirty), strict=True)
             ]
             assert torch.equal(*grads) and (grads[1].masked_select(~selected) == 0).all()
 
@@ -297,9 +292,7 @@ class TestRegistry:
     def test_names(self):
         names = [row.name for row in objectives()]
         assert len(set(names)) == len(names)
-        assert [row.name for row in objectives("pairwise")] == [
-            r.name for r in objectives() if r.kind == "pairwise"
-        ]
+        assert [row.name for row in objectives("pairwise")] == [r.name for r in objectives() if r.kind == "pairwise"]
         with pytest.raises(KeyError):
             objective("no such objective")
         with pytest.raises(AttributeError, match="no objective 'dppo'; it has dpo, cdpo"):
@@ -353,22 +346,16 @@ class TestIdentities:
         for beta in (0.05, 0.1, 1.0):
             policy = double(-3.25, -1000.0)
             with fastpo.use_backend(backend):
-                out = getattr(losses, row.name)(
-                    policy, policy + 1, policy, policy + 1, beta=beta, reduction="none"
-                )
+                out = getattr(losses, row.name)(policy, policy + 1, policy, policy + 1, beta=beta, reduction="none")
             want = expected.get(row.name, lambda beta: math.log(2))(beta)
             assert out.loss.tolist() == pytest.approx([want] * 2, rel=8 * EPS)
-            assert (
-                (out.chosen_rewards == 0).all() and (out.margins == 0).all() and (out.accuracies == 0).all()
-            )
+            assert (out.chosen_rewards == 0).all() and (out.margins == 0).all() and (out.accuracies == 0).all()
 
     def test_swapping_the_sides(self, backend):
         """The margin changes its sign, and with it each loss in its own way."""
         h = self.margins()
         z = 0.1 * h
-        swapped = {
-            row.name: public(row, h, backend, beta=0.1) - public(row, -h, backend, beta=0.1) for row in ROWS
-        }
+        swapped = {row.name: public(row, h, backend, beta=0.1) - public(row, -h, backend, beta=0.1) for row in ROWS}
         e = objective("robust_dpo").defaults["label_smoothing"]
         assert objective("cdpo").defaults["label_smoothing"] == 0
         expected = {
@@ -390,9 +377,7 @@ class TestIdentities:
         h = self.margins()
         plain = {sign: public(objective("dpo"), sign * h, backend) for sign in (1, -1)}
         conservative = public(objective("cdpo"), h, backend, label_smoothing=epsilon)
-        robust = {
-            s: public(objective("robust_dpo"), s * h, backend, label_smoothing=epsilon) for s in (1, -1)
-        }
+        robust = {s: public(objective("robust_dpo"), s * h, backend, label_smoothing=epsilon) for s in (1, -1)}
         flipped = (1 - epsilon) * plain[1] + epsilon * plain[-1]
         assert torch.allclose(conservative, flipped, rtol=8 * EPS, atol=0)
         # the robust terms are |z| / (1 - 2e) large and cancel
@@ -480,9 +465,7 @@ class TestFixedPoints:
         self.reward = random(self.actions)
         self.reference = torch.softmax(random(self.actions), 0)
         # arbitrary weights of the unordered pairs; no reward or policy is behind them
-        weights = (
-            torch.rand(self.actions, self.actions, generator=generator, dtype=torch.float64).add(0.05).triu(1)
-        )
+        weights = torch.rand(self.actions, self.actions, generator=generator, dtype=torch.float64).add(0.05).triu(1)
         self.weights = weights + weights.T
         # the law from which both members of a pair are drawn
         mu = torch.softmax(random(self.actions), 0)
@@ -510,9 +493,7 @@ class TestFixedPoints:
         self, row: Objective, weights: Tensor, preferred: Tensor, hyper: Mapping[str, float]
     ) -> Callable[[Tensor], Tensor]:
         """The expectation over pairs and labels: every ordered pair, the first member chosen."""
-        first, second = (
-            i.flatten() for i in torch.meshgrid(*[torch.arange(self.actions)] * 2, indexing="ij")
-        )
+        first, second = (i.flatten() for i in torch.meshgrid(*[torch.arange(self.actions)] * 2, indexing="ij"))
         probability = (weights * preferred).flatten()
         reference = self.reference.log()
 
@@ -548,9 +529,7 @@ class TestFixedPoints:
         loss = self.expected(objective("ipo"), self.weights, preferred, {"beta": self.beta})
         assert total_variation(minimise(loss, self.starts["reference"]), target) > 1e-3
         weights, preferred, _, target = self.setting("dpo")
-        loss = self.expected(
-            objective("cdpo"), weights, preferred, {"beta": self.beta, "label_smoothing": 0.2}
-        )
+        loss = self.expected(objective("cdpo"), weights, preferred, {"beta": self.beta, "label_smoothing": 0.2})
         assert total_variation(minimise(loss, self.starts["reference"]), target) > 1e-2
 
     def test_cdpo_on_two_actions(self):

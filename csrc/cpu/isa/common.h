@@ -1,6 +1,6 @@
-// Everything from outside that the CPU kernels include. It stands in front of the target pragma of an instruction
-// set, so that no inline function of a system header is compiled for it: the linker keeps one copy of such a
-// function, and a machine without that instruction set would call it.
+// Everything from outside that the CPU kernels include. It stands in front of the target pragma of an
+// instruction set, so that no inline function of a system header is compiled for it: the linker keeps one
+// copy of such a function, and a machine without that instruction set would call it.
 #pragma once
 
 #include <cmath>

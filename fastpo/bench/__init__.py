@@ -1,0 +1,35 @@
+"""Benchmarks: fastpo side by side with eager torch, torch.compile, peer libraries and the hardware's floor.
+
+A case builds its inputs and lists its providers; every provider's result is checked before it is timed.
+"""
+
+from fastpo.bench.command import main
+from fastpo.bench.harness import (
+    Case,
+    CheckFailedError,
+    Expected,
+    Problem,
+    Provider,
+    UnavailableError,
+    measure,
+)
+from fastpo.bench.objective import ObjectiveCase
+from fastpo.bench.processes import environment, measure_in_processes, summarise, table
+from fastpo.bench.token_logprobs import TokenLogprobsCase
+
+__all__ = [
+    "Case",
+    "CheckFailedError",
+    "Expected",
+    "ObjectiveCase",
+    "Problem",
+    "Provider",
+    "TokenLogprobsCase",
+    "UnavailableError",
+    "environment",
+    "main",
+    "measure",
+    "measure_in_processes",
+    "summarise",
+    "table",
+]

@@ -1,0 +1,84 @@
+"""`fastpo bench`: one kernel, for someone who only installed the wheel."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from fastpo.bench.harness import BASELINE, OWN, Case, CheckFailedError
+from fastpo.bench.objective import ObjectiveCase
+from fastpo.bench.processes import LEGEND, environment, heading, measure_in_processes, summarise, table
+from fastpo.bench.token_logprobs import TokenLogprobsCase
+from fastpo.kernels.token_logprobs import STATISTICS
+from fastpo.reference.registry import objectives
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `fastpo bench`."""
+    root = argparse.ArgumentParser(
+        prog="fastpo bench",
+        description="Time a kernel against eager torch, torch.compile, peer libraries and the hardware's "
+        "floor; without the times of a provider whose result is wrong.",
+    )
+    kernels = root.add_subparsers(dest="kernel", required=True, metavar="KERNEL")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--backward", action="store_true", help="with the backward pass")
+    common.add_argument("--processes", type=positive, default=5, help="fresh ones; 1 is this one (default 5)")
+    common.add_argument("--repetitions", type=positive, default=9, help="samples per process (default 9)")
+    common.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    help_ = "log-probs of target tokens from logits"
+    add = kernels.add_parser("token_logprobs", parents=[common], help=help_, description=help_)
+    add.add_argument("--rows", type=positive, default=TokenLogprobsCase.rows)
+    add.add_argument("--vocab", type=positive, default=TokenLogprobsCase.vocab)
+    add.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
+    add.add_argument("--stats", nargs="+", choices=STATISTICS, default=[], metavar="STAT", help=", ".join(STATISTICS))
+    help_ = "pairwise losses with their metrics, from log-probs"
+    _providers(add, TokenLogprobsCase.PROVIDERS)
+    add = kernels.add_parser("objective", parents=[common], help=help_, description=help_)
+    add.add_argument("--pairs", type=positive, default=ObjectiveCase.pairs)
+    add.add_argument("--tokens", type=positive, default=0, help="per sequence; without, summed log-probs")
+    formulas = [row.name for row in objectives("pairwise")]
+    add.add_argument("--formula", choices=formulas, default=ObjectiveCase.formula)
+    add.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    _providers(add, ObjectiveCase.PROVIDERS)
+    return root
+
+
+def _providers(to: argparse.ArgumentParser, every: tuple[str, ...]) -> None:
+    names = [name for name in every if name not in (OWN, BASELINE)]
+    text = f"besides {OWN} and {BASELINE}, of: {', '.join(names)} (default all)"
+    to.add_argument("--providers", nargs="*", choices=names, metavar="NAME", help=text)
+
+
+def main(argv: list[str]) -> int:
+    """Run `fastpo bench` with these arguments; returns the exit code."""
+    args = parser().parse_args(argv)
+    if args.json and not args.json.parent.is_dir():
+        print(f"fastpo bench: --json: there is no directory {args.json.parent}", file=sys.stderr)
+        return 2
+    case: Case
+    if args.kernel == "token_logprobs":
+        stats = tuple(dict.fromkeys(args.stats))
+        case = TokenLogprobsCase(args.rows, args.vocab, args.dtype, stats, args.backward)
+    else:
+        case = ObjectiveCase(args.pairs, args.tokens, args.formula, args.dtype, args.backward)
+    where = environment()
+    try:
+        (runs,) = measure_in_processes([case], args.processes, only=args.providers, repetitions=args.repetitions)
+    except CheckFailedError as error:
+        print(f"fastpo bench: {error}; no time is reported", file=sys.stderr)
+        return 1
+    summary = summarise(runs)
+    print(heading(where), table(summary), LEGEND, sep="\n\n")
+    if args.json:
+        args.json.write_text(json.dumps({"environment": where, "cases": [summary]}, indent=2) + "\n")
+    return 0

@@ -1,0 +1,34 @@
+"""What `fastpo.losses` shows to users: signatures, docstrings and the type stub."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+from fastpo import losses
+from fastpo.losses._build import stub
+from fastpo.reference import objectives
+
+
+def test_stub_is_up_to_date():
+    assert Path(losses.__file__).with_name("__init__.pyi").read_text() == stub(), "run python -m fastpo.losses"
+
+
+@pytest.mark.parametrize("row", objectives("pairwise"), ids=lambda row: row.name)
+def test_signature_and_docstring(row):
+    function = getattr(losses, row.name)
+    parameters = inspect.signature(function).parameters
+    assert list(parameters)[:4] == ["policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"]
+    for name, default in row.defaults.items():
+        assert parameters[name].default == default
+        assert f"{name}: in {row.domains[name]}." in function.__doc__
+    for text in (row.paper, row.equation, "Args:", "Returns:", "Raises:"):
+        assert text in function.__doc__
+    assert function.__name__ == row.name and function.__module__ == "fastpo.losses"
+
+
+def test_unknown_objective():
+    with pytest.raises(AttributeError, match="no objective 'dppo'; it has dpo, cdpo"):
+        _ = losses.dppo

@@ -1,0 +1,235 @@
+"""The benchmark harness: what it refuses, what it computes, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastpo.bench import (
+    CheckFailedError,
+    Expected,
+    ObjectiveCase,
+    Problem,
+    Provider,
+    TokenLogprobsCase,
+    UnavailableError,
+    main,
+    measure,
+    measure_in_processes,
+    summarise,
+    table,
+)
+from fastpo.bench.harness import Measurement, Outcome, interleave, peak_bytes, read
+
+
+@dataclass(frozen=True)
+class Doubling:
+    """2x, by providers of which some err by a factor."""
+
+    PROVIDERS: ClassVar[tuple[str, ...]] = ("fastpo", "eager", "peer", "absent", "broken", "read")
+
+    own: float = 1.0
+    baseline: float = 1.0
+    peer: float = 1.0
+    name: str = "doubling"
+
+    def build(self) -> Problem:
+        x = torch.linspace(1, 2, 1000)
+
+        def by(factor: float) -> Callable[[], list[Tensor]]:
+            return lambda: [x * (2 * factor)]
+
+        def absent() -> Callable[[], list[Tensor]]:
+            raise UnavailableError("not installed")
+
+        def broken() -> Callable[[], list[Tensor]]:
+            raise RuntimeError("no compiler\nand a long story")
+
+        return Problem(
+            [
+                Provider("fastpo", "fastpo", lambda: by(self.own)),
+                Provider("eager", "eager torch", lambda: by(self.baseline)),
+                Provider("peer", "a peer", lambda: by(self.peer)),
+                Provider("absent", "another", absent),
+                Provider("broken", "a third", broken),
+                Provider("read", "floor: a read", lambda: read(x), floor=True),
+            ],
+            expected=lambda: {"y": Expected(2 * x.double(), magnitude=4.0)},
+            bytes=4000,
+            bar=("read",),
+        )
+
+
+def test_a_wrong_peer_is_named_and_not_timed() -> None:
+    outcomes = measure(Doubling(peer=1.001), repetitions=1).outcomes
+    peer = outcomes["peer"]
+    assert peer.status == "failed" and peer.seconds is None and peer.peak_bytes is None
+    assert peer.reason is not None and peer.reason.startswith("y: error 4.0")
+    assert outcomes["fastpo"].seconds is not None
+    summary = summarise([measure(Doubling(peer=1.001), repetitions=1)])
+    assert "speed" not in summary["providers"]["peer"] and "seconds" not in summary["providers"]["peer"]
+    text = table(summary)
+    assert "a peer: failed, y: error" in text and "another: skipped, not installed" in text
+    assert "a third: failed, RuntimeError: no compiler" in text and "long story" not in text
+
+
+@pytest.mark.parametrize("case", [Doubling(own=1.001), Doubling(own=math.nan), Doubling(baseline=1.01)])
+def test_nothing_is_measured_when_fastpo_or_the_baseline_is_wrong(case: Doubling) -> None:
+    with pytest.raises(CheckFailedError, match=r"doubling: (fastpo|eager torch) gives a wrong result: y: error"):
+        measure(case, repetitions=1)
+
+
+def test_allowed_errors() -> None:
+    eps, coarse = torch.finfo(torch.float32).eps, torch.finfo(torch.bfloat16).eps
+    exact = Expected(torch.tensor([8.0], dtype=torch.float64), magnitude=16.0)
+    # fastpo: two roundings more than eager, of the dtype whose are larger
+    assert exact.allowed(torch.float32, 1e-6) == pytest.approx(1e-6 + 2 * 16 * eps)
+    assert exact.allowed(torch.bfloat16, 1e-6) == pytest.approx(1e-6 + 2 * 8 * coarse)
+    # the others: a hundred
+    assert exact.allowed(torch.bfloat16) == pytest.approx(100 * 16 * eps + 2 * 8 * coarse)
+    assert exact.error(torch.tensor([8.5])) == 0.5
+    assert Expected(exact.value, weight=4.0).error(torch.tensor([8.5])) == 0.125
+    assert exact.error(torch.tensor([math.nan])) == exact.error(torch.zeros(2)) == math.inf
+
+
+def _measurement(own: float, peer: float, read: float, cached: float) -> Measurement:
+    def outcome(seconds: float, status: str = "ok", peak: int | None = 0) -> Outcome:
+        return Outcome("label", 10**9, status, seconds=seconds, peak_bytes=peak, errors={"y": own})
+
+    return Measurement(
+        "case",
+        ("read", "cached"),
+        {
+            "fastpo": outcome(own),
+            "peer": outcome(peer, peak=int(peer)),
+            "read": outcome(read, "floor"),
+            "cached": outcome(cached, "floor"),
+        },
+    )
+
+
+def test_ratios_are_taken_per_process() -> None:
+    # the ratio of the medians would be 10 / 2 = 5
+    summary = summarise([_measurement(1, 4, 0.5, 0.8), _measurement(2, 10, 1, 4), _measurement(5, 15, 4, 1)])
+    peer = summary["providers"]["peer"]
+    assert peer["speed"] == {"median": 4, "min": 3, "max": 5}
+    assert peer["seconds"] == {"median": 10, "min": 4, "max": 15} and peer["gb_per_s"] == 0.1
+    assert peer["peak_bytes"] == 10 and summary["providers"]["fastpo"]["errors"] == {"y": 5}
+    # fastpo over the longer floor: 1 / 0.8, 2 / 4, 5 / 4
+    assert summary["bar"] == {"floors": ["read", "cached"], "median": 1.25, "min": 0.5, "max": 1.25}
+    assert summary["processes"] == 3
+
+
+def test_a_provider_that_fails_in_one_process_has_no_ratio() -> None:
+    good, bad = _measurement(1, 4, 1, 1), _measurement(1, 4, 1, 1)
+    bad.outcomes["peer"] = Outcome("label", 1, "failed", "y: wrong", errors={"y": 9.0})
+    row = summarise([good, bad])["providers"]["peer"]
+    assert row == {"label": "label", "status": "failed", "reason": "y: wrong", "errors": {"y": 9.0}}
+
+
+def test_providers_take_turns() -> None:
+    calls: list[str] = []
+
+    def provider(name: str) -> Callable[[], list[Tensor]]:
+        return lambda: calls.append(name) or []
+
+    seconds = interleave({name: provider(name) for name in "abc"}, 7, least_seconds=0.0)
+    assert set(seconds) == set("abc") and all(s > 0 for s in seconds.values())
+    assert calls[:6] == list("aabbcc")
+    rounds = [calls[i : i + 3] for i in range(6, len(calls), 3)]
+    assert len(rounds) == 7 and all(sorted(r) == list("abc") for r in rounds)
+
+
+def test_peak_memory_counts_temporaries_once() -> None:
+    megabytes = 64
+    size = megabytes * 1024 * 1024 // 4
+    peak = peak_bytes(lambda: [torch.ones(size).add_(1).sum()])
+    if peak is None:
+        pytest.skip("the system has no resettable high-water mark")
+    assert 0.9 < peak / (megabytes * 2**20) < 1.1
+    again = peak_bytes(lambda: [torch.zeros(1)])
+    assert again is not None and again < 4 * 2**20
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_token_logprobs_passes_its_own_check(dtype: str, backward: bool) -> None:
+    case = TokenLogprobsCase(7, 333, dtype, ("top1", "entropy", "logsumexp", "log_sum_p2"), backward)
+    outcomes = measure(case, only=("read", "cached", "fastpo_float32"), repetitions=1).outcomes
+    names = {"logprobs", "entropy", "logsumexp", "log_sum_p2", "top1"} | ({"gradient"} if backward else set())
+    assert set(outcomes["fastpo"].errors) == names
+    assert ("cached" in outcomes) != backward
+    assert ("fastpo_float32" in outcomes) == (not backward and dtype in ("bfloat16", "float16"))
+
+
+@pytest.mark.parametrize("tokens", [0, 9])
+@pytest.mark.parametrize("formula", ["dpo", "cdpo", "robust_dpo", "ipo", "hinge"])
+def test_objective_passes_its_own_check(formula: str, tokens: int) -> None:
+    for dtype in ("float32", "float64"):
+        outcomes = measure(ObjectiveCase(33, tokens, formula, dtype, True), only=("read",), repetitions=1).outcomes
+        assert set(outcomes) == {"fastpo", "eager", "read"}
+        assert {"loss", "accuracies", "chosen_gradient"} <= set(outcomes["fastpo"].errors)
+
+
+def test_the_check_sees_a_slightly_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = TokenLogprobsCase._fastpo
+    monkeypatch.setattr(TokenLogprobsCase, "_fastpo", lambda *args: [1.000002 * o for o in true(*args)])
+    for backward in (False, True):
+        with pytest.raises(CheckFailedError, match="fastpo gives a wrong result"):
+            measure(TokenLogprobsCase(4, 100, backward=backward), only=(), repetitions=1)
+
+
+def test_fresh_processes() -> None:
+    (runs,) = measure_in_processes([ObjectiveCase(8)], 2, only=("read",), repetitions=1)
+    assert [set(run.outcomes) for run in runs] == [{"fastpo", "eager", "read"}] * 2
+
+
+def test_command_prints_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "out.json"
+    sizes = ["--rows", "3", "--vocab", "50", "--stats", "entropy", "--processes", "1", "--repetitions", "2"]
+    code = main(["token_logprobs", *sizes, "--providers", "read", "cached", "--json", str(file)])
+    assert code == 0
+    printed = capsys.readouterr().out
+    assert "token_logprobs 3 x 50 float32, forward + entropy" in printed and "eager torch" in printed
+    found = json.loads(file.read_text())
+    assert {"date", "cpu", "cores", "instruction_set", "torch", "fastpo_kernels"} <= set(found["environment"])
+    (case,) = found["cases"]
+    assert set(case["providers"]) == {"fastpo", "eager", "read", "cached"}
+    eager = case["providers"]["eager"]
+    assert set(eager) == {"label", "status", "reason", "errors", "seconds", "gb_per_s", "speed", "peak_bytes"}
+    assert eager["speed"]["min"] <= eager["speed"]["median"] <= eager["speed"]["max"]
+    assert case["bar"]["floors"] == ["read", "cached"]
+    assert main(["objective", "--pairs", "5", "--tokens", "4", "--processes", "1", "--providers"]) == 0
+
+
+def test_command_refuses_when_fastpo_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    true = TokenLogprobsCase._fastpo
+    monkeypatch.setattr(TokenLogprobsCase, "_fastpo", lambda *args: [o + 1e-3 for o in true(*args)])
+    file = tmp_path / "out.json"
+    sizes = ["--rows", "3", "--vocab", "50", "--processes", "1", "--json", str(file)]
+    assert main(["token_logprobs", *sizes, "--providers"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and not file.exists()
+    assert "fastpo gives a wrong result: logprobs: error 1.00e-03" in printed.err
+
+
+@pytest.mark.parametrize("arguments", [[], ["gae"], ["token_logprobs", "--rows", "0"], ["objective", "--formula", "x"]])
+def test_command_refuses_bad_arguments(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+
+
+def test_command_refuses_a_missing_folder_before_measuring(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["objective", "--pairs", "5", "--json", "no/such/folder/x.json"]) == 2
+    assert "no directory" in capsys.readouterr().err
