@@ -512,8 +512,10 @@ class TestAutograd:
 
         policies = [s.policy.requires_grad_() for s in (chosen, rejected)]
         for reduction in ("none", "mean"):
-            assert torch.autograd.gradcheck(function, (*policies, reduction))
-            assert torch.autograd.gradgradcheck(function, (*policies, reduction))
+            # differences of fp64 at steps of 1e-6 are good to 1e-9; the default of 1e-3 would pass a planted error
+            tight = {"rtol": 1e-6, "atol": 1e-8}
+            assert torch.autograd.gradcheck(function, (*policies, reduction), **tight)
+            assert torch.autograd.gradgradcheck(function, (*policies, reduction), **tight)
 
     @by_row
     @pytest.mark.parametrize("layout", layouts)

@@ -70,6 +70,14 @@ def hinge(h: mp.mpf, beta: mp.mpf) -> tuple[Terms, Terms]:
 
 
 CLOSED_FORMS: dict[str, ClosedForm] = {f.__name__: f for f in (dpo, cdpo, robust_dpo, ipo, hinge)}
+# the papers'; a changed default would change results without a word
+DEFAULTS = {
+    "dpo": {"beta": 0.1},
+    "cdpo": {"beta": 0.1, "label_smoothing": 0.0},
+    "robust_dpo": {"beta": 0.1, "label_smoothing": 0.1},
+    "ipo": {"beta": 0.1},
+    "hinge": {"beta": 0.05},
+}
 VALUES = {"beta": (0.01, 0.5, 3.0), "label_smoothing": (0.0, 0.1, 0.3, 0.499)}
 # sums of two of these are exact in fp64, so the closed form sees the margin that torch sees
 LOG_RATIOS = (0.0, 2.0**-100, -(2.0**-30), 0.25, -1.0, 8.5, -300.0, 10_000.0)
@@ -258,7 +266,7 @@ class TestRegistry:
     def test_row(self, row):
         assert objective(row.name) is row and row.formula.__name__ == row.name
         assert row.title and row.paper and row.equation and row.doc
-        assert set(row.defaults) == set(row.domains) and "beta" in row.defaults
+        assert row.defaults == DEFAULTS[row.name] and set(row.defaults) == set(row.domains)
         for name, default in row.defaults.items():
             assert default in row.domains[name]
         assert set(row.aliases) <= {"trl", "liger", "verl", "openrlhf"} and all(row.aliases.values())
