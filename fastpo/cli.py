@@ -1,0 +1,211 @@
+"""The command line: fastpo train | bench | info | algorithms."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import field, make_dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from fastpo import algorithms
+from fastpo.training.config import built_in_defaults, TrainConfig
+from fastpo.training.errors import Interrupted, UserError
+
+TRAIN_PACKAGES = ("transformers", "accelerate", "datasets", "jsonargparse", "matplotlib", "rich")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 2 for what the user can put right, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="fastpo", description="Preference optimisation with fused kernels.")
+    commands = {"train": _train, "bench": _bench, "info": _info, "algorithms": _algorithms}
+    parser.add_argument("command", choices=commands, help="what to do; fastpo COMMAND --help says more")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    try:
+        given = parser.parse_args(argv)
+        return commands[given.command](given.rest)
+    except UserError as error:
+        return _fail(str(error), 2)
+    except Interrupted as stop:
+        return _fail(str(stop), 130)
+    except KeyboardInterrupt:
+        return _fail("interrupted before the first checkpoint, so there is nothing to resume", 130)
+
+
+def _fail(message: str, code: int) -> int:
+    """One line on stderr, from the first of several processes."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"fastpo: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _need(packages: Iterable[str], extra: str) -> None:
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise UserError(f'{", ".join(missing)} is not installed: pip install "fastpo[{extra}]"')
+
+
+def _nearest(word: str, words: Iterable[str]) -> str:
+    found = difflib.get_close_matches(word, list(words), 1, cutoff=0.4)
+    return f", did you mean {found[0]}?" if found else ""
+
+
+def _train(argv: list[str]) -> int:
+    names = algorithms.names()
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, names))
+        print("usage: fastpo train ALGORITHM [options]\n\nalgorithms:")
+        print("\n".join(f"  {name:<{width}}  {algorithms.title(name)}" for name in names))
+        print("\nfastpo train ALGORITHM --help lists the options; with none it trains on a built-in task.")
+        return 0 if argv else 2
+    name, *rest = argv
+    if name not in names:
+        raise UserError(
+            f"there is no algorithm {name!r}{_nearest(name, names)} (there are: {', '.join(names)})"
+        )
+    _need(TRAIN_PACKAGES, "train")
+    hyper, config, resume = _parse(name, rest)
+
+    from fastpo.training.run import run
+
+    run(name, hyper, config, resume)
+    return 0
+
+
+def _parser(name: str) -> Any:
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(
+        prog=f"fastpo train {name}",
+        description=f"Train with {algorithms.title(name)}. {(TrainConfig.__doc__ or '').splitlines()[0]}",
+        epilog="Defaults of the built-in task: "
+        + ", ".join(f"{k} {v}" for k, v in built_in_defaults(name).items()),
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file of options; those on the command line win."
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="Folder of a run to continue with its own options (default: the newest one of this algorithm).",
+    )
+    phrases = algorithms.describe(name)
+    defaults = algorithms.defaults(name)
+    hyper = make_dataclass(name, [(k, type(v), field(default=v)) for k, v in defaults.items()])
+    arguments = "".join(f"    {k}: {text}.\n" for k, text in phrases.items())
+    hyper.__doc__ = f"{algorithms.title(name)}.\n\nArgs:\n{arguments}"
+    parser.add_class_arguments(hyper, "algorithm")
+    parser.add_class_arguments(TrainConfig)
+    return parser
+
+
+def _parse(name: str, argv: list[str]) -> tuple[dict[str, Any], TrainConfig, Path | None]:
+    """Hyper-parameters, configuration and the run to resume, from defaults < YAML < command line."""
+    import jsonargparse
+
+    parser = _parser(name)
+    try:
+        given = parser.parse_args(argv)
+        resume = None if given.resume is None else _run_to_resume(name, given.resume)
+        if resume is not None:
+            argv = ["--config", str(resume / "config.yaml"), *argv]
+        if given.model is None and given.data is None:
+            parser.set_defaults(built_in_defaults(name))
+        given = parser.instantiate(parser.parse_args(argv))
+    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
+        raise UserError(_tidy(str(error), parser)) from error
+    values = vars(given)
+    hyper = vars(values.pop("algorithm"))
+    for key in ("config", "resume"):
+        values.pop(key)
+    return hyper, TrainConfig(**values), resume
+
+
+def _tidy(message: str, parser: Any) -> str:
+    """jsonargparse's message on one line, with the option that was probably meant."""
+    words = message.replace("'", " ").replace('"', " ").split()
+    known = {a.lstrip("-") for action in parser._actions for a in action.option_strings}
+    if "unrecognized" in message or "does not accept" in message or "not expected" in message:
+        unknown = next((w.lstrip("-") for w in reversed(words) if w.lstrip("-") not in known), "")
+        return f"{message}{_nearest(unknown, known)}"
+    return message
+
+
+def _run_to_resume(name: str, given: str) -> Path:
+    if given:
+        run = Path(given)
+        if not (run / "config.yaml").is_file():
+            raise UserError(f"{run}: there is no run in this folder")
+        return run
+    runs = [path.parent for path in Path("runs").glob(f"{name}*/config.yaml")]
+    if not runs:
+        raise UserError(f"there is no run of {name} under runs/; --resume RUN names its folder")
+    return max(runs, key=lambda run: (run / "config.yaml").stat().st_mtime)
+
+
+def _bench(argv: list[str]) -> int:
+    from fastpo import bench
+
+    return bench.main(argv)
+
+
+def _info(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="fastpo info", description="What was built and what serves each op."
+    )
+    parser.parse_args(argv)
+    import fastpo
+
+    print(fastpo.info())
+    return 0
+
+
+def _algorithms(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="fastpo algorithms", description="The registry of objectives.")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    given = parser.parse_args(argv)
+    from fastpo.reference import objectives
+
+    if given.json:
+        print(json.dumps([_row(row) for row in objectives()], indent=2, ensure_ascii=False))
+        return 0
+    _need(["rich"], "train")
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("name", "method", "source", "data", "models", "hyper-parameters"):
+        table.add_column(column, overflow="fold")
+    for row in objectives():
+        hyper = ", ".join(f"{k}={v:g} in {row.domains[k]}" for k, v in row.defaults.items())
+        source = f"{row.paper}, {row.equation}"
+        table.add_row(row.name, row.title, source, row.kind, ", ".join(row.models), hyper)
+    Console().print(table)
+    return 0
+
+
+def _row(row: Any) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "title": row.title,
+        "kind": row.kind,
+        "paper": row.paper,
+        "equation": row.equation,
+        "models": list(row.models),
+        "defaults": dict(row.defaults),
+        "domains": {name: str(domain) for name, domain in row.domains.items()},
+        "aliases": dict(row.aliases),
+        "description": row.doc,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

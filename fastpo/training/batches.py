@@ -1,0 +1,106 @@
+"""Which examples go into a step, a rank and a forward, and the packed tensors of one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fastpo.algorithms import Completions
+from fastpo.kernels.packing import balance, pack
+from fastpo.training.data import Example
+from fastpo.training.errors import UserError
+
+
+def step_indices(step: int, size: int, count: int, seed: int) -> list[int]:
+    """The examples of a step: `size` of the endless row of epochs, each a new permutation of `count`.
+
+    It depends on nothing but its arguments, so that a resumed run needs only the number of the step.
+    """
+    out: list[int] = []
+    while len(out) < size:
+        epoch, start = divmod(step * size + len(out), count)
+        out += _epoch(count, seed, epoch)[start : start + size - len(out)]
+    return out
+
+
+@lru_cache(maxsize=2)
+def _epoch(count: int, seed: int, epoch: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+
+
+def plan(lengths: Sequence[int], budget: int, ranks: int) -> list[list[list[int]]]:
+    """Distribute items over ranks and forwards: `plan(...)[rank][forward]` are positions in `lengths`.
+
+    Every rank gets the same number of forwards, as sharded models need. Where that takes more forwards than
+    there are items, some are empty; never if the number of items is a multiple of `ranks`.
+    """
+    bins = pack(lengths, budget)
+    while len(bins) % ranks:
+        widest = max(bins, key=lambda b: (len(b) > 1, sum(lengths[i] for i in b)))
+        if len(widest) < 2:
+            bins.append([])
+            continue
+        bins.remove(widest)
+        halves = balance([lengths[i] for i in widest], 2)
+        bins += [[widest[i] for i in half] for half in halves]
+    totals = [sum(lengths[i] for i in b) for b in bins]
+    return [[bins[i] for i in share] for share in balance(totals, ranks, equal_size=True)]
+
+
+def check_budget(examples: Sequence[Example], budget: int, name: str) -> None:
+    """Raise UserError if one example does not fit into a forward."""
+    longest = max(range(len(examples)), key=lambda i: examples[i].tokens)
+    if examples[longest].tokens > budget:
+        raise UserError(
+            f"{name}, row {longest + 1}: the example has {examples[longest].tokens:,} tokens, "
+            f"which is more than --batch.tokens {budget:,}"
+        )
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward: all sequences in one row, first all first completions with their prompts, and so on.
+
+    Attributes:
+        input_ids: (N,).
+        position_ids: (N,), restarting at 0 with every sequence.
+        predictors: (n,) positions in the row whose logits predict a completion token.
+        targets: (n,) those tokens.
+        completions: how the n tokens fall into completions.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    predictors: Tensor
+    targets: Tensor
+    completions: Completions
+
+
+def collate(examples: Sequence[Example], device: torch.device) -> MicroBatch:
+    """The packed tensors of some examples."""
+    ids: list[int] = []
+    positions: list[int] = []
+    predictors: list[int] = []
+    targets: list[int] = []
+    lengths: list[int] = []
+    for k in range(len(examples[0].completions)):
+        for example in examples:
+            completion = example.completions[k]
+            first = len(ids) + len(example.prompt) - 1
+            predictors += range(first, first + len(completion))
+            ids += example.prompt + completion
+            positions += range(len(example.prompt) + len(completion))
+            targets += completion
+            lengths.append(len(completion))
+    ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
+    return MicroBatch(
+        torch.tensor(ids, device=device),
+        torch.tensor(positions, device=device),
+        torch.tensor(predictors, device=device),
+        torch.tensor(targets, device=device),
+        Completions(tuple(lengths), ends),
+    )

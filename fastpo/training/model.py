@@ -1,0 +1,135 @@
+"""Loading causal language models, and the policy: a module whose forward returns log-probs of completions."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastpo
+from fastpo.training.batches import MicroBatch
+from fastpo.training.errors import UserError
+
+Layout = Literal["packed", "padded"]
+
+
+def _source(name: str) -> dict[str, str]:
+    """Where transformers finds a model: a .gguf file is named apart from its folder."""
+    path = Path(name)
+    if path.suffix != ".gguf":
+        return {"pretrained_model_name_or_path": name}
+    if not path.is_file():
+        raise UserError(f"{name}: no such file")
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+def _load(auto: Any, name: str, **options: Any) -> Any:
+    try:
+        return auto.from_pretrained(**_source(name), **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"{name}: cannot be loaded: {reason[0] if reason else type(error).__name__}"
+        ) from error
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer beside a model."""
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer, name)
+
+
+def load_model(name: str) -> Any:
+    """A causal language model with fp32 weights, in evaluation mode.
+
+    It stays in that mode while it is trained: dropout would put noise into every ratio to the reference.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, name, dtype=torch.float32).eval()
+
+
+def check_same_vocabulary(model: str, reference: str) -> None:
+    """Raise UserError unless both tokenizers give every id the same meaning."""
+    ours, theirs = load_tokenizer(model).get_vocab(), load_tokenizer(reference).get_vocab()
+    if ours != theirs:
+        different = len(ours.items() ^ theirs.items())
+        raise UserError(
+            f"{reference}: the reference has another vocabulary than {model} "
+            f"({len(theirs):,} and {len(ours):,} tokens, {different:,} entries differ)"
+        )
+
+
+class Policy(nn.Module):
+    """A causal language model that answers with the packed log-probs (n,) of completion tokens.
+
+    The whole computation, head included, is in `forward`, where DDP and FSDP see it.
+    """
+
+    def __init__(self, model: Any, layout: Layout | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.layout: Layout = layout or ("packed" if _separates_packed(model) else "padded")
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, predictors: Tensor, targets: Tensor) -> Tensor:
+        run = _packed_logits if self.layout == "packed" else _padded_logits
+        logits = run(self.model, input_ids, position_ids, predictors)
+        # nobody else reads the logits, so their gradient may take their place
+        return fastpo.token_logprobs(logits, targets, inplace_backward=logits.requires_grad)
+
+    def logprobs(self, batch: MicroBatch) -> Tensor:
+        """The log-probs of a micro-batch, without the wrappers that train the policy."""
+        return self(*policy_inputs(batch))
+
+
+def policy_inputs(batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `Policy.forward` takes, as plain tensors."""
+    return batch.input_ids, batch.position_ids, batch.predictors, batch.targets
+
+
+def _packed_logits(model: Any, input_ids: Tensor, position_ids: Tensor, keep: Tensor) -> Tensor:
+    """Logits (n, V) at the positions `keep` of one row of sequences, each attending to itself alone.
+
+    transformers makes the block-diagonal mask where position ids restart and no attention mask is given.
+    """
+    row = {"input_ids": input_ids[None], "position_ids": position_ids[None], "use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return model(**row, logits_to_keep=keep).logits[0]
+    return model(**row).logits[0, keep]
+
+
+def _padded_logits(model: Any, input_ids: Tensor, position_ids: Tensor, keep: Tensor) -> Tensor:
+    """The same from a rectangle (sequences, longest), for models that cannot tell packed sequences apart."""
+    sequence = (position_ids == 0).cumsum(0) - 1
+    shape = (int(sequence[-1]) + 1, int(position_ids.max()) + 1)
+    padded, mask = input_ids.new_zeros(shape), input_ids.new_zeros(shape)
+    padded[sequence, position_ids] = input_ids
+    mask[sequence, position_ids] = 1
+    logits = model(input_ids=padded, attention_mask=mask, use_cache=False).logits
+    return logits[sequence[keep], position_ids[keep]]
+
+
+@torch.no_grad()
+def _separates_packed(model: Any) -> bool:
+    """Whether a packed row gives every sequence the logits that it has alone: asked of the model itself.
+
+    Architectures differ (recurrent states, own masks), and one that mixes sequences does so without an error.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    parts = [torch.randint(vocabulary, (n,), generator=generator).to(device) for n in (5, 3, 8)]
+    positions = torch.cat([torch.arange(len(p), device=device) for p in parts])
+    everything = torch.arange(len(positions), device=device)
+    try:
+        together = _packed_logits(model, torch.cat(parts), positions, everything)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    alone = torch.cat([model(input_ids=p[None], use_cache=False).logits[0] for p in parts])
+    error = F.mse_loss(together, alone).sqrt() / alone.std()
+    return bool(error < 1e-4)

@@ -1,0 +1,308 @@
+"""One run from its configuration to its report: everything is put together here."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+
+from fastpo import algorithms
+from fastpo.training import checkpoint, task
+from fastpo.training.batches import check_budget, step_indices
+from fastpo.training.config import OptimConfig, TrainConfig, as_tree
+from fastpo.training.data import Encoder, Example, load_examples
+from fastpo.training.errors import Interrupted, UserError
+from fastpo.training.loop import Constants, Job, constant_logprobs, evaluate_examples, train
+from fastpo.training.model import Policy, check_same_vocabulary, load_model, load_tokenizer
+from fastpo.training.report import Display, Journal, plot, summary, write_summary
+
+CONFIG, METRICS, CURVE, SUMMARY, MODEL = "config.yaml", "metrics.jsonl", "curve.png", "summary.json", "model"
+
+Evaluate = Callable[[], dict[str, float]]
+
+
+def run(
+    name: str, hyper: Mapping[str, float | bool], config: TrainConfig, resume: Path | None = None
+) -> Path:
+    """Train with the algorithm `name`; returns the run's folder.
+
+    Args:
+        name: of the algorithm.
+        hyper: its hyper-parameters.
+        config: everything else.
+        resume: folder of the run to continue.
+
+    Raises:
+        UserError: something that the user can put right.
+        Interrupted: a signal stopped the run; it can be resumed.
+    """
+    begin = time.perf_counter()
+    # what these report about files and defaults would tear the progress bar
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    if config.built_in:
+        # its tensors are too small to share, and waiting for a second thread on a busy machine is slow
+        torch.set_num_threads(1)
+    config.check()
+    try:
+        algorithm = algorithms.build(name, hyper)
+    except ValueError as error:
+        raise UserError(f"--algorithm.{error}") from error
+    before = checkpoint.latest(resume) if resume else None
+    accelerator = Accelerator(
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=str(resume or config.output or "runs"),
+    )
+    if config.batch.size % accelerator.num_processes:
+        raise UserError(
+            f"--batch.size {config.batch.size} is not a multiple of the {accelerator.num_processes} processes"
+        )
+    display = Display(accelerator.is_main_process)
+    folder = resume or _new_folder(accelerator, name, config)
+    if accelerator.is_main_process:
+        tree = {"algorithm": dict(hyper), **as_tree(config)}
+        (folder / CONFIG).write_text(yaml.safe_dump(tree, sort_keys=False))
+    set_seed(config.seed)
+
+    source = _source(accelerator, display, folder, config)
+    job, evaluate = _prepare(accelerator, algorithm, config, source)
+    start = checkpoint.load(accelerator, before, name) if before else 0
+    if start >= job.steps:
+        raise UserError(f"{folder}: the run has done its {job.steps} steps; more are asked for with --steps")
+
+    done = _train(job, evaluate, config, folder, display, start)
+    if done < job.steps:
+        raise Interrupted(f"stopped after step {done}; to continue: fastpo train {name} --resume {folder}")
+    _export(job, source.tokenizer, folder)
+    if accelerator.is_main_process:
+        _report(job, config, folder, display, time.perf_counter() - begin)
+    accelerator.end_training()
+    return folder
+
+
+def _new_folder(accelerator: Accelerator, name: str, config: TrainConfig) -> Path:
+    """A folder that holds no run yet, chosen once for all ranks."""
+    folder = Path(config.output or f"runs/{name}")
+    if config.output is None:
+        number = 1
+        while (folder / CONFIG).exists():
+            number += 1
+            folder = Path(f"runs/{name}-{number}")
+    elif (folder / CONFIG).exists():
+        raise UserError(
+            f"{folder}: holds a run already; --resume {folder} continues it, another --output starts anew"
+        )
+    accelerator.wait_for_everyone()
+    chosen = [str(folder)]
+    broadcast_object_list(chosen)
+    folder = Path(chosen[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+class Source(NamedTuple):
+    """Where a run starts from: names of the models, the tokenizer, the examples to train and measure on."""
+
+    model: str
+    reference: str | None
+    tokenizer: Any
+    examples: list[Example]
+    eval_examples: list[Example]
+
+
+def _source(accelerator: Accelerator, display: Display, folder: Path, config: TrainConfig) -> Source:
+    model, data = config.model, config.data
+    if model is None or data is None:
+        with accelerator.main_process_first(), display.bar("fitting the reference", task.FIT_STEPS) as bar:
+            built, pairs = task.build(folder / "task", config.seed, bar)
+        model, data = str(built), str(pairs)
+    tokenizer = load_tokenizer(model)
+    encoder = Encoder(tokenizer, model, config.max_length)
+    files = [file for file in (data, config.eval_data) if file is not None]
+    loaded = []
+    for file in files:
+        loaded.append(load_examples(file, encoder))
+        check_budget(loaded[-1], config.batch.tokens, file)
+    if encoder.cut:
+        display.say(f"{encoder.cut} completions were cut to --max_length {config.max_length}")
+    if config.reference is not None:
+        check_same_vocabulary(model, config.reference)
+    return Source(model, config.reference, tokenizer, loaded[0], loaded[1] if len(loaded) > 1 else [])
+
+
+def _prepare(
+    accelerator: Accelerator, algorithm: algorithms.Algorithm, config: TrainConfig, source: Source
+) -> tuple[Job, Evaluate]:
+    """Models, optimiser and the log-probs of the reference."""
+    model = load_model(source.model)
+    _check_positions(model, source)
+    policy = Policy(model)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay
+    )
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    steps = config.steps or math.ceil(config.epochs * len(source.examples) / config.batch.size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate(step, steps, config.optim)
+    )
+    accelerator.register_for_checkpointing(schedule)
+
+    constants: dict[str, Constants] = {}
+    eval_constants: dict[str, Constants] = {}
+    if "reference" in algorithm.models:
+        frozen = policy
+        if source.reference is not None:
+            frozen = accelerator.prepare_model(Policy(load_model(source.reference)), evaluation_mode=True)
+        count, needed = len(source.examples), steps * config.batch.size
+        order = step_indices(0, min(needed, count), count, config.seed)
+        tokens = config.batch.tokens
+        constants["reference"] = constant_logprobs(
+            accelerator, frozen, source.examples, sorted(order), tokens
+        )
+        if source.eval_examples:
+            everything = range(len(source.eval_examples))
+            eval_constants["reference"] = constant_logprobs(
+                accelerator, frozen, source.eval_examples, everything, tokens
+            )
+    job = Job(
+        accelerator=accelerator,
+        policy=policy,
+        optimizer=optimizer,
+        schedule=schedule,
+        algorithm=algorithm,
+        examples=source.examples,
+        constants=constants,
+        steps=steps,
+        size=config.batch.size,
+        tokens=config.batch.tokens,
+        seed=config.seed,
+        max_norm=config.optim.max_norm,
+    )
+    if config.built_in:
+        reference = load_model(source.model).to(accelerator.device)
+        plain = accelerator.unwrap_model(policy).model
+        return job, lambda: task.evaluate(plain, reference, config.seed)
+    if source.eval_examples:
+        return job, lambda: evaluate_examples(job, source.eval_examples, eval_constants)
+    return job, dict
+
+
+def _check_positions(model: Any, source: Source) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = max(
+        len(e.prompt) + len(c) for e in source.examples + source.eval_examples for c in e.completions
+    )
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"{source.model}: the model takes {limit:,} tokens, but a sequence has {longest:,}; "
+            f"lower --max_length"
+        )
+
+
+def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
+    """The factor on the peak learning rate in the step that follows `step` steps."""
+    rise = round(optim.warmup * steps)
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    progress = (step - rise) / max(1, steps - rise)
+    shapes = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return shapes[optim.schedule]
+
+
+def _train(
+    job: Job, evaluate: Evaluate, config: TrainConfig, folder: Path, display: Display, start: int
+) -> int:
+    """The loop with its journal and progress bar."""
+    accelerator = job.accelerator
+    main = accelerator.is_main_process
+    journal = Journal(folder / METRICS, start or None) if main else None
+    if config.tracker != "none":
+        accelerator.init_trackers("fastpo", config={"algorithm": job.algorithm.name})
+
+    with display.bar(job.algorithm.name, job.steps, start) as bar:
+
+        def log(step: int, metrics: dict[str, float]) -> None:
+            if journal is not None:
+                journal.add(step, metrics)
+            accelerator.log(metrics, step=step)
+            bar(step, metrics)
+
+        if start == 0:
+            measured = evaluate()
+            if measured:
+                log(0, {f"eval_{key}": value for key, value in measured.items()})
+        return train(
+            job,
+            start,
+            log=log,
+            evaluate=evaluate,
+            save=lambda step: checkpoint.save(accelerator, folder, step, job.algorithm.name),
+            eval_every=config.eval_every,
+            checkpoint_every=config.checkpoint_every,
+        )
+
+
+def _export(job: Job, tokenizer: Any, folder: Path) -> None:
+    """The trained model as transformers loads it."""
+    state = job.accelerator.get_state_dict(job.policy)
+    if job.accelerator.is_main_process:
+        model = job.accelerator.unwrap_model(job.policy).model
+        weights = {key.removeprefix("model."): value for key, value in state.items()}
+        model.save_pretrained(folder / MODEL, state_dict=weights)
+        tokenizer.save_pretrained(folder / MODEL)
+
+
+def _report(job: Job, config: TrainConfig, folder: Path, display: Display, seconds: float) -> None:
+    """summary.json, curve.png and the closing lines."""
+    records: Sequence[dict[str, float]] = Journal(folder / METRICS, job.steps).records
+    found = summary(records)
+    write_summary(
+        folder / SUMMARY,
+        {
+            "algorithm": job.algorithm.name,
+            "steps": job.steps,
+            "examples": len(job.examples),
+            **found,
+            "seconds": seconds,
+        },
+    )
+    plot(records, folder / CURVE, f"{job.algorithm.name}, {config.model or 'built-in task'}")
+    if config.built_in:
+        display.say(
+            f"accuracy    {found['accuracy_before']:.1%} -> {found['accuracy_after']:.1%}  {task.ACCURACY}"
+        )
+        display.say(f"KL          {found['kl']:.3f} nats per answer  {task.KL}")
+    else:
+        for key in ("loss", "reward_margin", "reward_accuracy"):
+            ends = (
+                [f"{key}_before", f"{key}_after"]
+                if f"{key}_before" in found
+                else [f"{key}_first", f"{key}_last"]
+            )
+            where = (
+                "held-out pairs"
+                if ends[0].endswith("before")
+                else "training pairs, first and last tenth of the steps"
+            )
+            display.say(f"{key.replace('_', ' '):<16}{found[ends[0]]:.3f} -> {found[ends[1]]:.3f}  ({where})")
+    display.say(f"speed       {found['tokens_per_second']:,.0f} tokens/s in training, {seconds:.0f} s in all")
+    last = checkpoint.latest(folder)
+    for label, path in (
+        ("metrics", folder / METRICS),
+        ("curve", folder / CURVE),
+        ("checkpoint", last),
+        ("model", folder / MODEL),
+        ("summary", folder / SUMMARY),
+    ):
+        display.say(f"{label:<12}{path}")

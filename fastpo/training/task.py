@@ -1,0 +1,203 @@
+"""The built-in task: a character-level transformer that adds small numbers, and often adds them wrongly.
+
+A reference is fitted: first it learns to add, then from answers of which a share is wrong that the right sum
+is only one thing to say. Preferences are sampled from it: of its answers to one prompt, a right one is chosen
+and a wrong one rejected, as a verifier says. The optimum is known: always the right sum. A fifth of the
+prompts has no preferences and is what accuracy is measured on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastpo.training.data import write_rows
+
+LARGEST = 19
+WRONG_SHARE = 0.6
+ANSWER_LENGTH = 3  # two digits and EOS
+CHARACTERS = "0123456789+="
+EOS = len(CHARACTERS)
+IGNORE = -100
+
+# told the number of steps done and their metrics
+Progress = Callable[[int, dict[str, float]], None]
+
+# what the two numbers of `evaluate` are
+ACCURACY = "(answers sampled at temperature 1 for held-out prompts)"
+KL = "(of the policy to the reference, exact over the vocabulary, on those answers)"
+
+FIT_STEPS = 800
+CLEAN_STEPS = 600  # of them on right answers only
+FIT_BATCH = 128
+FIT_LR = 3e-3
+SAMPLES_PER_PROMPT = 16
+
+
+def prompts(seed: int) -> tuple[list[str], list[str]]:
+    """All prompts in two parts: those that preferences are made for, and a fifth that is held out."""
+    everything = [f"{a}+{b}=" for a in range(LARGEST + 1) for b in range(LARGEST + 1)]
+    random.Random(seed).shuffle(everything)
+    cut = len(everything) // 5
+    return everything[cut:], everything[:cut]
+
+
+def answer(prompt: str) -> str:
+    """The verifier's knowledge."""
+    a, b = prompt[:-1].split("+")
+    return str(int(a) + int(b))
+
+
+def _ids(text: str) -> list[int]:
+    return [CHARACTERS.index(c) for c in text]
+
+
+def _new_model() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=EOS + 1,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _new_tokenizer() -> Any:
+    """One token per character, in a form that transformers loads like any other tokenizer."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {c: i for i, c in enumerate(CHARACTERS)} | {"<eos>": EOS}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>")
+
+
+def _fit(model: Any, seed: int, progress: Progress) -> None:
+    """Supervised fitting: right answers, then answers of which a share is a random number."""
+    rng = random.Random(seed)
+    everything = [p for part in prompts(seed) for p in part]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=FIT_LR, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, FIT_LR, total_steps=FIT_STEPS, pct_start=0.1)
+    for step in range(FIT_STEPS):
+        share = WRONG_SHARE if step >= CLEAN_STEPS else 0.0
+        rows = []
+        for prompt in rng.choices(everything, k=FIT_BATCH):
+            text = str(rng.randint(0, 2 * LARGEST)) if rng.random() < share else answer(prompt)
+            rows.append((_ids(prompt), [*_ids(text), EOS]))
+        longest = max(len(p) + len(a) for p, a in rows)
+        ids = torch.tensor([p + a + [EOS] * (longest - len(p) - len(a)) for p, a in rows])
+        labels = torch.tensor(
+            [[IGNORE] * len(p) + a + [IGNORE] * (longest - len(p) - len(a)) for p, a in rows]
+        )
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        progress(step + 1, {"loss": loss.item()})
+
+
+@torch.no_grad()
+def sample(
+    model: Any, questions: Sequence[str], times: int, seed: int
+) -> list[tuple[list[str], Tensor, Tensor]]:
+    """Answers at temperature 1, `times` per question.
+
+    Returns, for the questions of each length together: the question of each row, the tokens (rows, length) of
+    question and answer, and a mask (rows, ANSWER_LENGTH) of the answer's tokens up to and with EOS.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    out = []
+    for length in sorted({len(q) for q in questions}):
+        same = [q for q in questions if len(q) == length for _ in range(times)]
+        ids = torch.tensor([_ids(q) for q in same], device=device)
+        for _ in range(ANSWER_LENGTH):
+            probabilities = (
+                model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float().softmax(-1)
+            )
+            # drawn on the CPU, so that every device draws the same
+            ids = torch.cat(
+                [ids, torch.multinomial(probabilities.cpu(), 1, generator=generator).to(device)], 1
+            )
+        ended = (ids[:, length:] == EOS).cumsum(1)
+        counts = (ended == 0) | ((ended == 1) & (ids[:, length:] == EOS))
+        out.append((same, ids, counts))
+    return out
+
+
+def _texts(ids: Tensor, counts: Tensor) -> list[str]:
+    """The answers as text; one that does not end in time has three digits, which no sum here has."""
+    rows = zip(ids[:, -ANSWER_LENGTH:].tolist(), counts.tolist(), strict=True)
+    return ["".join((*CHARACTERS, "")[t] for t, keep in zip(*row, strict=True) if keep) for row in rows]
+
+
+def _preferences(model: Any, questions: Sequence[str], seed: int) -> list[dict[str, str]]:
+    """Pairs of a right and a wrong answer that the reference itself gave, as often as it gave them."""
+    given: dict[str, list[str]] = {q: [] for q in questions}
+    for same, ids, counts in sample(model, questions, SAMPLES_PER_PROMPT, seed):
+        for question, text in zip(same, _texts(ids, counts), strict=True):
+            given[question].append(text)
+    rows = []
+    for question, texts in given.items():
+        right = answer(question)
+        wrong = [text for text in texts if text != right]
+        rows += [{"prompt": question, "chosen": right, "rejected": w} for w in wrong[: texts.count(right)]]
+    random.Random(seed).shuffle(rows)
+    return rows
+
+
+def build(folder: Path, seed: int, progress: Progress) -> tuple[Path, Path]:
+    """Fit the reference and sample preferences; returns the model's folder and the file of pairs.
+
+    What is already there is kept: a resumed run continues with the reference it began with.
+    """
+    reference, pairs = folder / "reference", folder / "pairs.jsonl"
+    if not pairs.exists():
+        torch.manual_seed(seed)
+        model = _new_model()
+        _fit(model, seed, progress)
+        model.save_pretrained(reference)
+        _new_tokenizer().save_pretrained(reference)
+        unfinished = folder / "pairs.jsonl.part"
+        write_rows(unfinished, _preferences(model, prompts(seed)[0], seed))
+        unfinished.rename(pairs)
+    return reference, pairs
+
+
+@torch.no_grad()
+def evaluate(policy: Any, reference: Any, seed: int, times: int = 8) -> dict[str, float]:
+    """Accuracy of answers sampled for the held-out prompts, and KL(policy || reference) in nats per answer.
+
+    The KL is exact over the vocabulary at every token, averaged over the sampled answers.
+    """
+    right, kl, rows = 0, 0.0, 0
+    for same, ids, counts in sample(policy, prompts(seed)[1], times, seed):
+        pairs = zip(same, _texts(ids, counts), strict=True)
+        right += sum(text == answer(question) for question, text in pairs)
+        first = ids.shape[1] - ANSWER_LENGTH - 1
+        p, q = (
+            m(input_ids=ids, use_cache=False).logits[:, first:-1].float().log_softmax(-1)
+            for m in (policy, reference)
+        )
+        per_token = (p.exp() * (p - q)).sum(-1)
+        kl += torch.where(counts, per_token, 0).sum().item()
+        rows += len(same)
+    return {"accuracy": right / rows, "kl": kl / rows}
