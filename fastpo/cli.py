@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import field, make_dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpo import algorithms
-from fastpo.training.config import built_in_defaults, TrainConfig
+from fastpo.training.config import TrainConfig, built_in_defaults
 from fastpo.training.errors import Interrupted, UserError
 
 TRAIN_PACKAGES = ("transformers", "accelerate", "datasets", "jsonargparse", "matplotlib", "rich")
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         return _fail(str(stop), 130)
     except KeyboardInterrupt:
-        return _fail("interrupted before the first checkpoint, so there is nothing to resume", 130)
+        return _fail("interrupted; --resume continues from the last checkpoint, if there is one", 130)
 
 
 def _fail(message: str, code: int) -> int:
@@ -65,9 +66,7 @@ def _train(argv: list[str]) -> int:
         return 0 if argv else 2
     name, *rest = argv
     if name not in names:
-        raise UserError(
-            f"there is no algorithm {name!r}{_nearest(name, names)} (there are: {', '.join(names)})"
-        )
+        raise UserError(f"there is no algorithm {name!r}{_nearest(name, names)} (there are: {', '.join(names)})")
     _need(TRAIN_PACKAGES, "train")
     hyper, config, resume = _parse(name, rest)
 
@@ -83,13 +82,10 @@ def _parser(name: str) -> Any:
     parser = jsonargparse.ArgumentParser(
         prog=f"fastpo train {name}",
         description=f"Train with {algorithms.title(name)}. {(TrainConfig.__doc__ or '').splitlines()[0]}",
-        epilog="Defaults of the built-in task: "
-        + ", ".join(f"{k} {v}" for k, v in built_in_defaults(name).items()),
+        epilog="Defaults of the built-in task: " + ", ".join(f"{k} {v}" for k, v in built_in_defaults(name).items()),
         exit_on_error=False,
     )
-    parser.add_argument(
-        "--config", action="config", help="YAML file of options; those on the command line win."
-    )
+    parser.add_argument("--config", action="config", help="YAML file of options; those on the command line win.")
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -131,12 +127,12 @@ def _parse(name: str, argv: list[str]) -> tuple[dict[str, Any], TrainConfig, Pat
 
 def _tidy(message: str, parser: Any) -> str:
     """jsonargparse's message on one line, with the option that was probably meant."""
-    words = message.replace("'", " ").replace('"', " ").split()
-    known = {a.lstrip("-") for action in parser._actions for a in action.option_strings}
-    if "unrecognized" in message or "does not accept" in message or "not expected" in message:
-        unknown = next((w.lstrip("-") for w in reversed(words) if w.lstrip("-") not in known), "")
-        return f"{message}{_nearest(unknown, known)}"
-    return message
+    found = re.search(r"unrecognized arguments: --([\w.]+)", message)
+    found = found or re.search(r"Group '([\w.]+)' does not accept option '(\w+)'", message)
+    if found is None:
+        return message
+    known = (option.lstrip("-") for action in parser._actions for option in action.option_strings)
+    return message + _nearest(".".join(found.groups()), known)
 
 
 def _run_to_resume(name: str, given: str) -> Path:
@@ -158,9 +154,7 @@ def _bench(argv: list[str]) -> int:
 
 
 def _info(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="fastpo info", description="What was built and what serves each op."
-    )
+    parser = argparse.ArgumentParser(prog="fastpo info", description="What was built and what serves each op.")
     parser.parse_args(argv)
     import fastpo
 

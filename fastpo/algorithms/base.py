@@ -52,9 +52,7 @@ class Algorithm(Protocol):
     @property
     def models(self) -> tuple[str, ...]: ...
 
-    def __call__(
-        self, logprobs: Mapping[str, Tensor], completions: Completions, num_items: int
-    ) -> StepOutput:
+    def __call__(self, logprobs: Mapping[str, Tensor], completions: Completions, num_items: int) -> StepOutput:
         """The loss of one micro-batch.
 
         Args:

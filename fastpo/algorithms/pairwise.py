@@ -36,9 +36,7 @@ class Pairwise:
     def models(self) -> tuple[str, ...]:
         return self.row.models
 
-    def __call__(
-        self, logprobs: Mapping[str, Tensor], completions: Completions, num_items: int
-    ) -> StepOutput:
+    def __call__(self, logprobs: Mapping[str, Tensor], completions: Completions, num_items: int) -> StepOutput:
         pairs = len(completions.lengths) // 2
         sizes = [sum(completions.lengths[:pairs]), sum(completions.lengths[pairs:])]
         sides = [side for model in self.models for side in logprobs[model].split(sizes)]

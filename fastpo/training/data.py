@@ -7,6 +7,7 @@ common. The values are strings, or lists of {"role", "content"} that the tokeniz
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,6 +42,7 @@ def read_rows(path: str) -> list[dict[str, Any]]:
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
     # the cache would outlive the run and answer for a file that has changed
     with TemporaryDirectory() as cache:
         try:
@@ -54,9 +56,7 @@ def read_rows(path: str) -> list[dict[str, Any]]:
             rows = list(table)
         except Exception as error:
             cause = str(error.__cause__ or error).strip().splitlines()
-            raise UserError(
-                f"{path}: cannot be read: {cause[0] if cause else type(error).__name__}"
-            ) from error
+            raise UserError(f"{path}: cannot be read: {cause[0] if cause else type(error).__name__}") from error
     if not rows:
         raise UserError(f"{path}: the file has no rows")
     return rows
@@ -86,9 +86,7 @@ def _fields(row: dict[str, Any], where: str) -> tuple[Any, Any, Any]:
             raise UserError(f'{where}: there is no "{name}" (it has: {has})')
     values = [row[name] for name in ("prompt", "chosen", "rejected") if row.get(name) is not None]
     if not all(isinstance(v, str) for v in values) and not all(_is_conversation(v) for v in values):
-        raise UserError(
-            f"{where}: prompt, chosen and rejected must all be strings or all be lists of role and content"
-        )
+        raise UserError(f"{where}: prompt, chosen and rejected must all be strings or all be lists of role and content")
     if not (row["chosen"] and row["rejected"]) and row.get("prompt") is None:
         raise UserError(f"{where}: chosen or rejected is empty, and there is no prompt")
     return (values[0], values[1], values[2]) if len(values) == 3 else _split_prompt(values[0], values[1])
@@ -99,9 +97,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, name: str, max_length: int) -> None:
         if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"{name}: the tokenizer has no EOS token, so the model could not learn where to stop"
-            )
+            raise UserError(f"{name}: the tokenizer has no EOS token, so the model could not learn where to stop")
         self.tokenizer, self.name, self.max_length = tokenizer, name, max_length
         self.cut = 0  # completions that were too long
         self.eos: int = tokenizer.eos_token_id
@@ -120,14 +116,10 @@ class Encoder:
         # together they would merge across the border
         return self._ids(completion)
 
-    def _render(
-        self, prompt: list[dict[str, str]], sides: Sequence[list[dict[str, str]]]
-    ) -> tuple[str, list[str]]:
+    def _render(self, prompt: list[dict[str, str]], sides: Sequence[list[dict[str, str]]]) -> tuple[str, list[str]]:
         """A conversation's prompt and completions as text."""
         if self.tokenizer.chat_template is None:
-            raise UserError(
-                f"{self.name}: the data are conversations, but the tokenizer has no chat template"
-            )
+            raise UserError(f"{self.name}: the data are conversations, but the tokenizer has no chat template")
         template = self.tokenizer.apply_chat_template
         answered = bool(prompt) and prompt[-1]["role"] == "assistant"
         opening = {"continue_final_message": True} if answered else {"add_generation_prompt": True}
@@ -158,9 +150,7 @@ class Encoder:
             prompt_ids = self.start + prompt_ids
         if not prompt_ids:
             if self.tokenizer.bos_token_id is None:
-                raise UserError(
-                    f"{where}: the prompt is empty and the tokenizer has no BOS token to begin with"
-                )
+                raise UserError(f"{where}: the prompt is empty and the tokenizer has no BOS token to begin with")
             prompt_ids = [self.tokenizer.bos_token_id]
         room = self.max_length - len(prompt_ids)
         if room < 1:

@@ -125,9 +125,7 @@ def _logprobs(job: Job, members: Sequence[int], batch: MicroBatch) -> dict[str, 
 
 
 @torch.no_grad()
-def evaluate_examples(
-    job: Job, examples: Sequence[Example], constants: Mapping[str, Constants]
-) -> dict[str, float]:
+def evaluate_examples(job: Job, examples: Sequence[Example], constants: Mapping[str, Constants]) -> dict[str, float]:
     """The algorithm's loss and metrics on examples that are not trained on."""
     held_out = Job(**{**vars(job), "examples": examples, "constants": constants})
     total: dict[str, Tensor] = {}

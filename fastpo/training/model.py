@@ -32,9 +32,7 @@ def _load(auto: Any, name: str, **options: Any) -> Any:
         return auto.from_pretrained(**_source(name), **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()
-        raise UserError(
-            f"{name}: cannot be loaded: {reason[0] if reason else type(error).__name__}"
-        ) from error
+        raise UserError(f"{name}: cannot be loaded: {reason[0] if reason else type(error).__name__}") from error
 
 
 def load_tokenizer(name: str) -> Any:

@@ -17,7 +17,10 @@ PANELS = (
     ("share", ("reward_accuracy", "eval_reward_accuracy", "eval_accuracy")),
     ("KL to the reference, nats", ("eval_kl",)),
 )
-SHOWN = ("loss", "reward_margin", "reward_accuracy", "eval_accuracy", "eval_kl")
+SHOWN = (
+    *("loss", "reward_margin", "reward_accuracy"),
+    *("eval_loss", "eval_reward_margin", "eval_reward_accuracy", "eval_accuracy", "eval_kl"),
+)
 
 
 class Journal:
@@ -69,16 +72,12 @@ def plot(records: Sequence[Record], path: Path, title: str) -> None:
     present = {key for record in records for key in record}
     panels = [(label, [k for k in keys if k in present]) for label, keys in PANELS]
     panels = [(label, keys) for label, keys in panels if keys]
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False, layout="constrained"
-    )
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False, layout="constrained")
     for axis, (label, keys) in zip(axes[0], panels, strict=True):
         for key in keys:
             points = [(r["step"], r[key]) for r in records if key in r]
             sparse = key.startswith("eval_")
-            axis.plot(
-                *zip(*points, strict=True), label=key.replace("_", " "), marker="o" if sparse else None, ms=3
-            )
+            axis.plot(*zip(*points, strict=True), label=key.replace("_", " "), marker="o" if sparse else None, ms=3)
         axis.set(xlabel="step", ylabel=label)
         axis.legend(fontsize=7, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)

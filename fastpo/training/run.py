@@ -30,9 +30,7 @@ CONFIG, METRICS, CURVE, SUMMARY, MODEL = "config.yaml", "metrics.jsonl", "curve.
 Evaluate = Callable[[], dict[str, float]]
 
 
-def run(
-    name: str, hyper: Mapping[str, float | bool], config: TrainConfig, resume: Path | None = None
-) -> Path:
+def run(name: str, hyper: Mapping[str, float | bool], config: TrainConfig, resume: Path | None = None) -> Path:
     """Train with the algorithm `name`; returns the run's folder.
 
     Args:
@@ -70,13 +68,17 @@ def run(
         )
     display = Display(accelerator.is_main_process)
     folder = resume or _new_folder(accelerator, name, config)
+    set_seed(config.seed)
+    if config.built_in and not resume and accelerator.is_main_process:
+        with display.bar("fitting the reference", task.FIT_STEPS) as bar:
+            task.build(folder, config.seed, bar)
+    accelerator.wait_for_everyone()
+
+    source = _source(display, folder, config)
+    job, evaluate = _prepare(accelerator, algorithm, config, source)
     if accelerator.is_main_process:
         tree = {"algorithm": dict(hyper), **as_tree(config)}
         (folder / CONFIG).write_text(yaml.safe_dump(tree, sort_keys=False))
-    set_seed(config.seed)
-
-    source = _source(accelerator, display, folder, config)
-    job, evaluate = _prepare(accelerator, algorithm, config, source)
     start = checkpoint.load(accelerator, before, name) if before else 0
     if start >= job.steps:
         raise UserError(f"{folder}: the run has done its {job.steps} steps; more are asked for with --steps")
@@ -100,9 +102,7 @@ def _new_folder(accelerator: Accelerator, name: str, config: TrainConfig) -> Pat
             number += 1
             folder = Path(f"runs/{name}-{number}")
     elif (folder / CONFIG).exists():
-        raise UserError(
-            f"{folder}: holds a run already; --resume {folder} continues it, another --output starts anew"
-        )
+        raise UserError(f"{folder}: holds a run already; --resume {folder} continues it, another --output starts anew")
     accelerator.wait_for_everyone()
     chosen = [str(folder)]
     broadcast_object_list(chosen)
@@ -121,12 +121,8 @@ class Source(NamedTuple):
     eval_examples: list[Example]
 
 
-def _source(accelerator: Accelerator, display: Display, folder: Path, config: TrainConfig) -> Source:
-    model, data = config.model, config.data
-    if model is None or data is None:
-        with accelerator.main_process_first(), display.bar("fitting the reference", task.FIT_STEPS) as bar:
-            built, pairs = task.build(folder / "task", config.seed, bar)
-        model, data = str(built), str(pairs)
+def _source(display: Display, folder: Path, config: TrainConfig) -> Source:
+    model, data = config.model or str(folder / task.REFERENCE), config.data or str(folder / task.PAIRS)
     tokenizer = load_tokenizer(model)
     encoder = Encoder(tokenizer, model, config.max_length)
     files = [file for file in (data, config.eval_data) if file is not None]
@@ -148,14 +144,10 @@ def _prepare(
     model = load_model(source.model)
     _check_positions(model, source)
     policy = Policy(model)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay
-    )
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay)
     policy, optimizer = accelerator.prepare(policy, optimizer)
     steps = config.steps or math.ceil(config.epochs * len(source.examples) / config.batch.size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate(step, steps, config.optim)
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps, config.optim))
     accelerator.register_for_checkpointing(schedule)
 
     constants: dict[str, Constants] = {}
@@ -167,9 +159,7 @@ def _prepare(
         count, needed = len(source.examples), steps * config.batch.size
         order = step_indices(0, min(needed, count), count, config.seed)
         tokens = config.batch.tokens
-        constants["reference"] = constant_logprobs(
-            accelerator, frozen, source.examples, sorted(order), tokens
-        )
+        constants["reference"] = constant_logprobs(accelerator, frozen, source.examples, sorted(order), tokens)
         if source.eval_examples:
             everything = range(len(source.eval_examples))
             eval_constants["reference"] = constant_logprobs(
@@ -200,13 +190,10 @@ def _prepare(
 
 def _check_positions(model: Any, source: Source) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
-    longest = max(
-        len(e.prompt) + len(c) for e in source.examples + source.eval_examples for c in e.completions
-    )
+    longest = max(len(e.prompt) + len(c) for e in source.examples + source.eval_examples for c in e.completions)
     if limit is not None and longest > limit:
         raise UserError(
-            f"{source.model}: the model takes {limit:,} tokens, but a sequence has {longest:,}; "
-            f"lower --max_length"
+            f"{source.model}: the model takes {limit:,} tokens, but a sequence has {longest:,}; lower --max_length"
         )
 
 
@@ -220,9 +207,7 @@ def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
     return shapes[optim.schedule]
 
 
-def _train(
-    job: Job, evaluate: Evaluate, config: TrainConfig, folder: Path, display: Display, start: int
-) -> int:
+def _train(job: Job, evaluate: Evaluate, config: TrainConfig, folder: Path, display: Display, start: int) -> int:
     """The loop with its journal and progress bar."""
     accelerator = job.accelerator
     main = accelerator.is_main_process
@@ -279,21 +264,13 @@ def _report(job: Job, config: TrainConfig, folder: Path, display: Display, secon
     )
     plot(records, folder / CURVE, f"{job.algorithm.name}, {config.model or 'built-in task'}")
     if config.built_in:
-        display.say(
-            f"accuracy    {found['accuracy_before']:.1%} -> {found['accuracy_after']:.1%}  {task.ACCURACY}"
-        )
+        display.say(f"accuracy    {found['accuracy_before']:.1%} -> {found['accuracy_after']:.1%}  {task.ACCURACY}")
         display.say(f"KL          {found['kl']:.3f} nats per answer  {task.KL}")
     else:
         for key in ("loss", "reward_margin", "reward_accuracy"):
-            ends = (
-                [f"{key}_before", f"{key}_after"]
-                if f"{key}_before" in found
-                else [f"{key}_first", f"{key}_last"]
-            )
+            ends = [f"{key}_before", f"{key}_after"] if f"{key}_before" in found else [f"{key}_first", f"{key}_last"]
             where = (
-                "held-out pairs"
-                if ends[0].endswith("before")
-                else "training pairs, first and last tenth of the steps"
+                "held-out pairs" if ends[0].endswith("before") else "training pairs, first and last tenth of the steps"
             )
             display.say(f"{key.replace('_', ' '):<16}{found[ends[0]]:.3f} -> {found[ends[1]]:.3f}  ({where})")
     display.say(f"speed       {found['tokens_per_second']:,.0f} tokens/s in training, {seconds:.0f} s in all")

@@ -26,6 +26,9 @@ CHARACTERS = "0123456789+="
 EOS = len(CHARACTERS)
 IGNORE = -100
 
+# in the run's folder
+REFERENCE, PAIRS = "task/reference", "task/pairs.jsonl"
+
 # told the number of steps done and their metrics
 Progress = Callable[[int, dict[str, float]], None]
 
@@ -102,9 +105,7 @@ def _fit(model: Any, seed: int, progress: Progress) -> None:
             rows.append((_ids(prompt), [*_ids(text), EOS]))
         longest = max(len(p) + len(a) for p, a in rows)
         ids = torch.tensor([p + a + [EOS] * (longest - len(p) - len(a)) for p, a in rows])
-        labels = torch.tensor(
-            [[IGNORE] * len(p) + a + [IGNORE] * (longest - len(p) - len(a)) for p, a in rows]
-        )
+        labels = torch.tensor([[IGNORE] * len(p) + a + [IGNORE] * (longest - len(p) - len(a)) for p, a in rows])
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
         loss.backward()
@@ -115,9 +116,7 @@ def _fit(model: Any, seed: int, progress: Progress) -> None:
 
 
 @torch.no_grad()
-def sample(
-    model: Any, questions: Sequence[str], times: int, seed: int
-) -> list[tuple[list[str], Tensor, Tensor]]:
+def sample(model: Any, questions: Sequence[str], times: int, seed: int) -> list[tuple[list[str], Tensor, Tensor]]:
     """Answers at temperature 1, `times` per question.
 
     Returns, for the questions of each length together: the question of each row, the tokens (rows, length) of
@@ -130,13 +129,9 @@ def sample(
         same = [q for q in questions if len(q) == length for _ in range(times)]
         ids = torch.tensor([_ids(q) for q in same], device=device)
         for _ in range(ANSWER_LENGTH):
-            probabilities = (
-                model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float().softmax(-1)
-            )
+            probabilities = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float().softmax(-1)
             # drawn on the CPU, so that every device draws the same
-            ids = torch.cat(
-                [ids, torch.multinomial(probabilities.cpu(), 1, generator=generator).to(device)], 1
-            )
+            ids = torch.cat([ids, torch.multinomial(probabilities.cpu(), 1, generator=generator).to(device)], 1)
         ended = (ids[:, length:] == EOS).cumsum(1)
         counts = (ended == 0) | ((ended == 1) & (ids[:, length:] == EOS))
         out.append((same, ids, counts))
@@ -164,22 +159,14 @@ def _preferences(model: Any, questions: Sequence[str], seed: int) -> list[dict[s
     return rows
 
 
-def build(folder: Path, seed: int, progress: Progress) -> tuple[Path, Path]:
-    """Fit the reference and sample preferences; returns the model's folder and the file of pairs.
-
-    What is already there is kept: a resumed run continues with the reference it began with.
-    """
-    reference, pairs = folder / "reference", folder / "pairs.jsonl"
-    if not pairs.exists():
-        torch.manual_seed(seed)
-        model = _new_model()
-        _fit(model, seed, progress)
-        model.save_pretrained(reference)
-        _new_tokenizer().save_pretrained(reference)
-        unfinished = folder / "pairs.jsonl.part"
-        write_rows(unfinished, _preferences(model, prompts(seed)[0], seed))
-        unfinished.rename(pairs)
-    return reference, pairs
+def build(folder: Path, seed: int, progress: Progress) -> None:
+    """Fit the reference, sample preferences from it, and write both into the run's folder."""
+    torch.manual_seed(seed)
+    model = _new_model()
+    _fit(model, seed, progress)
+    model.save_pretrained(folder / REFERENCE)
+    _new_tokenizer().save_pretrained(folder / REFERENCE)
+    write_rows(folder / PAIRS, _preferences(model, prompts(seed)[0], seed))
 
 
 @torch.no_grad()
@@ -194,8 +181,7 @@ def evaluate(policy: Any, reference: Any, seed: int, times: int = 8) -> dict[str
         right += sum(text == answer(question) for question, text in pairs)
         first = ids.shape[1] - ANSWER_LENGTH - 1
         p, q = (
-            m(input_ids=ids, use_cache=False).logits[:, first:-1].float().log_softmax(-1)
-            for m in (policy, reference)
+            m(input_ids=ids, use_cache=False).logits[:, first:-1].float().log_softmax(-1) for m in (policy, reference)
         )
         per_token = (p.exp() * (p - q)).sum(-1)
         kl += torch.where(counts, per_token, 0).sum().item()

@@ -16,7 +16,7 @@ def test_stub_is_up_to_date():
     assert Path(losses.__file__).with_name("__init__.pyi").read_text() == stub(), "run python -m fastpo.losses"
 
 
-@pytest.mark.parametrize("row", objectives("pairwise"), ids=lambda row: row.name)
+@pytest.mark.parametrize("row", list(objectives("pairwise")), ids=lambda row: row.name)
 def test_signature_and_docstring(row):
     function = getattr(losses, row.name)
     parameters = inspect.signature(function).parameters

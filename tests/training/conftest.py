@@ -1,0 +1,88 @@
+"""A tiny model with a character tokenizer, and preference files for it."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+CHARACTERS = string.ascii_lowercase + string.digits + " .<>/\n"
+TEMPLATE = (
+    "{% for turn in messages %}<{{ turn['role'] }}>{{ turn['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def character_tokenizer(characters: str = CHARACTERS, **special: str) -> Any:
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    vocabulary = {c: i for i, c in enumerate([*characters, "[E]", "[B]"])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="."))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+
+
+def tiny_model(vocabulary: int, seed: int = 0, tied: bool = False) -> Any:
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Rows of different lengths; what is chosen has an a where what is rejected has a z."""
+    rng = random.Random(seed)
+
+    def text(letter: str) -> str:
+        return "".join(rng.choice("bcd" + letter) for _ in range(rng.randint(1, 9)))
+
+    return [{"prompt": text("e") + " ", "chosen": text("a"), "rejected": text("z")} for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = character_tokenizer(eos_token="[E]", bos_token="[B]", pad_token="[E]")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    # tied weights are the harder case for checkpoints
+    tiny_model(len(tokenizer), tied=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., str]:
+    def write(rows: list[dict[str, Any]], name: str = "data.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps the first precision of a process for ever."""
+    yield
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)

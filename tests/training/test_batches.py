@@ -1,0 +1,55 @@
+"""Which examples go where."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from fastpo.training.batches import check_budget, collate, plan, step_indices
+from fastpo.training.data import Example
+from fastpo.training.errors import UserError
+
+
+@pytest.mark.parametrize(("size", "count"), [(3, 10), (4, 8), (7, 3), (5, 1)])
+def test_steps_walk_through_whole_epochs(size, count):
+    walked = [i for step in range(4 * count) for i in step_indices(step, size, count, seed=1)]
+    epochs = [walked[i : i + count] for i in range(0, len(walked) - count + 1, count)]
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+    assert count == 1 or len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_order_depends_on_the_seed():
+    assert step_indices(5, 8, 100, seed=0) == step_indices(5, 8, 100, seed=0) != step_indices(5, 8, 100, seed=1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [1, 2, 12, 61])
+def test_plan_gives_every_rank_as_many_forwards_within_the_budget(ranks, count):
+    rng = random.Random(count)
+    lengths = [rng.randint(1, 40) for _ in range(count)]
+    shares = plan(lengths, 100, ranks)
+    assert len(shares) == ranks and len({len(share) for share in shares}) == 1
+    forwards = [forward for share in shares for forward in share]
+    assert sorted(i for forward in forwards for i in forward) == list(range(count))
+    assert all(sum(lengths[i] for i in forward) <= 100 for forward in forwards)
+    assert all(forwards) or count % ranks
+
+
+def test_collate_lays_out_first_all_chosen():
+    batch = collate([Example([1, 2], ([3], [4, 5])), Example([6], ([7, 8], [9]))], torch.device("cpu"))
+    assert batch.input_ids.tolist() == [1, 2, 3, 6, 7, 8, 1, 2, 4, 5, 6, 9]
+    assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 3, 0, 1]
+    assert batch.targets.tolist() == [3, 7, 8, 4, 5, 9]
+    assert batch.predictors.tolist() == [1, 3, 4, 7, 8, 10]
+    assert batch.completions.lengths == (1, 2, 2, 1)
+    assert batch.completions.cu_seqlens.tolist() == [0, 1, 3, 5, 6]
+    assert batch.completions.cu_seqlens.dtype == torch.int32
+
+
+def test_an_example_above_the_budget_is_named():
+    examples = [Example([1], ([2], [3])), Example([1] * 5, ([2], [3]))]
+    check_budget(examples, 12, "data")
+    with pytest.raises(UserError, match=r"data, row 2: the example has 12 tokens, .* --batch.tokens 11"):
+        check_budget(examples, 11, "data")

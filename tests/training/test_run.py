@@ -1,0 +1,193 @@
+"""Whole runs: resuming, interrupting, several processes, what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from fastpo.cli import main
+
+from .conftest import pairs, tiny_model
+
+pytest.importorskip("accelerate")
+
+# measured, so never the same twice
+TIMES = ("seconds",)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def options(model: Path, data: str, output: Path, *more: str) -> list[str]:
+    return [
+        *("train", "dpo", "--model", str(model), "--data", data, "--output", str(output)),
+        *("--steps", "6", "--batch.size", "8", "--batch.tokens", "160", "--optim.lr", "1e-2"),
+        *("--eval_every", "2", *more),
+    ]
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(run / "model" / "model.safetensors")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert metrics(one) == metrics(other)
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in pairs(20)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def straight(model_folder, data, tmp_path_factory):
+    """Six steps without a stop."""
+    output = tmp_path_factory.mktemp("runs") / "straight"
+    assert main(options(model_folder, data, output, "--eval_data", data)) == 0
+    return output
+
+
+def test_a_run_leaves_what_it_says(straight, model_folder, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    summary = json.loads((straight / "summary.json").read_text())
+    assert summary["algorithm"] == "dpo" and summary["steps"] == 6 and summary["examples"] == 20
+    assert summary["loss_before"] == pytest.approx(0.693147, abs=1e-5)
+    assert summary["loss_after"] < 0.6 and summary["reward_accuracy_after"] > 0.8
+    assert summary["tokens_per_second"] > 0 and summary["seconds"] > 0
+    assert (straight / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in (straight / "checkpoints").iterdir()] == ["step-00000006"]
+    config = yaml.safe_load((straight / "config.yaml").read_text())
+    assert config["optim"]["lr"] == 1e-2 and config["algorithm"] == {"beta": 0.1}
+    assert [r["step"] for r in metrics(straight)] == [0, 1, 2, 3, 4, 5, 6]
+
+    trained = AutoModelForCausalLM.from_pretrained(straight / "model")
+    before = AutoModelForCausalLM.from_pretrained(model_folder)
+    assert AutoTokenizer.from_pretrained(straight / "model").eos_token == "[E]"
+    assert not torch.equal(trained.lm_head.weight, before.lm_head.weight)
+
+
+def test_resuming_is_bitwise_the_straight_run(straight, model_folder, data, tmp_path, monkeypatch):
+    from fastpo.training import checkpoint, loop
+
+    steps, output = [], tmp_path / "run"
+
+    def three_steps(job, step, real=loop.optimizer_step):
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        steps.append(step)
+        return real(job, step)
+
+    monkeypatch.setattr(loop, "optimizer_step", three_steps)
+    more = ("--eval_data", data, "--checkpoint_every", "3")
+    assert main(options(model_folder, data, output, *more)) == 130
+    assert checkpoint.latest(output).name == "step-00000003"
+    monkeypatch.undo()
+    assert main(["train", "dpo", "--resume", str(output)]) == 0
+    assert_same_run(straight, output)
+
+
+def test_a_finished_run_resumes_only_with_more_steps(model_folder, data, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert main(options(model_folder, data, output, "--steps", "1")) == 0
+    assert main(["train", "dpo", "--resume", str(output)]) == 2
+    assert "has done its 1 steps" in capsys.readouterr().err
+    assert main(["train", "dpo", "--resume", str(output), "--steps", "2"]) == 0
+    assert [r["step"] for r in metrics(output)] == [1, 2]
+    assert main(["train", "ipo", "--resume", str(output), "--steps", "3"]) == 2
+    assert "a run of dpo, not of ipo" in capsys.readouterr().err
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        path = run / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"the run ended or hung: {process.communicate(timeout=5)}")
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resumes(model_folder, data, tmp_path):
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "fastpo.cli", *options(model_folder, data, output, "--steps", "100000")]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    wait_for_step(output, 3, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    line = errors.strip().splitlines()[-1]
+    done = len(metrics(output))
+    assert f"stopped after step {done}; to continue: fastpo train dpo --resume {output}" in line
+    assert main(["train", "dpo", "--resume", str(output), "--steps", str(done + 2)]) == 0
+    assert [r["step"] for r in metrics(output)] == list(range(1, done + 3))
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_two_processes_do_what_one_does(straight, model_folder, data, tmp_path):
+    output = tmp_path / "run"
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", "-m"]
+    command = [sys.executable, *launcher, "fastpo.cli", *options(model_folder, data, output, "--eval_data", data)]
+    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(metrics(output), metrics(straight), strict=True):
+        # an accuracy jumps where rounding decides a near tie
+        smooth = [key for key in theirs if not key.endswith("accuracy")]
+        assert {k: ours[k] for k in smooth} == pytest.approx({k: theirs[k] for k in smooth}, rel=2e-3, abs=2e-4)
+    first = metrics(output)[1], metrics(straight)[1]
+    assert first[0]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=1e-5)
+
+
+def test_another_reference(model_folder, data, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    other = tmp_path / "other"
+    tokenizer.save_pretrained(other)
+    tiny_model(len(tokenizer), seed=3).save_pretrained(other)
+    output = tmp_path / "run"
+    assert main(options(model_folder, data, output, "--steps", "1", "--reference", str(other))) == 0
+    record = metrics(output)[0]
+    assert abs(record["reward_margin"]) > 1e-3 and record["loss"] != pytest.approx(0.693147, abs=1e-4)
+
+
+def test_trackers_get_the_metrics(model_folder, data, tmp_path):
+    pytest.importorskip("tensorboard")
+    output = tmp_path / "run"
+    assert main(options(model_folder, data, output, "--steps", "1", "--tracker", "tensorboard")) == 0
+    assert list(output.rglob("events.out.tfevents*"))
+
+
+def test_bf16_trains(model_folder, data, tmp_path):
+    output = tmp_path / "run"
+    assert main(options(model_folder, data, output, "--precision", "bf16")) == 0
+    records = metrics(output)
+    assert records[0]["loss"] == pytest.approx(0.693147, abs=2e-2)
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert all(w.dtype == torch.float32 for w in weights(output).values())
