@@ -84,7 +84,6 @@ struct Objective {
   static constexpr int max_streams = 4;
   static constexpr int block = 256;  // rows whose sums are held while the formula runs over them
   int formula;
-  int sides;
   int streams;
   Layout layouts[max_sides];
   Stream stream[max_streams];

@@ -69,7 +69,6 @@ std::tuple<Tensor, Tensor, Tensor> forward(int64_t formula, Tensors streams, Opt
   lengths = all_contiguous(lengths);
   Objective o{};
   o.formula = static_cast<int>(formula);
-  o.sides = 2;
   o.streams = static_cast<int>(streams.size());
   o.rows = row_count(streams[0], cu_seqlens[0]);
   o.is_double = false;

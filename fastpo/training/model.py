@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fastpo
+from fastpo.kernels import token_logprobs
 from fastpo.training.batches import MicroBatch
 from fastpo.training.errors import UserError
 
@@ -47,9 +47,19 @@ def load_model(name: str) -> Any:
 
     It stays in that mode while it is trained: dropout would put noise into every ratio to the reference.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    return _load(AutoModelForCausalLM, name, dtype=torch.float32).eval()
+    if not name.endswith(".gguf"):
+        return _load(transformers.AutoModelForCausalLM, name, dtype=torch.float32).eval()
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):
+        # recent releases may keep the weights in the file's blocks, which cannot be trained
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = _load(transformers.AutoModelForCausalLM, name, **options).eval()
+    if getattr(model, "hf_quantizer", None) is not None:
+        # the weights are ordinary ones now, to be saved as such
+        model.hf_quantizer.remove_quantization_config(model)
+    return model
 
 
 def check_same_vocabulary(model: str, reference: str) -> None:
@@ -78,7 +88,7 @@ class Policy(nn.Module):
         run = _packed_logits if self.layout == "packed" else _padded_logits
         logits = run(self.model, input_ids, position_ids, predictors)
         # nobody else reads the logits, so their gradient may take their place
-        return fastpo.token_logprobs(logits, targets, inplace_backward=logits.requires_grad)
+        return token_logprobs(logits, targets, inplace_backward=logits.requires_grad)
 
     def logprobs(self, batch: MicroBatch) -> Tensor:
         """The log-probs of a micro-batch, without the wrappers that train the policy."""
