@@ -81,7 +81,7 @@ def _parser(name: str) -> Any:
 
     parser = jsonargparse.ArgumentParser(
         prog=f"fastpo train {name}",
-        description=f"Train with {algorithms.title(name)}. {(TrainConfig.__doc__ or '').splitlines()[0]}",
+        description=f"Train a causal language model with {algorithms.title(name)}.",
         epilog="Defaults of the built-in task: " + ", ".join(f"{k} {v}" for k, v in built_in_defaults(name).items()),
         exit_on_error=False,
     )
@@ -176,12 +176,12 @@ def _algorithms(argv: list[str]) -> int:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("name", "method", "source", "data", "models", "hyper-parameters"):
-        table.add_column(column, overflow="fold")
+    for column in ("name", "data", "hyper-parameters"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("method")
     for row in objectives():
-        hyper = ", ".join(f"{k}={v:g} in {row.domains[k]}" for k, v in row.defaults.items())
-        source = f"{row.paper}, {row.equation}"
-        table.add_row(row.name, row.title, source, row.kind, ", ".join(row.models), hyper)
+        hyper = "\n".join(f"{k}={v:g} in {row.domains[k]}" for k, v in row.defaults.items())
+        table.add_row(row.name, row.kind, hyper, f"{row.title}\n{row.paper}, {row.equation}")
     Console().print(table)
     return 0
 

@@ -1,19 +1,24 @@
 // fastpo._host: structures that live on the host and are walked item by item. No torch headers.
-// Checks of the arguments are in fastpo/kernels/packing.py; the twins in Python are in
-// fastpo/reference/packing.py.
+// The arguments are checked, in words, in fastpo/kernels/packing.py; what is checked here only protects memory.
+// The twins in Python are in fastpo/reference/packing.py and give the same result, index for index.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
-#include <queue>
+#include <stdexcept>
+#include <utility>
 #include <vector>
 
 namespace {
 
 using Lengths = std::vector<int64_t>;
 using Groups = std::vector<std::vector<int64_t>>;
+
+void require(bool condition, const char* what) {
+  if (!condition) throw std::invalid_argument(what);
+}
 
 // longest first, the lower index of equals
 std::vector<int64_t> by_decreasing_length(const Lengths& lengths) {
@@ -26,6 +31,7 @@ std::vector<int64_t> by_decreasing_length(const Lengths& lengths) {
 // First-fit decreasing. A tree over the bins holds the largest free space below each node; bins that are not
 // open yet count as empty, so that the first bin with room is found in one descent.
 Groups pack(const Lengths& lengths, int64_t budget) {
+  for (const int64_t length : lengths) require(0 <= length && length <= budget, "pack: a length outside [0, budget]");
   int64_t leaves = 1;
   while (leaves < static_cast<int64_t>(lengths.size())) leaves *= 2;
   std::vector<int64_t> room(static_cast<size_t>(2 * leaves), budget);
@@ -42,71 +48,80 @@ Groups pack(const Lengths& lengths, int64_t budget) {
   return bins;
 }
 
-// A part of a partial partition: its total, its items as a linked list, and its lowest item (or n if it is
-// empty).
+// A part that holds items: their total, the lowest of them, and all of them as a linked list.
 struct Part {
   int64_t total, lowest, head, tail;
 };
 
 bool comes_first(const Part& a, const Part& b) { return a.total != b.total ? a.total > b.total : a.lowest < b.lowest; }
 
+// A partition of some of the items, heaviest part first. Empty parts come last and are not stored, so that all
+// partial partitions together never hold more parts than there are items.
 struct Partial {
-  int64_t number;  // of creation: the older one of equals goes first
+  int64_t spread;  // heaviest total less lightest
+  int64_t number;  // of creation
   std::vector<Part> parts;
 
-  int64_t spread() const { return parts.front().total - parts.back().total; }
-};
-
-struct Later {
-  bool operator()(const Partial& a, const Partial& b) const {
-    return a.spread() != b.spread() ? a.spread() < b.spread() : a.number > b.number;
+  Partial(int64_t number, std::vector<Part> sorted, int64_t count) : number(number), parts(std::move(sorted)) {
+    const bool full = static_cast<int64_t>(parts.size()) == count;
+    spread = parts.front().total - (full ? parts.back().total : 0);
   }
 };
 
-// Largest differencing: the two partial partitions of the largest spread are merged, heavy parts with light
-// ones.
+// for a heap with the widest on top, the older of equals
+bool comes_later(const Partial& a, const Partial& b) {
+  return a.spread != b.spread ? a.spread < b.spread : a.number > b.number;
+}
+
+// Largest differencing: the two partial partitions of the largest spread are merged, the i-th heaviest part of
+// one with the i-th lightest of the other, until one is left.
 Groups balance(const Lengths& lengths, int64_t count, bool equal_size) {
   const int64_t n = static_cast<int64_t>(lengths.size());
+  require(count > 0, "balance: parts below 1");
+  require(!equal_size || n % count == 0, "balance: equal_size needs a multiple of parts lengths");
   const std::vector<int64_t> order = by_decreasing_length(lengths);
   std::vector<int64_t> next(lengths.size(), -1);
-  std::priority_queue<Partial, std::vector<Partial>, Later> heap;
+  std::vector<Partial> heap;
   int64_t number = 0;
   // with equal sizes each partial partition starts with one item in every part
   const int64_t step = equal_size ? count : 1;
   for (int64_t first = 0; first < n; first += step) {
-    Partial partial{number++, {}};
-    for (int64_t i = first; i < first + step; ++i)
-      partial.parts.push_back({lengths[order[i]], order[i], order[i], order[i]});
-    partial.parts.resize(static_cast<size_t>(count), Part{0, n, -1, -1});
-    heap.push(std::move(partial));
+    std::vector<Part> parts;
+    for (int64_t i = first; i < first + step; ++i) parts.push_back({lengths[order[i]], order[i], order[i], order[i]});
+    heap.emplace_back(number++, std::move(parts), count);
   }
-  if (n == 0) return Groups(static_cast<size_t>(count));
+  std::make_heap(heap.begin(), heap.end(), comes_later);
+  const auto take_widest = [&heap] {
+    std::pop_heap(heap.begin(), heap.end(), comes_later);
+    std::vector<Part> parts = std::move(heap.back().parts);
+    heap.pop_back();
+    return parts;
+  };
   while (heap.size() > 1) {
-    Partial a = heap.top();
-    heap.pop();
-    const Partial b = heap.top();
-    heap.pop();
-    for (int64_t i = 0; i < count; ++i) {
-      Part& into = a.parts[i];
-      const Part& from = b.parts[count - 1 - i];
-      if (from.head < 0) continue;
-      if (into.head < 0)
-        into.head = from.head;
-      else
-        next[into.tail] = from.head;
-      into.tail = from.tail;
-      into.total += from.total;
-      into.lowest = std::min(into.lowest, from.lowest);
+    std::vector<Part> parts = take_widest();
+    const std::vector<Part> others = take_widest();
+    const int64_t filled = static_cast<int64_t>(parts.size());
+    int64_t partner = count;
+    for (const Part& from : others) {
+      if (--partner >= filled) {
+        parts.push_back(from);
+        continue;
+      }
+      Part& into = parts[partner];
+      next[into.tail] = from.head;
+      into = {into.total + from.total, std::min(into.lowest, from.lowest), into.head, from.tail};
     }
-    std::stable_sort(a.parts.begin(), a.parts.end(), comes_first);
-    a.number = number++;
-    heap.push(std::move(a));
+    std::sort(parts.begin(), parts.end(), comes_first);
+    heap.emplace_back(number++, std::move(parts), count);
+    std::push_heap(heap.begin(), heap.end(), comes_later);
   }
-  Groups groups;
-  for (const Part& part : heap.top().parts) {
-    groups.emplace_back();
-    for (int64_t i = part.head; i >= 0; i = next[i]) groups.back().push_back(i);
-    std::sort(groups.back().begin(), groups.back().end());
+  Groups groups(static_cast<size_t>(count));
+  if (n == 0) return groups;
+  auto group = groups.begin();
+  for (const Part& part : heap.front().parts) {
+    for (int64_t i = part.head; i >= 0; i = next[i]) group->push_back(i);
+    std::sort(group->begin(), group->end());
+    ++group;
   }
   return groups;
 }
@@ -116,6 +131,6 @@ Groups balance(const Lengths& lengths, int64_t count, bool equal_size) {
 PYBIND11_MODULE(_host, m) {
   namespace py = pybind11;
   m.def("pack", &pack, py::arg("lengths"), py::arg("budget"), py::call_guard<py::gil_scoped_release>());
-  m.def("balance", &balance, py::arg("lengths"), py::arg("parts"), py::arg("equal_size"),
+  m.def("balance", &balance, py::arg("lengths"), py::arg("parts"), py::arg("equal_size") = false,
         py::call_guard<py::gil_scoped_release>());
 }

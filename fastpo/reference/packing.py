@@ -33,24 +33,36 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return bins
 
 
+# a part that holds items: -total, the lowest item, the items
+_Part = tuple[int, int, list[int]]
+
+
+def _join(a: _Part, b: _Part) -> _Part:
+    few, many = sorted((a[2], b[2]), key=len)
+    many += few  # the shorter list is copied: O(n log n) for all merges together
+    return a[0] + b[0], min(a[1], b[1]), many
+
+
 def balance(lengths: Sequence[int], parts: int, equal_size: bool = False) -> list[list[int]]:
     """Karmarkar-Karp differencing, as `fastpo.kernels.packing.balance` documents it."""
     if not lengths:
         return [[] for _ in range(parts)]
     order = _by_decreasing_length(lengths)
     step = parts if equal_size else 1
-    # a partial partition is a list of (-total, lowest item, items), the heaviest part first
-    heap = []
-    for number, first in enumerate(range(0, len(order), step)):
-        partial = [(-lengths[i], i, [i]) for i in order[first : first + step]]
-        partial += [(0, len(lengths), [])] * (parts - step)
-        heap.append((partial[0][0] - partial[-1][0], number, partial))
+
+    # a partial partition is a list of parts, heaviest first; empty parts would come last and are left out
+    def entry(number: int, partial: list[_Part]) -> tuple[int, int, list[_Part]]:
+        lightest = partial[-1][0] if len(partial) == parts else 0
+        return partial[0][0] - lightest, number, partial
+
+    starts = ([(-lengths[i], i, [i]) for i in order[first : first + step]] for first in range(0, len(order), step))
+    heap = [entry(number, partial) for number, partial in enumerate(starts)]
     heapq.heapify(heap)
-    number = len(heap)
-    while len(heap) > 1:
+    for number in range(len(heap), 2 * len(heap) - 1):
         a, b = heapq.heappop(heap)[2], heapq.heappop(heap)[2]
-        merged = [(x + y, min(i, j), p + q) for (x, i, p), (y, j, q) in zip(a, reversed(b), strict=True)]
-        merged.sort(key=lambda part: part[:2])
-        heapq.heappush(heap, (merged[0][0] - merged[-1][0], number, merged))
-        number += 1
-    return [sorted(items) for _, _, items in heap[0][2]]
+        # the i-th heaviest part of one meets the i-th lightest of the other; where that is empty, nothing is added
+        alone, other = parts - len(b), parts - len(a)
+        met = [_join(x, y) for x, y in zip(a[alone:], reversed(b[other:]), strict=True)]
+        heapq.heappush(heap, entry(number, sorted(a[:alone] + b[:other] + met, key=lambda part: part[:2])))
+    groups = [sorted(items) for _, _, items in heap[0][2]]
+    return groups + [[] for _ in range(parts - len(groups))]

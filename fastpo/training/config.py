@@ -43,16 +43,16 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The run. Without --model and --data it trains a tiny transformer on a built-in task.
+    """The run; without --model and --data, a tiny transformer is trained on a built-in task.
 
     Args:
         model: causal language model to train: a folder, a .gguf file or a name on the hub.
-        reference: model that the policy is measured against (default: the model as it is before training).
+        reference: what the policy is measured against, if not the model as it is before training.
         data: preferences in TRL's format, .jsonl or .parquet.
         eval_data: more of them, to measure on and not to train on.
-        output: folder of the run (default: runs/ALGORITHM, numbered when there is one).
+        output: folder of the run, if not runs/ALGORITHM (with a number where that holds one).
         max_length: most tokens of prompt and completion; longer completions are cut, longer prompts refused.
-        steps: optimiser steps (default: as many as the epochs need).
+        steps: optimiser steps, if not as many as the epochs need.
         epochs: passes over the data; only without --steps.
         eval_every: steps between evaluations; 0 for before and after only.
         checkpoint_every: steps between checkpoints; 0 for the end only.

@@ -76,12 +76,12 @@ def run(name: str, hyper: Mapping[str, float | bool], config: TrainConfig, resum
 
     source = _source(display, folder, config)
     job, evaluate = _prepare(accelerator, algorithm, config, source)
-    if accelerator.is_main_process:
-        tree = {"algorithm": dict(hyper), **as_tree(config)}
-        (folder / CONFIG).write_text(yaml.safe_dump(tree, sort_keys=False))
     start = checkpoint.load(accelerator, before, name) if before else 0
     if start >= job.steps:
         raise UserError(f"{folder}: the run has done its {job.steps} steps; more are asked for with --steps")
+    if accelerator.is_main_process:
+        tree = {"algorithm": dict(hyper), **as_tree(config)}
+        (folder / CONFIG).write_text(yaml.safe_dump(tree, sort_keys=False))
 
     done = _train(job, evaluate, config, folder, display, start)
     if done < job.steps:
