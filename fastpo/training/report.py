@@ -17,6 +17,8 @@ PANELS = (
     ("share", ("reward_accuracy", "eval_reward_accuracy", "eval_accuracy")),
     ("KL to the reference, nats", ("eval_kl",)),
 )
+# what fits beside a bar on 80 columns, and what a line per evaluation holds
+BESIDE_BAR = {"loss": "loss", "reward_margin": "margin", "eval_kl": "KL"}
 SHOWN = (
     *("loss", "reward_margin", "reward_accuracy"),
     *("eval_loss", "eval_reward_margin", "eval_reward_accuracy", "eval_accuracy", "eval_kl"),
@@ -116,9 +118,10 @@ class Display:
 
             def update(done: int, metrics: Record | None = None) -> None:
                 latest.update(metrics or {})
-                line = "  ".join(f"{k.replace('_', ' ')} {latest[k]:.3f}" for k in SHOWN if k in latest)
-                progress.update(task, completed=done, metrics=line)
+                beside = "  ".join(f"{label} {latest[k]:.3f}" for k, label in BESIDE_BAR.items() if k in latest)
+                progress.update(task, completed=done, metrics=beside)
                 if metrics and any(key.startswith("eval_") for key in metrics):
+                    line = "  ".join(f"{k.replace('_', ' ')} {latest[k]:.3f}" for k in SHOWN if k in latest)
                     self.say(f"step {done:>4}  {line}")
 
             yield update
