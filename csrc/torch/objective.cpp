@@ -38,6 +38,7 @@ Layout layout_of(const Tensor& stream, const OptionalTensor& mask, const Optiona
   }
   layout.mask_stride = layout.tokens;
   if (lengths) {
+    STD_TORCH_CHECK(lengths->numel() == stream.size(0), "fastpo::objective: lengths have the wrong size");
     layout.lengths = lengths->const_data_ptr();
     layout.lengths_are_int64 = is_int64(*lengths);
   }
@@ -124,6 +125,10 @@ Tensors backward(Tensor grad, Tensor slopes, Tensors streams, OptionalTensors ma
   grad = as_contiguous(grad);
   slopes = as_contiguous(slopes);
   STD_TORCH_CHECK(grad.scalar_type() == slopes.scalar_type(), "fastpo::objective_backward: wrong dtype");
+  STD_TORCH_CHECK(slopes.dim() == 2 && static_cast<size_t>(slopes.size(0)) == streams.size() &&
+                      masks.size() == streams.size() && cu_seqlens.size() == streams.size() &&
+                      (grad.dim() == 0 || grad.numel() == slopes.size(1)),
+                  "fastpo::objective_backward: one row of slopes and one layout per stream expected");
   const Kernels& k = kernels();
   Tensors out;
   for (size_t i = 0; i < streams.size(); ++i) {
@@ -132,6 +137,8 @@ Tensors backward(Tensor grad, Tensor slopes, Tensors streams, OptionalTensors ma
     Tensor gradient = new_tensor(stream, wanted ? shape_of(stream) : std::vector<int64_t>{0}, stream.scalar_type());
     out.push_back(gradient);
     if (!wanted) continue;
+    STD_TORCH_CHECK(row_count(stream, cu_seqlens[i]) == slopes.size(1),
+                    "fastpo::objective_backward: a stream has not as many rows as the slopes");
     advise_huge_pages(gradient);
     Spread s{};
     s.layout = layout_of(stream, masks[i], cu_seqlens[i], std::nullopt);

@@ -21,11 +21,11 @@ def _lengths(lengths: Sequence[int] | Tensor) -> list[int]:
         values = lengths.tolist()
     else:
         try:
-            values = None if isinstance(lengths, (Set, Mapping)) else [operator.index(n) for n in lengths]
+            if isinstance(lengths, (Set, Mapping)):  # has no order for an index to refer to
+                raise TypeError
+            values = [operator.index(n) for n in lengths]
         except TypeError:
-            values = None
-        if values is None:
-            raise TypeError(f"lengths must be a sequence of integers, got {lengths!r:.80}")
+            raise TypeError(f"lengths must be a sequence of integers, got {lengths!r:.80}") from None
     for i, n in enumerate(values):
         if n < 0:
             raise ValueError(f"lengths[{i}] is {n}, expected a length of at least 0")
