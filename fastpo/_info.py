@@ -79,7 +79,7 @@ def _services() -> list[Service]:
     services = []
     for name, probe in (("token_logprobs", _probe_vocabulary), ("objective", _probe_objective)):
         for device in ("cpu", "cuda"):
-            reason = _native.why_not(torch.device(device), torch.float32)
+            reason = _native.why_not(name, torch.device(device), torch.float32)
             if reason is None:
                 try:
                     with _native.use_backend("native"):

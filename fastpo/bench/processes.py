@@ -136,7 +136,7 @@ def environment() -> dict[str, Any]:
     if cpuinfo.exists():
         models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         name = models[0].partition(":")[2].strip() if models else name
-    reason = _native.why_not(torch.device("cpu"))
+    reason = _native.why_not("objective", torch.device("cpu"))
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import torch
@@ -34,6 +35,17 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
 def shape(name: str, value: Tensor, expected: tuple[int, ...] | torch.Size, because: str) -> None:
     if tuple(value.shape) != tuple(expected):
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(expected)}: {because}")
+
+
+def readable(value: Tensor) -> bool:
+    """Whether the values of a tensor may be looked at: on the CPU; on other devices, where reading waits for all work
+    queued there, only with FASTPO_DEBUG=1; never while a graph is traced or captured."""
+    if torch.compiler.is_compiling():
+        return False
+    return value.device.type == "cpu" or (
+        os.environ.get("FASTPO_DEBUG") == "1"
+        and not (value.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def number(name: str, value: object) -> float:

@@ -111,8 +111,19 @@ def use_backend(backend: Backend) -> Iterator[None]:
         _backend = before
 
 
-def why_not(device: torch.device, *dtypes: torch.dtype) -> str | None:
-    """None if the compiled kernels serve this device and these dtypes, else the reason in words."""
+# per op, why a CUDA device is not served: None if it is, for these dtypes
+_CUDA: dict[str, Callable[..., str | None]] = {}
+
+
+def on_cuda(op: str, why_not: Callable[..., str | None]) -> None:
+    """Say how to find out whether `op` has a kernel on CUDA devices: `why_not(*dtypes)` gives None or the reason."""
+    _CUDA[op] = why_not
+
+
+def why_not(op: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """None if `op` has a compiled kernel for this device and these dtypes, else the reason in words."""
+    if device.type == "cuda" and op in _CUDA:
+        return _CUDA[op](*dtypes)
     if device.type != "cpu":
         return f"no compiled kernel for device type {device.type!r}"
     if not CPU.loaded:
@@ -123,11 +134,11 @@ def why_not(device: torch.device, *dtypes: torch.dtype) -> str | None:
     return None
 
 
-def serves(device: torch.device, *dtypes: torch.dtype) -> bool:
-    """Whether the native kernel is to be taken under the backend in force."""
+def serves(op: str, device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether the native kernel of `op` is to be taken under the backend in force."""
     if _backend == "reference":
         return False
-    reason = why_not(device, *dtypes)
+    reason = why_not(op, device, *dtypes)
     if reason is not None and _backend == "native":
         raise RuntimeError(f"use_backend('native'): {reason}")
     return reason is None

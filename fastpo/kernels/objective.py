@@ -235,8 +235,8 @@ def _check_side(row: Objective, name: str, side: Side, policy_of: Tensor, length
 
 
 def _check_cu_seqlens(name: str, cu_seqlens: Tensor | None, tokens: int) -> None:
-    """What the C++ kernel checks itself, for the reference; on the CPU only, elsewhere it would synchronise."""
-    if cu_seqlens is None or cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+    """What the C++ kernel checks itself, for the other backends."""
+    if cu_seqlens is None or not _checks.readable(cu_seqlens):
         return
     if cu_seqlens[0] != 0 or cu_seqlens[-1] > tokens or (cu_seqlens.diff() < 0).any():
         raise ValueError(f"{name}_cu_seqlens must rise from 0 to at most {tokens}, the number of tokens")
@@ -288,7 +288,7 @@ def pairwise(
     policies = [s.policy for s in sides]
     references = [s.reference.detach() for s in sides if s.reference is not None]
     streams = [*policies, *references]
-    if _native.serves(chosen.policy.device, *(s.dtype for s in streams)) and row.name in _native.CPU.formulas:
+    if _native.serves("objective", chosen.policy.device, *(s.dtype for s in streams)) and row.name in _native.CPU.formulas:
         loss, rewards = _native.call(
             _Objective.apply,
             _native.CPU.formulas[row.name],

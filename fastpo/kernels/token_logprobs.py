@@ -268,7 +268,7 @@ def token_logprobs(
     if inplace_backward:
         _check_inplace(logits)
     per_row = isinstance(temperature, Tensor)
-    if not _native.serves(logits.device, logits.dtype):
+    if not _native.serves("token_logprobs", logits.device, logits.dtype):
         _check_values(targets, temperature, ignore_index, logits.shape[-1])
         out = vocabulary.token_logprobs(
             logits, targets, temperature=temperature, ignore_index=ignore_index, stats=stats
