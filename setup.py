@@ -1,11 +1,19 @@
-"""Builds fastpo._cpu (LibTorch stable ABI) and fastpo._host (pybind11). Settings are in pyproject.toml."""
+"""Builds fastpo._cpu and, with nvcc, fastpo._cuda (LibTorch stable ABI), and fastpo._host (pybind11).
+
+Settings are in pyproject.toml. Environment: FASTPO_REQUIRE_NATIVE=1 makes a failing build an error; FASTPO_CUDA=0
+leaves _cuda out; CUDA_HOME is where nvcc is looked for first.
+"""
 
 import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 REQUIRE = os.environ.get("FASTPO_REQUIRE_NATIVE") == "1"
 # -ffp-contract: the ISO modes of g++ switch fused multiply-add off
@@ -28,22 +36,95 @@ FLAGS += [
 ]
 # one build serves every torch from this version on
 TORCH_TARGET = "0x020a000000000000"
+# each serves its whole major version; the PTX of the last serves what comes after
+CUDA_ARCHITECTURES = [80, 90, 100]
+# what the kernels are compiled from at run time where _cuda does not fit
+DEVICE_SOURCES = ["csrc/arguments.h", "csrc/formulas/*.h", "csrc/cuda/*.cuh"]
+
+
+def find_nvcc():
+    if os.environ.get("FASTPO_CUDA") == "0" or sys.platform != "linux":
+        return None
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    found = [shutil.which("nvcc", path=f"{home}/bin") for home in homes if home]
+    found += [shutil.which("nvcc"), shutil.which("nvcc", path="/usr/local/cuda/bin")]
+    return next((nvcc for nvcc in found if nvcc), None)
+
+
+def cuda_libraries(nvcc):
+    """Where nvcc, which may be a wrapper, has its cudart."""
+    said = subprocess.run([nvcc, "--dryrun", "any.cu"], check=True, capture_output=True, text=True).stderr
+    found = re.findall(r'"-L([^"]+)"', next(line for line in said.splitlines() if "LIBRARIES=" in line))
+    return [folder for folder in found if Path(folder, "libcudart_static.a").exists()]
 
 
 def extensions():
     from pybind11.setup_helpers import Pybind11Extension
     from torch.utils.cpp_extension import CppExtension
 
-    cpu = CppExtension(
-        "fastpo._cpu",
-        sorted(str(p) for p in [*Path("csrc/cpu").glob("*.cpp"), *Path("csrc/torch").glob("*.cpp")]),
-        extra_compile_args=[*FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"],
-        extra_link_args=["-Wl,--no-undefined"] if sys.platform == "linux" else [],
-        depends=[str(p) for p in Path("csrc").rglob("*") if p.suffix in {".h", ".inc"}],
-        py_limited_api=True,
-    )
-    host = Pybind11Extension("fastpo._host", ["csrc/host/module.cpp"], cxx_std=17)
-    return [cpu, host]
+    linux = sys.platform == "linux"
+
+    def stable(name, sources, link=(), **options):
+        return CppExtension(
+            name,
+            sorted(str(p) for p in sources),
+            extra_compile_args=[*FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"],
+            extra_link_args=["-Wl,--no-undefined", *link] if linux else [],
+            depends=[str(p) for p in Path("csrc").rglob("*") if p.suffix in {".h", ".inc", ".cuh", ".cu"}],
+            py_limited_api=True,
+            **options,
+        )
+
+    built = [
+        stable("fastpo._cpu", [*Path("csrc/cpu").glob("*.cpp"), *Path("csrc/torch").glob("*.cpp")]),
+        Pybind11Extension("fastpo._host", ["csrc/host/module.cpp"], cxx_std=17),
+    ]
+    nvcc = find_nvcc()
+    if nvcc:
+        # cudart is linked statically: the library then fits every torch, and needs only the driver
+        built.append(
+            stable(
+                "fastpo._cuda",
+                Path("csrc/torch/cuda").glob("*.cpp"),
+                link=["-Wl,--exclude-libs,ALL"],
+                library_dirs=cuda_libraries(nvcc),
+                libraries=["cudart_static", "dl", "rt", "pthread"],
+            )
+        )
+    return built
+
+
+def compile_device_code(nvcc, folder):
+    """The objects of csrc/cuda/*.cu. torch's own build refuses CUDA sources beside a torch without CUDA."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
+    known = {int(n) for n in re.findall(r"compute_(\d+)", listed)}
+    wanted = [a for a in CUDA_ARCHITECTURES if a in known]
+    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted]
+    code.append(f"-gencode=arch=compute_{wanted[-1]},code=compute_{wanted[-1]}")
+    flags = ["-O3", "-std=c++20", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Werror=all-warnings"]
+    sources = [p for p in Path("csrc").rglob("*") if p.suffix in {".h", ".cuh", ".cu"}]
+    objects = []
+    for source in sorted(Path("csrc/cuda").glob("*.cu")):
+        target = folder / f"{source.stem}.o"
+        if not target.exists() or any(p.stat().st_mtime > target.stat().st_mtime for p in sources):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run([nvcc, *flags, *code, "-c", source, "-o", target], check=True)
+        objects.append(str(target))
+    return objects
+
+
+class Sources(build_py):
+    """A wheel carries the device code, as fastpo/csrc; a source tree is used where it is."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return
+        for pattern in DEVICE_SOURCES:
+            for source in Path().glob(pattern):
+                target = Path(self.build_lib, "fastpo", source)
+                self.mkpath(str(target.parent))
+                self.copy_file(str(source), str(target))
 
 
 def make_command():
@@ -68,8 +149,14 @@ def make_command():
                 print(f"fastpo: the compiled libraries were not built: {error}", file=sys.stderr)
                 self.extensions = []
 
+        def build_extensions(self):
+            for extension in self.extensions:
+                if extension.name == "fastpo._cuda":
+                    extension.extra_objects = compile_device_code(find_nvcc(), Path(self.build_temp, "cuda"))
+            super().build_extensions()
+
     return Build, modules
 
 
 command, modules = make_command()
-setup(ext_modules=modules, cmdclass={"build_ext": command})
+setup(ext_modules=modules, cmdclass={"build_ext": command, "build_py": Sources})

@@ -15,6 +15,8 @@ from fastpo.kernels.packing import pack
 from fastpo.kernels.token_logprobs import token_logprobs
 
 _PACKAGES = ("torch", "triton", "cupy", "transformers", "accelerate", "trl")
+# CuPy's wheels are named after the CUDA they are for
+_DISTRIBUTIONS = {"cupy": ("cupy", "cupy-cuda12x", "cupy-cuda13x", "cupy-rocm-7-0")}
 
 
 @dataclass
@@ -54,19 +56,21 @@ class Info:
 
 
 def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    for distribution in _DISTRIBUTIONS.get(name, (name,)):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return None
 
 
-def _probe_vocabulary() -> bool:
-    logits = torch.tensor([[0.5, -1.0, 2.0]])
-    return abs(token_logprobs(logits, torch.tensor([2])).item() - logits.log_softmax(-1)[0, 2].item()) < 1e-6
+def _probe_vocabulary(device: torch.device) -> bool:
+    logits, target = torch.tensor([[0.5, -1.0, 2.0]], device=device), torch.tensor([2], device=device)
+    return abs(token_logprobs(logits, target).item() - logits.log_softmax(-1)[0, 2].item()) < 1e-6
 
 
-def _probe_objective() -> bool:
-    one = torch.zeros(1)
+def _probe_objective(device: torch.device) -> bool:
+    one = torch.zeros(1, device=device)
     return abs(losses.dpo(one, one, one, one).loss.item() - 0.6931472) < 1e-6
 
 
@@ -78,15 +82,18 @@ def _services() -> list[Service]:
     """Each kernel is run, not merely looked for: what loads may still fail."""
     services = []
     for name, probe in (("token_logprobs", _probe_vocabulary), ("objective", _probe_objective)):
-        for device in ("cpu", "cuda"):
-            reason = _native.why_not(name, torch.device(device), torch.float32)
+        for device in (torch.device("cpu"), torch.device("cuda")):
+            reason = _native.why_not(name, device, torch.float32)
+            server = _native.server(name, device)
+            if reason is None and device.type == "cuda" and not torch.cuda.is_available():
+                reason = f"no CUDA device here; {server} would serve one"
             if reason is None:
                 try:
                     with _native.use_backend("native"):
-                        reason = None if probe() else "the compiled kernel gives a wrong result"
+                        reason = None if probe(device) else "the native kernel gives a wrong result"
                 except Exception as error:
-                    reason = f"the compiled kernel failed: {error}"
-            services.append(Service(name, device, "reference" if reason else "compiled", reason))
+                    reason = f"the native kernel failed: {error}"
+            services.append(Service(name, device.type, "reference" if reason else server, reason))
     services.append(Service("packing", "host", "Python" if _native.HOST_ERROR else "compiled", _native.HOST_ERROR))
     if not _probe_packing():
         services[-1].reason = "gives a wrong result"
@@ -103,11 +110,16 @@ def info() -> Info:
     if _native.CPU.loaded:
         cpu["built for"] = _native.CPU.text("fastpo_built_for")
         cpu["in use"] = _native.CPU.text("fastpo_capability") + " (FASTPO_CPU_CAPABILITY overrides)"
+    cuda: dict[str, Any] = {"path": str(_native.CUDA.path), "error": _native.CUDA.error}
+    if _native.CUDA.handle is not None:
+        built, driver = _native.cuda_versions(_native.CUDA)
+        cuda["built with"] = f"CUDA {_native.dotted(built)}"
+        cuda["driver"] = f"CUDA {_native.dotted(driver)}" if driver else "none"
     host = {"path": getattr(_native._HOST, "__file__", None), "error": _native.HOST_ERROR}
     return Info(
         version=_installed("fastpo") or "0+unknown",
         python=platform.python_version(),
         packages={name: _installed(name) for name in _PACKAGES},
-        libraries={"_cpu": cpu, "_host": host},
+        libraries={"_cpu": cpu, "_cuda": cuda, "_host": host},
         services=_services(),
     )

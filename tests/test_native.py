@@ -16,6 +16,7 @@ import fastpo
 from fastpo.kernels import _native
 
 PACKAGE = Path(fastpo.__file__).parent
+CUDA = sorted(PACKAGE.glob("_cuda*.so"))
 SETS = _native.CPU.text("fastpo_built_for").split(",") if _native.CPU.loaded else []
 
 
@@ -30,6 +31,8 @@ def test_native_is_here_where_it_is_required():
     if os.environ.get("FASTPO_REQUIRE_NATIVE") == "1":
         assert _native.CPU.loaded and _native._HOST is not None
         assert {s.backend for s in fastpo.info().services if s.device != "cuda"} == {"compiled"}
+        if shutil.which("nvcc") and os.environ.get("FASTPO_CUDA") != "0":
+            assert CUDA
 
 
 @pytest.mark.skipif(not _native.CPU.loaded, reason="no compiled library")
@@ -150,3 +153,41 @@ def test_info_report():
     assert {("token_logprobs", "cpu"), ("objective", "cpu"), ("packing", "host")} <= names
     assert all(s.reason for s in report.services if s.backend == "reference")
     assert report.as_dict()["libraries"]["_cpu"]["path"] == str(_native.CPU.path)
+
+
+@pytest.mark.skipif(not CUDA, reason="_cuda is not built: no nvcc")
+class TestCudaLibrary:
+    """What can be known of it beside a torch without CUDA."""
+
+    def test_loads_with_every_symbol_resolved(self):
+        code = (
+            f"import torch, ctypes; assert torch.version.cuda is None; import fastpo; cuda = ctypes.CDLL({str(CUDA[0])!r})\n"
+            "print(cuda.fastpo_cuda_runtime() // 1000, cuda.fastpo_cuda_driver())\n"
+            "name = 'fastpo::objective'\n"
+            "print(torch._C._dispatch_dump(name).count('csrc/torch/cuda') > 0)\n"
+        )
+        out = python(code, LD_BIND_NOW="1")
+        assert out.returncode == 0, out.stderr
+        assert re.fullmatch(r"1\d \d+\nTrue\n", out.stdout), out.stdout
+
+    def test_needs_only_the_stable_interface(self):
+        """Of torch the C interface, of CUDA nothing: cudart is inside, and libtorch_cuda is looked up at run time."""
+        command = ["nm", "-D", "--undefined-only", str(CUDA[0])]
+        undefined = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        names = [line.split()[-1] for line in undefined.splitlines()]
+        assert not [n for n in names if re.match(r"_ZN.*(c10|at|torch)[0-9]", n)]
+        assert not [n for n in names if n.startswith(("cuda", "__cuda", "cu")) and n[2:3].isupper()]
+        needed = subprocess.run(["objdump", "-p", str(CUDA[0])], capture_output=True, text=True, check=True).stdout
+        assert not re.findall(r"NEEDED\s+lib(?:cuda|c10_cuda|torch_cuda)\S*", needed)
+
+    def test_exports_nothing_of_cudart(self):
+        command = ["nm", "-D", "--defined-only", str(CUDA[0])]
+        defined = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert not re.findall(r" cuda[A-Z]\w+", defined)
+
+    def test_holds_code_for_each_architecture(self):
+        code = CUDA[0].read_bytes()
+        for architecture in (80, 90, 100):
+            assert f"sm_{architecture}".encode() in code
+        # PTX for what comes later
+        assert b".target sm_100" in code or b"compute_100" in code

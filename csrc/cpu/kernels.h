@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace fastpo {
+#include "../arguments.h"
 
-enum class DType : int { f32, f64, bf16, f16 };
+namespace fastpo {
 
 // Rows of a strided tensor (..., n): where row r starts, and the stride inside it.
 struct Rows {
@@ -58,57 +58,8 @@ struct TokenLogprobs {
   }
 };
 
-// One side of the rows of an objective: where its tokens are. Without mask and boundaries, and with tokens =
-// 1, the stream is summed already.
-struct Layout {
-  const bool* mask = nullptr;  // same layout as the streams
-  int64_t mask_stride = 0;
-  const int32_t* boundaries = nullptr;
-  int64_t tokens = 1;             // per row, if there are no boundaries
-  const void* lengths = nullptr;  // given lengths of summed streams
-  bool lengths_are_int64 = true;
-
-  int64_t length(int64_t row) const {
-    return lengths_are_int64 ? static_cast<const int64_t*>(lengths)[row] : static_cast<const int32_t*>(lengths)[row];
-  }
-};
-
-struct Stream {
-  const void* data;
-  DType dtype;
-  int64_t row_stride;  // in elements; the tokens of a row are adjacent
-};
-
-struct Objective {
-  static constexpr int max_sides = 2;
-  static constexpr int max_streams = 4;
-  static constexpr int block = 256;  // rows whose sums are held while the formula runs over them
-  int formula;
-  int streams;
-  Layout layouts[max_sides];
-  Stream stream[max_streams];
-  const double* hyper;
-  bool length_norm;
-  bool is_double;  // the accumulator's type, that of all outputs
-  double scale;    // 1 / denominator, applied to the slopes
-  int64_t rows;
-  void* loss;          // (rows,), or null if only the sum is wanted
-  double* block_loss;  // sum of the losses of each block, for a sum whose order no thread count changes
-  void* slopes;        // (sides, rows)
-  void* rewards;       // (sides, rows)
-};
-
-// gradient of one token stream: grad * slope where the token counts, else 0
-struct Spread {
-  Layout layout;
-  DType dtype;
-  bool is_double;  // type of grad and slopes
-  int64_t rows;
-  const void* grad;
-  bool grad_per_row;
-  const void* slopes;
-  void* gradient;  // contiguous
-};
+// rows whose sums are held while the formula of an objective runs over them
+constexpr int objective_block = 256;
 
 struct Kernels {
   void (*token_logprobs)(const TokenLogprobs&, int64_t begin, int64_t end);

@@ -4,6 +4,8 @@
 // (csrc/cpu/vec.h adds the same primitives for vectors). Nothing here includes a header: NVRTC has none.
 #pragma once
 
+#include "types.h"
+
 #if defined(__CUDACC__)
 #define FASTPO_FN __host__ __device__ __forceinline__
 #else
@@ -12,12 +14,6 @@
 #endif
 
 namespace FASTPO_NAMESPACE {
-
-#if defined(__INT64_TYPE__)
-using Int64 = __INT64_TYPE__;
-#else
-using Int64 = long long;
-#endif
 
 template <class T>
 struct Traits;

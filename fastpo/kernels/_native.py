@@ -38,7 +38,7 @@ class Library:
 
     @property
     def loaded(self) -> bool:
-        return self.handle is not None
+        return self.handle is not None and self.error is None
 
     def text(self, symbol: str) -> str:
         """What an exported `const char* symbol()` of the library says."""
@@ -48,20 +48,34 @@ class Library:
         return function().decode()
 
 
-def _load(name: str) -> Library:
+def _find(name: str) -> list[Path]:
+    return sorted(Path(__file__).parent.parent.glob(f"{name}*.so"))
+
+
+def _open(name: str, missing: str) -> Library:
     library = Library(name)
-    found = sorted(Path(__file__).parent.parent.glob(f"{name}*.so"))
+    found = _find(name)
     if not found:
-        library.error = "not built (no C++ compiler when fastpo was installed)"
+        library.error = missing
         return library
     library.path = found[0]
     try:
         library.handle = ctypes.CDLL(str(library.path))
+    except OSError as error:
+        library.error = str(error)
+    return library
+
+
+def _load(name: str) -> Library:
+    library = _open(name, "not built (no C++ compiler when fastpo was installed)")
+    if library.handle is None:
+        return library
+    try:
         library.formulas = {n: i for i, n in enumerate(library.text("fastpo_formulas").split(","))}
         library.hyper_parameters = tuple(library.text("fastpo_hyper_parameters").split(","))
         # reads FASTPO_CPU_CAPABILITY; an unknown or unsupported value is an error, not a fallback
         problem = library.text("fastpo_capability_error")
-    except (OSError, AttributeError) as error:
+    except AttributeError as error:
         library.handle, library.error = None, str(error)
         return library
     if problem:
@@ -76,7 +90,34 @@ def _import_host() -> tuple[ModuleType | None, str | None]:
         return None, str(error)
 
 
+def _load_cuda() -> Library:
+    """The library for CUDA devices, if torch has CUDA and the driver runs the CUDA that it was built with."""
+    if torch.version.cuda is None:
+        library = Library("_cuda", error="this torch has no CUDA")
+        library.path = next(iter(_find("_cuda")), None)
+        return library
+    library = _open("_cuda", "not built (no nvcc when fastpo was installed)")
+    if library.handle is not None:
+        built, driver = cuda_versions(library)
+        # within a major version, newer code runs on an older driver
+        if driver // 1000 < built // 1000:
+            library.error = f"built with CUDA {dotted(built)}, but the driver runs CUDA {dotted(driver)} at most"
+    return library
+
+
+def dotted(version: int) -> str:
+    """A version of CUDA as people write it: 13.1 for 13010."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def cuda_versions(library: Library) -> tuple[int, int]:
+    """The CUDA a library was built with and the newest that the driver runs, as 13010 for 13.1; 0 without a driver."""
+    assert library.handle is not None
+    return library.handle.fastpo_cuda_runtime(), library.handle.fastpo_cuda_driver()
+
+
 CPU = _load("_cpu")
+CUDA = _load_cuda()
 _HOST, HOST_ERROR = _import_host()
 if os.environ.get("FASTPO_REQUIRE_NATIVE") == "1":
     for _name, _error in (("_cpu", CPU.error), ("_host", HOST_ERROR)):
@@ -111,19 +152,24 @@ def use_backend(backend: Backend) -> Iterator[None]:
         _backend = before
 
 
-# per op, why a CUDA device is not served: None if it is, for these dtypes
-_CUDA: dict[str, Callable[..., str | None]] = {}
+# per op, why CUDA devices are not served, None if they are, and who serves them
+_CUDA: dict[str, tuple[Callable[..., str | None], str]] = {}
 
 
-def on_cuda(op: str, why_not: Callable[..., str | None]) -> None:
-    """Say how to find out whether `op` has a kernel on CUDA devices: `why_not(*dtypes)` gives None or the reason."""
-    _CUDA[op] = why_not
+def on_cuda(op: str, why_not: Callable[..., str | None], by: str = "compiled") -> None:
+    """Say that `by` serves `op` on CUDA devices, unless `why_not(*dtypes)` gives a reason in words."""
+    _CUDA[op] = why_not, by
+
+
+def server(op: str, device: torch.device) -> str:
+    """Who serves `op` on a device, where `why_not` has no objection."""
+    return _CUDA[op][1] if device.type == "cuda" and op in _CUDA else "compiled"
 
 
 def why_not(op: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
     """None if `op` has a compiled kernel for this device and these dtypes, else the reason in words."""
     if device.type == "cuda" and op in _CUDA:
-        return _CUDA[op](*dtypes)
+        return _CUDA[op][0](*dtypes)
     if device.type != "cpu":
         return f"no compiled kernel for device type {device.type!r}"
     if not CPU.loaded:

@@ -11,13 +11,15 @@ one per side, which are differentiable, then the reference's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastpo.kernels import _checks, _native
+from fastpo.kernels.cuda import nvrtc
+from fastpo.kernels.cuda import objective as _launch
 from fastpo.reference.pairwise import Side, pairwise_objective
 from fastpo.reference.registry import Objective, objective
 
@@ -99,6 +101,41 @@ def _fake_backward(
     needed: int,
 ) -> list[Tensor]:
     return [s.new_empty(s.shape if needed >> i & 1 else (0,)) for i, s in enumerate(streams)]
+
+
+def launched_by(launcher: nvrtc.Launcher) -> dict[str, Callable[..., Any]]:
+    """Implementations of the ops that launch the kernels of csrc/cuda from Python."""
+
+    def forward(
+        formula: int,
+        streams: list[Tensor],
+        masks: list[Tensor | None],
+        cu_seqlens: list[Tensor | None],
+        lengths: list[Tensor | None],
+        hyper: list[float],
+        *options: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        beta = hyper[_native.CPU.hyper_parameters.index("beta")]
+        return _launch.forward(launcher, formula, streams, masks, cu_seqlens, lengths, hyper, beta, *options)
+
+    def backward(*arguments: Any) -> list[Tensor]:
+        return _launch.backward(launcher, *arguments)
+
+    return {"objective": forward, "objective_backward": backward}
+
+
+def _why_not_cuda(*dtypes: torch.dtype) -> str | None:
+    if _native.CUDA.loaded or nvrtc.why_not() is None:
+        return None
+    return f"_cuda: {_native.CUDA.error}; {nvrtc.why_not()}"
+
+
+_native.on_cuda("objective", _why_not_cuda, by="compiled" if _native.CUDA.loaded else "NVRTC")
+if not _native.CUDA.loaded:
+    # kept: the implementations go with it. Allowed to override those of a _cuda that the driver does not fit
+    _LIBRARY = torch.library.Library("fastpo", "IMPL")
+    for _name, _function in launched_by(nvrtc.Driver("objective.cuh")).items():
+        _LIBRARY.impl(_name, _function, "CUDA", allow_override=True)
 
 
 class _Objective(torch.autograd.Function):
@@ -288,7 +325,12 @@ def pairwise(
     policies = [s.policy for s in sides]
     references = [s.reference.detach() for s in sides if s.reference is not None]
     streams = [*policies, *references]
-    if _native.serves("objective", chosen.policy.device, *(s.dtype for s in streams)) and row.name in _native.CPU.formulas:
+    device = chosen.policy.device
+    native = _native.serves("objective", device, *(s.dtype for s in streams)) and row.name in _native.CPU.formulas
+    if not native or device.type != "cpu":  # the compiled CPU kernel looks itself
+        _check_cu_seqlens("chosen", chosen.cu_seqlens, chosen.policy.shape[0])
+        _check_cu_seqlens("rejected", rejected.cu_seqlens, rejected.policy.shape[0])
+    if native:
         loss, rewards = _native.call(
             _Objective.apply,
             _native.CPU.formulas[row.name],
@@ -304,8 +346,6 @@ def pairwise(
         )
         chosen_rewards, rejected_rewards = rewards.unbind(0)
     else:
-        _check_cu_seqlens("chosen", chosen.cu_seqlens, chosen.policy.shape[0])
-        _check_cu_seqlens("rejected", rejected.cu_seqlens, rejected.policy.shape[0])
         loss, chosen_rewards, rejected_rewards = pairwise_objective(
             row, chosen, rejected, values, length_norm=length_norm
         )

@@ -1,0 +1,25 @@
+// FASTPO_LAUNCH(kernel, blocks, threads, stream, arguments...): null, or the error in words.
+#pragma once
+
+#include "device.cuh"
+
+#if defined(FASTPO_EMULATOR)
+#define FASTPO_LAUNCH(kernel, blocks, threads, stream, ...) \
+  ((void)(stream), simt::launch([&] { kernel(__VA_ARGS__); }, blocks, threads))
+#else
+#include <cuda_runtime_api.h>
+
+namespace fastpo::gpu {
+
+inline const char* last_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace fastpo::gpu
+
+#define FASTPO_LAUNCH(kernel, blocks, threads, stream, ...)                                                         \
+  (kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, static_cast<cudaStream_t>(stream)>>>( \
+       __VA_ARGS__),                                                                                                \
+   fastpo::gpu::last_error())
+#endif

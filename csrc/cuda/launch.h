@@ -1,0 +1,15 @@
+// The launches of csrc/cuda as the torch side sees them; nothing here needs CUDA.
+#pragma once
+
+#include "../arguments.h"
+
+namespace fastpo::gpu {
+
+// Each returns null, or what went wrong in words. `stream` is a cudaStream_t of the current device.
+// `block_loss` has objective_blocks() doubles; `loss` is the scalar of a reduced loss, or null.
+const char* objective(const Objective&, Int64 tokens, double denominator, void* loss, void* stream);
+const char* objective_spread(const Spread* sides, int count, Int64 tokens, void* stream);
+
+Int64 objective_blocks(Int64 rows, Int64 tokens, int streams);
+
+}  // namespace fastpo::gpu

@@ -1,0 +1,384 @@
+// objective on the GPU: the masked sums of the streams, then the formula, in one launch. See
+// fastpo/kernels/objective.py.
+//
+// A team of threads sums one stream of one row: a warp or four of them, or a single thread where the streams are
+// summed already. A block gathers the sums of its rows in shared memory, from which one thread per row evaluates
+// the formula.
+#pragma once
+
+#include "../arguments.h"
+#include "dtypes.cuh"
+// after dtypes.cuh, which defines the namespace
+#include "../formulas/pairwise.h"
+
+namespace FASTPO_NAMESPACE {
+
+// How a kernel is launched. fastpo/kernels/cuda/objective.py restates it for the launch through CuPy.
+struct Shape {
+  Int64 blocks;
+  int threads;  // per block
+  int team;     // threads per stream and row
+  int rows;     // per block
+};
+
+constexpr int short_row = 1024;  // tokens that one warp sums
+constexpr int long_team = 128;
+constexpr int single_rows = 256;     // per block, of teams of one thread
+constexpr int most_rows = 32;        // per block, of larger teams
+constexpr Int64 busy_blocks = 1024;  // more rows per block only where this many blocks remain
+constexpr Int64 most_blocks = 16384;
+
+// `tokens` per row, of the longest stream on average
+FASTPO_HOST_DEVICE Shape objective_shape(Int64 rows, Int64 tokens, int streams) {
+  Shape s;
+  if (tokens <= 1) {
+    s.threads = s.rows = single_rows;
+    s.team = 1;
+  } else if (tokens <= short_row) {
+    s.threads = 256;
+    s.team = warp;
+    const int at_once = s.threads / (warp * streams);
+    s.rows = static_cast<int>(clamp<Int64>(rows / busy_blocks, at_once, most_rows));
+  } else {
+    s.team = long_team;
+    s.threads = long_team * streams;
+    s.rows = 1;
+  }
+  s.blocks = clamp<Int64>(ceil_div<Int64>(rows, s.rows), 1, most_blocks);
+  return s;
+}
+
+struct Tokens {
+  Int64 first, count;
+};
+
+// Boundaries are read on the device and cannot be refused there: what is not inside the stream has count -1.
+FASTPO_DEVICE Tokens tokens_of(const Layout& layout, Int64 row, Int64 row_stride) {
+  if (!layout.boundaries) return {row * row_stride, layout.tokens};
+  const Int64 begin = load(layout.boundaries + row), end = load(layout.boundaries + row + 1);
+  const bool inside = 0 <= begin && begin <= end && end <= layout.total;
+  return {inside ? begin : 0, inside ? end - begin : -1};
+}
+
+FASTPO_DEVICE const bool* mask_of(const Layout& layout, Int64 row) {
+  return layout.mask ? layout.mask + tokens_of(layout, row, layout.mask_stride).first : nullptr;
+}
+
+struct Partial {
+  double sum;
+  int count;  // tokens that count
+};
+
+// bytes of the mask for N tokens
+template <int N>
+FASTPO_DEVICE Vector<unsigned char, N> load_mask(const bool* mask) {
+  const auto* p = reinterpret_cast<const unsigned char*>(mask);
+  if (reinterpret_cast<unsigned long long>(p) % N == 0)
+    return load(reinterpret_cast<const Vector<unsigned char, N>*>(p));
+  Vector<unsigned char, N> bytes;
+  for (int i = 0; i < N; ++i) bytes.at[i] = load(p + i);
+  return bytes;
+}
+
+// This thread's part of the sum of n tokens, in double: a log-ratio is the small difference of two large sums.
+template <DType dtype>
+FASTPO_DEVICE Partial sum_part(const void* data, Int64 first, const bool* mask, Int64 n, int rank, int team) {
+  using E = Element<dtype>;
+  constexpr int width = vector_width<dtype>;
+  const auto* p = static_cast<const Storage<dtype>*>(data) + first;
+  Partial part{0, 0};
+  const auto add_one = [&](Int64 i) {
+    if (mask && !load(mask + i)) return;
+    part.sum += E::widen(load(p + i));
+    ++part.count;
+  };
+  const Int64 misfit = unaligned_head(p);
+  const Int64 head = misfit < n ? misfit : n;
+  const Int64 vectors = (n - head) / width;
+  for (Int64 i = rank; i < head; i += team) add_one(i);
+  const auto* body = reinterpret_cast<const Vector<Storage<dtype>, width>*>(p + head);
+  FASTPO_UNROLL(4)
+  for (Int64 v = rank; v < vectors; v += team) {
+    const Vector<Storage<dtype>, width> x = load(body + v);
+    if (mask) {
+      const Vector<unsigned char, width> counts = load_mask<width>(mask + head + v * width);
+      for (int j = 0; j < width; ++j) {
+        part.sum += counts.at[j] ? static_cast<double>(E::widen(x.at[j])) : 0.0;
+        part.count += counts.at[j] != 0;
+      }
+    } else {
+      for (int j = 0; j < width; ++j) part.sum += E::widen(x.at[j]);
+      part.count += width;
+    }
+  }
+  for (Int64 i = head + vectors * width + rank; i < n; i += team) add_one(i);
+  return part;
+}
+
+template <DType dtype>
+FASTPO_DEVICE Partial sum_of(const void* data, Int64 first, bool single, const bool* mask, Int64 n, int rank,
+                             int team) {
+  // a number that was summed before: nothing of the rest is needed
+  if (single) return {Element<dtype>::widen(load(static_cast<const Storage<dtype>*>(data) + first)), 1};
+  return sum_part<dtype>(data, first, mask, n, rank, team);
+}
+
+FASTPO_DEVICE Partial sum_stream(const Stream& stream, const Layout& layout, Int64 row, int rank, int team) {
+  const Tokens t = tokens_of(layout, row, stream.row_stride);
+  // NaN, so that bad boundaries never look like a result
+  if (t.count < 0) return {from_bits(0x7fc00000), 0};
+  const bool* mask = mask_of(layout, row);
+  const bool single = team == 1 && t.count == 1 && !mask;
+  switch (stream.dtype) {
+    case DType::f32:
+      return sum_of<DType::f32>(stream.data, t.first, single, mask, t.count, rank, team);
+    case DType::f64:
+      return sum_of<DType::f64>(stream.data, t.first, single, mask, t.count, rank, team);
+    case DType::bf16:
+      return sum_of<DType::bf16>(stream.data, t.first, single, mask, t.count, rank, team);
+    default:
+      return sum_of<DType::f16>(stream.data, t.first, single, mask, t.count, rank, team);
+  }
+}
+
+FASTPO_DEVICE Int64 given_length(const Layout& layout, Int64 row) {
+  return layout.lengths_are_int64 ? load(static_cast<const Int64*>(layout.lengths) + row)
+                                  : load(static_cast<const int*>(layout.lengths) + row);
+}
+
+#if defined(FASTPO_USER_FORMULA)
+// A formula that the user gave as a Python expression (fastpo/losses/formula.py), with hyper-parameters by place.
+struct UserFormula {
+  template <class T>
+  static FASTPO_FN Dual<T, 2> evaluate(const Pair<T>& p, const double* h) {
+    using D = Dual<T, 2>;
+    [[maybe_unused]] const D w = p.chosen_logratio, l = p.rejected_logratio;
+    [[maybe_unused]] const D policy_w = p.chosen, policy_l = p.rejected;
+    [[maybe_unused]] const D reference_w = detach(policy_w - w), reference_l = detach(policy_l - l);
+    return FASTPO_USER_FORMULA;
+  }
+};
+#endif
+
+template <class A>
+FASTPO_DEVICE Dual<A, 2> evaluate(const Objective& o, const Pair<A>& pair) {
+#if defined(FASTPO_USER_FORMULA)
+  return UserFormula::evaluate(pair, o.hyper);
+#else
+  Hyper hyper;
+  int place = 0;
+#define FASTPO_TAKE(name) hyper.name = o.hyper[place++];
+  FASTPO_HYPER_PARAMETERS(FASTPO_TAKE)
+#undef FASTPO_TAKE
+  int formula = 0;
+#define FASTPO_EVALUATE(name, loss) \
+  if (o.formula == formula++) return pairwise::name::evaluate(pair, hyper);
+  FASTPO_PAIRWISE_FORMULAS(FASTPO_EVALUATE)
+#undef FASTPO_EVALUATE
+  return Dual<A, 2>{};
+#endif
+}
+
+// Loss, slopes and rewards of one row from the sums of its streams; returns the loss.
+template <class A>
+FASTPO_DEVICE A evaluate_row(const Objective& o, Int64 row, const Partial (&sums)[max_streams]) {
+  Dual<A, 2> policy[max_sides], logratio[max_sides];
+  FASTPO_UNROLL(2)
+  for (int side = 0; side < max_sides; ++side) {
+    const double reference = o.streams > max_sides ? sums[max_sides + side].sum : 0.0;
+    policy[side] = variable<2>(static_cast<A>(sums[side].sum), side);
+    logratio[side] = variable<2>(static_cast<A>(sums[side].sum - reference), side);
+    store(static_cast<A*>(o.rewards) + side * o.rows + row, static_cast<A>(o.reward_scale) * logratio[side].value);
+    if (o.length_norm) {
+      const Layout& layout = o.layouts[side];
+      const Int64 length = layout.lengths ? given_length(layout, row) : sums[side].count;
+      const A per_token = A(1) / static_cast<A>(length < 1 ? 1 : length);
+      policy[side] = chain(policy[side], policy[side].value * per_token, per_token);
+      logratio[side] = chain(logratio[side], logratio[side].value * per_token, per_token);
+    }
+  }
+  const Dual<A, 2> loss = evaluate<A>(o, {policy[0], policy[1], logratio[0], logratio[1]});
+  if (o.loss) store(static_cast<A*>(o.loss) + row, loss.value);
+  FASTPO_UNROLL(2)
+  for (int side = 0; side < max_sides; ++side)
+    store(static_cast<A*>(o.slopes) + side * o.rows + row, loss.slope[side] * static_cast<A>(o.scale));
+  return loss.value;
+}
+
+// Sum over the block, of use to its first thread only; all threads take part. `sums` has a cell per warp.
+template <class Cells>
+FASTPO_DEVICE double block_sum(Cells& sums, double value) {
+  const int thread = thread_index(), warps = ceil_div(block_threads(), warp);
+  const double of_warp = warp_sum(value);
+  if (thread % warp == 0) sums[thread / warp] = of_warp;
+  FASTPO_BARRIER();
+  double total = 0;
+  if (thread == 0)
+    for (int i = 0; i < warps; ++i) {
+      const double part = sums[i];
+      total += part;
+    }
+  return total;
+}
+
+template <class A>
+FASTPO_DEVICE void objective_rows(const Objective& o, const Shape& shape) {
+  // (streams, rows, warps of a team, at least one)
+  FASTPO_SHARED(double, sums, max_streams* single_rows);
+  FASTPO_SHARED(int, counts, max_streams* single_rows);
+  FASTPO_SHARED(double, losses, warp);
+  const int thread = thread_index(), teams = block_threads() / shape.team;
+  const int parts = shape.team < warp ? 1 : shape.team / warp;
+  double loss = 0;
+  for (Int64 first = block_index() * shape.rows; first < o.rows; first += block_count() * shape.rows) {
+    const int rows = static_cast<int>(clamp<Int64>(o.rows - first, 0, shape.rows));
+    for (int item = thread / shape.team; item < rows * o.streams; item += teams) {
+      const int s = item / rows, row = item % rows;
+      Partial part = sum_stream(o.stream[s], o.layouts[s % max_sides], first + row, thread % shape.team, shape.team);
+      if (shape.team > 1) {
+        part.sum = warp_sum(part.sum);
+        part.count = warp_sum(part.count);
+      }
+      if (shape.team == 1 || thread % warp == 0) {
+        const int cell = item * parts + thread % shape.team / warp;
+        sums[cell] = part.sum;
+        counts[cell] = part.count;
+      }
+    }
+    FASTPO_BARRIER();
+    if (thread < rows) {
+      Partial row[max_streams] = {};
+      FASTPO_UNROLL(4)
+      for (int s = 0; s < max_streams; ++s)
+        for (int w = 0; s < o.streams && w < parts; ++w) {
+          const int cell = (s * rows + thread) * parts + w;
+          const double sum = sums[cell];
+          const int count = counts[cell];
+          row[s].sum += sum;
+          row[s].count += count;
+        }
+      loss += evaluate_row<A>(o, first + thread, row);
+    }
+    // the cells are written again for the next rows
+    FASTPO_BARRIER();
+  }
+  if (o.block_loss) {
+    const double total = block_sum(losses, loss);
+    if (thread == 0) store(o.block_loss + block_index(), total);
+  }
+}
+
+FASTPO_KERNEL(objective_f32, FASTPO_ARGUMENT(Objective) o, FASTPO_ARGUMENT(Shape) shape) {
+  objective_rows<float>(o, shape);
+}
+FASTPO_KERNEL(objective_f64, FASTPO_ARGUMENT(Objective) o, FASTPO_ARGUMENT(Shape) shape) {
+  objective_rows<double>(o, shape);
+}
+
+// The second launch of a reduced loss, one block: the sum of the blocks' losses, in an order that depends on
+// nothing but their number.
+struct LossSum {
+  const double* block_loss;
+  Int64 blocks;
+  double denominator;
+  void* loss;
+  bool is_double;
+};
+
+constexpr int sum_threads = 512;
+
+FASTPO_KERNEL(objective_sum, FASTPO_ARGUMENT(LossSum) s) {
+  FASTPO_SHARED(double, sums, warp);
+  double loss = 0;
+  for (Int64 i = thread_index(); i < s.blocks; i += block_threads()) loss += load(s.block_loss + i);
+  const double total = block_sum(sums, loss) / s.denominator;
+  if (thread_index() != 0) return;
+  if (s.is_double)
+    store(static_cast<double*>(s.loss), total);
+  else
+    store(static_cast<float*>(s.loss), static_cast<float>(total));
+}
+
+// Gradients of the token streams: both sides in one launch, a team per row. A packed stream has one more row,
+// the tokens behind the last sequence.
+struct SpreadSides {
+  Spread side[max_sides];
+  int sides;
+};
+
+FASTPO_HOST_DEVICE Int64 spread_items(const Spread& s) { return s.rows + (s.layout.boundaries ? 1 : 0); }
+
+FASTPO_HOST_DEVICE Shape spread_shape(Int64 items, Int64 tokens) {
+  Shape s;
+  s.threads = 256;
+  s.team = tokens <= short_row ? warp : long_team;
+  s.rows = s.threads / s.team;
+  s.blocks = clamp<Int64>(ceil_div<Int64>(items, s.rows), 1, most_blocks);
+  return s;
+}
+
+template <DType dtype>
+FASTPO_DEVICE void fill(const Spread& s, Int64 first, Int64 n, const bool* mask, double value, int rank, int team) {
+  using S = Storage<dtype>;
+  constexpr int width = vector_width<dtype>;
+  S* p = static_cast<S*>(s.gradient) + first;
+  const S filled = Element<dtype>::narrow(value);
+  const auto fill_one = [&](Int64 i) { store(p + i, !mask || load(mask + i) ? filled : S(0)); };
+  const Int64 misfit = unaligned_head(p);
+  const Int64 head = misfit < n ? misfit : n;
+  const Int64 vectors = (n - head) / width;
+  if (rank < head) fill_one(rank);
+  auto* body = reinterpret_cast<Vector<S, width>*>(p + head);
+  for (Int64 v = rank; v < vectors; v += team) {
+    Vector<S, width> x;
+    for (int j = 0; j < width; ++j) x.at[j] = filled;
+    if (mask) {
+      const Vector<unsigned char, width> counts = load_mask<width>(mask + head + v * width);
+      for (int j = 0; j < width; ++j) x.at[j] = counts.at[j] ? filled : S(0);
+    }
+    store(body + v, x);
+  }
+  const Int64 tail = head + vectors * width + rank;
+  if (tail < n) fill_one(tail);
+}
+
+FASTPO_DEVICE void spread_item(const Spread& s, Int64 row, int rank, int team) {
+  Tokens t;
+  double value = 0;
+  const bool* mask = nullptr;
+  if (row < s.rows) {
+    const Int64 at = s.grad_per_row ? row : 0;
+    // the product is rounded in the accumulator's type, as on the CPU
+    if (s.is_double)
+      value = load(static_cast<const double*>(s.grad) + at) * load(static_cast<const double*>(s.slopes) + row);
+    else
+      value = load(static_cast<const float*>(s.grad) + at) * load(static_cast<const float*>(s.slopes) + row);
+    t = tokens_of(s.layout, row, s.layout.tokens);
+    mask = mask_of(s.layout, row);
+  } else {
+    const Int64 end = clamp<Int64>(load(s.layout.boundaries + s.rows), 0, s.layout.total);
+    t = {end, s.layout.total - end};
+  }
+  switch (s.dtype) {
+    case DType::f32:
+      return fill<DType::f32>(s, t.first, t.count, mask, value, rank, team);
+    case DType::f64:
+      return fill<DType::f64>(s, t.first, t.count, mask, value, rank, team);
+    case DType::bf16:
+      return fill<DType::bf16>(s, t.first, t.count, mask, value, rank, team);
+    default:
+      return fill<DType::f16>(s, t.first, t.count, mask, value, rank, team);
+  }
+}
+
+FASTPO_KERNEL(objective_spread, FASTPO_ARGUMENT(SpreadSides) s, FASTPO_ARGUMENT(Shape) shape) {
+  const int thread = thread_index();
+  const Int64 first = spread_items(s.side[0]), items = first + (s.sides > 1 ? spread_items(s.side[1]) : 0);
+  for (Int64 item = block_index() * shape.rows + thread / shape.team; item < items;
+       item += block_count() * shape.rows) {
+    const int side = item < first ? 0 : 1;
+    spread_item(s.side[side], item - side * first, thread % shape.team, shape.team);
+  }
+}
+
+}  // namespace FASTPO_NAMESPACE

@@ -1,0 +1,247 @@
+"""The op `objective` on CUDA devices without the compiled library: its launch, restated from csrc/cuda/objective.cuh
+and csrc/torch/cuda/objective.cpp. Tests compare structs and grids, and run both over the same cases."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from fastpo.kernels.cuda.nvrtc import Launcher
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_MAX_SIDES, _MAX_STREAMS, _MAX_HYPER = 2, 4, 64
+_WARP = 32
+
+
+class Layout(ctypes.Structure):
+    _fields_ = (
+        ("mask", ctypes.c_void_p),
+        ("mask_stride", ctypes.c_int64),
+        ("boundaries", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("total", ctypes.c_int64),
+        ("lengths", ctypes.c_void_p),
+        ("lengths_are_int64", ctypes.c_bool),
+    )
+
+
+class Stream(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("row_stride", ctypes.c_int64), ("dtype", ctypes.c_int))
+
+
+class Objective(ctypes.Structure):
+    _fields_ = (
+        ("layouts", Layout * _MAX_SIDES),
+        ("stream", Stream * _MAX_STREAMS),
+        ("hyper", ctypes.c_double * _MAX_HYPER),
+        ("scale", ctypes.c_double),
+        ("reward_scale", ctypes.c_double),
+        ("rows", ctypes.c_int64),
+        ("loss", ctypes.c_void_p),
+        ("block_loss", ctypes.c_void_p),
+        ("slopes", ctypes.c_void_p),
+        ("rewards", ctypes.c_void_p),
+        ("formula", ctypes.c_int),
+        ("streams", ctypes.c_int),
+        ("length_norm", ctypes.c_bool),
+        ("is_double", ctypes.c_bool),
+    )
+
+
+class Spread(ctypes.Structure):
+    _fields_ = (
+        ("layout", Layout),
+        ("rows", ctypes.c_int64),
+        ("grad", ctypes.c_void_p),
+        ("slopes", ctypes.c_void_p),
+        ("gradient", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+        ("is_double", ctypes.c_bool),
+        ("grad_per_row", ctypes.c_bool),
+    )
+
+
+class LossSum(ctypes.Structure):
+    _fields_ = (
+        ("block_loss", ctypes.c_void_p),
+        ("blocks", ctypes.c_int64),
+        ("denominator", ctypes.c_double),
+        ("loss", ctypes.c_void_p),
+        ("is_double", ctypes.c_bool),
+    )
+
+
+class Shape(ctypes.Structure):
+    _fields_ = (
+        ("blocks", ctypes.c_int64),
+        ("threads", ctypes.c_int),
+        ("team", ctypes.c_int),
+        ("rows", ctypes.c_int),
+    )
+
+
+class SpreadSides(ctypes.Structure):
+    _fields_ = (("side", Spread * _MAX_SIDES), ("sides", ctypes.c_int))
+
+
+_SHORT_ROW, _LONG_TEAM, _MOST_ROWS, _BUSY_BLOCKS, _MOST_BLOCKS, _SUM_THREADS = 1024, 128, 32, 1024, 16384, 512
+
+
+def _blocks(items: int, per_block: int) -> int:
+    return min(max(-(-items // per_block), 1), _MOST_BLOCKS)
+
+
+def objective_shape(rows: int, tokens: int, streams: int) -> Shape:
+    if tokens <= 1:
+        threads = per_block = 256
+        team = 1
+    elif tokens <= _SHORT_ROW:
+        threads, team = 256, _WARP
+        per_block = min(max(rows // _BUSY_BLOCKS, threads // (_WARP * streams)), _MOST_ROWS)
+    else:
+        threads, team, per_block = _LONG_TEAM * streams, _LONG_TEAM, 1
+    return Shape(_blocks(rows, per_block), threads, team, per_block)
+
+
+def spread_shape(items: int, tokens: int) -> Shape:
+    threads, team = 256, _WARP if tokens <= _SHORT_ROW else _LONG_TEAM
+    return Shape(_blocks(items, threads // team), threads, team, threads // team)
+
+
+def _pointer(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _contiguous(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _rows(stream: Tensor, boundaries: Tensor | None) -> int:
+    return stream.shape[0] if boundaries is None else boundaries.shape[0] - 1
+
+
+def _tokens_per_row(streams: list[Tensor], rows: int) -> int:
+    return max(1, *(t.numel() // max(1, rows) for t in streams))
+
+
+def _layout(stream: Tensor, mask: Tensor | None, boundaries: Tensor | None, lengths: Tensor | None) -> Layout:
+    tokens = stream.shape[1] if boundaries is None and stream.dim() == 2 else 1
+    return Layout(
+        mask=_pointer(mask),
+        mask_stride=tokens,
+        boundaries=_pointer(boundaries),
+        tokens=tokens,
+        total=stream.numel(),
+        lengths=_pointer(lengths),
+        lengths_are_int64=lengths is not None and lengths.dtype == torch.int64,
+    )
+
+
+def forward(
+    launcher: Launcher,
+    formula: int,
+    streams: list[Tensor],
+    masks: list[Tensor | None],
+    cu_seqlens: list[Tensor | None],
+    lengths: list[Tensor | None],
+    hyper: list[float],
+    reward_scale: float,
+    length_norm: bool,
+    reduce: bool,
+    denominator: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the op returns: loss, slopes, rewards."""
+    masks, cu_seqlens, lengths = _contiguous(masks), _contiguous(cu_seqlens), _contiguous(lengths)
+    rows = _rows(streams[0], cu_seqlens[0])
+    is_double = any(s.dtype == torch.float64 for s in streams)
+    # tokens of a row must be adjacent; rows, and summed streams, may have any stride
+    streams = [
+        s.contiguous() if (s.dim() == 2 or cu_seqlens[i % 2] is not None) and s.stride(-1) != 1 else s
+        for i, s in enumerate(streams)
+    ]
+    shape = objective_shape(rows, _tokens_per_row(streams, rows), len(streams))
+    loss = streams[0].new_empty(() if reduce else (rows,), dtype=torch.float64 if is_double else torch.float32)
+    slopes, rewards = loss.new_empty((2, rows)), loss.new_empty((2, rows))
+    block_loss = loss.new_empty(shape.blocks, dtype=torch.float64) if reduce else None
+    divisor = float(rows) if denominator is None else denominator
+    o = Objective(
+        scale=1 / divisor if divisor else 0.0,
+        reward_scale=reward_scale,
+        rows=rows,
+        loss=None if reduce else loss.data_ptr(),
+        block_loss=_pointer(block_loss),
+        slopes=slopes.data_ptr(),
+        rewards=rewards.data_ptr(),
+        formula=formula,
+        streams=len(streams),
+        length_norm=length_norm,
+        is_double=is_double,
+    )
+    o.hyper[: len(hyper)] = hyper
+    for side in range(_MAX_SIDES):
+        o.layouts[side] = _layout(streams[side], masks[side], cu_seqlens[side], lengths[side])
+    for i, s in enumerate(streams):
+        o.stream[i] = Stream(s.data_ptr(), s.stride(0) if s.dim() else 1, _DTYPES[s.dtype])
+    if rows:
+        launcher.launch(
+            "objective_f64" if is_double else "objective_f32",
+            shape.blocks,
+            shape.threads,
+            [o, shape],
+            reads=[*streams, *masks, *cu_seqlens, *lengths],
+            writes=[slopes, rewards, block_loss if reduce else loss],
+        )
+    elif block_loss is not None:
+        block_loss.zero_()
+    if block_loss is not None:
+        total = LossSum(block_loss.data_ptr(), shape.blocks, divisor, loss.data_ptr(), is_double)
+        launcher.launch("objective_sum", 1, _SUM_THREADS, [total], reads=[block_loss], writes=[loss])
+    return loss, slopes, rewards
+
+
+def backward(
+    launcher: Launcher,
+    grad: Tensor,
+    slopes: Tensor,
+    streams: list[Tensor],
+    masks: list[Tensor | None],
+    cu_seqlens: list[Tensor | None],
+    needed: int,
+) -> list[Tensor]:
+    """What the op's backward returns: the gradient of each stream, empty where it is not needed."""
+    grad, slopes = grad.contiguous(), slopes.contiguous()
+    masks, cu_seqlens = _contiguous(masks), _contiguous(cu_seqlens)
+    out = [
+        torch.empty_like(s, memory_format=torch.contiguous_format) if needed >> i & 1 else s.new_empty(0)
+        for i, s in enumerate(streams)
+    ]
+    rows, items = slopes.shape[1], 0
+    arguments = SpreadSides(sides=0)
+    for i, s in enumerate(streams):
+        if not needed >> i & 1:
+            continue
+        arguments.side[arguments.sides] = Spread(
+            layout=_layout(s, masks[i], cu_seqlens[i], None),
+            rows=rows,
+            grad=grad.data_ptr(),
+            slopes=slopes[i].data_ptr(),
+            gradient=out[i].data_ptr(),
+            dtype=_DTYPES[s.dtype],
+            is_double=slopes.dtype == torch.float64,
+            grad_per_row=grad.dim() == 1,
+        )
+        arguments.sides += 1
+        items += rows + (cu_seqlens[i] is not None)
+    if arguments.sides:
+        shape = spread_shape(items, _tokens_per_row(streams, rows))
+        launcher.launch(
+            "objective_spread",
+            shape.blocks,
+            shape.threads,
+            [arguments, shape],
+            reads=[grad, slopes, *masks, *cu_seqlens],
+            writes=out,
+        )
+    return out

@@ -1,0 +1,31 @@
+// The kernels of csrc/cuda by name, for launches from Python: a line for each.
+#include <string>
+
+#include "../../csrc/cuda/objective.cuh"
+
+namespace {
+
+template <class T>
+const T& argument(void** arguments, int i) {
+  return *static_cast<const T*>(arguments[i]);
+}
+
+}  // namespace
+
+#define KERNEL1(name, A) \
+  if (kernel == #name) return simt::launch([&] { fastpo::gpu::name(argument<A>(arguments, 0)); }, blocks, threads)
+#define KERNEL2(name, A, B) \
+  if (kernel == #name)      \
+  return simt::launch([&] { fastpo::gpu::name(argument<A>(arguments, 0), argument<B>(arguments, 1)); }, blocks, threads)
+
+extern "C" __attribute__((visibility("default")))
+const char* simt_run(const char* name, std::int64_t blocks, std::int64_t threads, void** arguments) {
+  using namespace fastpo;
+  using namespace fastpo::gpu;
+  const std::string kernel = name;
+  KERNEL2(objective_f32, Objective, Shape);
+  KERNEL2(objective_f64, Objective, Shape);
+  KERNEL1(objective_sum, LossSum);
+  KERNEL2(objective_spread, SpreadSides, Shape);
+  return "there is no such kernel";
+}
