@@ -161,7 +161,8 @@ class TestCudaLibrary:
 
     def test_loads_with_every_symbol_resolved(self):
         code = (
-            f"import torch, ctypes; assert torch.version.cuda is None; import fastpo; cuda = ctypes.CDLL({str(CUDA[0])!r})\n"
+            "import torch, ctypes, fastpo; assert torch.version.cuda is None\n"
+            f"cuda = ctypes.CDLL({str(CUDA[0])!r})\n"
             "print(cuda.fastpo_cuda_runtime() // 1000, cuda.fastpo_cuda_driver())\n"
             "name = 'fastpo::objective'\n"
             "print(torch._C._dispatch_dump(name).count('csrc/torch/cuda') > 0)\n"

@@ -46,7 +46,8 @@ def test_a_spill_would_be_seen():
     """The same pattern finds spills in a kernel that must have them."""
     sums = "\n".join(f"float a{i} = x[{i} * n];" for i in range(300))
     uses = "\n".join(f"x[{i} * n + 1] = a{i} * a{(i * 7 + 150) % 300};" for i in range(300))
-    source = f'extern "C" __global__ void __launch_bounds__(1024) spilling(float* x, int n) {{ {sums} __syncthreads(); {uses} }}'
+    head = 'extern "C" __global__ void __launch_bounds__(1024) spilling(float* x, int n)'
+    source = f"{head} {{ {sums} __syncthreads(); {uses} }}"
     log: list[str] = []
     compile_source(source, 90, {}, log=log)
     (stores,) = re.findall(r"(\d+) bytes spill stores", log[0])
@@ -54,7 +55,7 @@ def test_a_spill_would_be_seen():
 
 
 def test_errors_hold_the_compilers_words():
-    with pytest.raises(RuntimeError, match="identifier .*nothing.* is undefined"):
+    with pytest.raises(RuntimeError, match=r"identifier .*nothing.* is undefined"):
         compile_source('extern "C" __global__ void f(float* x) { *x = nothing; }', 90, {})
 
 
