@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/fastpo train dpo
@@ -22,6 +22,20 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/report.py
+
+# On a machine with a GPU and a torch that has CUDA: builds in place for $(PYTHON), whose packages are used as they
+# are; peers that it does not have are named and left out
+SANITIZER ?= $(shell command -v compute-sanitizer)
+gpu-check: export PYTHONPATH := $(CURDIR)
+gpu-check: export TRITON_INTERPRET := 0
+gpu-check:
+	FASTPO_REQUIRE_NATIVE=1 $(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m fastpo.cli info
+	$(PYTHON) -m pytest -q tests/gpu
+	$(if $(SANITIZER),for tool in memcheck racecheck initcheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 9 \
+	    $(PYTHON) -m pytest -q -m sanitize tests/gpu || exit 1; done,@echo "compute-sanitizer is not here")
+	$(PYTHON) benchmarks/gpu.py
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)

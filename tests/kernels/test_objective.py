@@ -24,6 +24,7 @@ from fastpo.kernels.objective import PairwiseOutput
 from fastpo.reference.pairwise import Side
 from fastpo.reference.registry import Objective, objective, objectives
 from fastpo.reference.sequence import sequence_sum
+from tests.device import to_device
 from tests.tolerance import assert_within
 
 ROWS = list(objectives("pairwise"))
@@ -80,16 +81,18 @@ def upstream(loss: Tensor) -> Tensor:
 
 def evaluate(row: Objective, pairs: Pairs, backend: str = "native", **options) -> dict[str, Tensor]:
     """Outputs, and the gradients with respect to both policies."""
-    sides = [side._replace(policy=side.policy.detach().requires_grad_()) for side in pairs]
-    out = call(row, *sides, backend, **options)
-    grads = torch.autograd.grad(out.loss, [s.policy for s in sides], upstream(out.loss))
-    return {
+    sides = [Side(*map(to_device, side)) for side in pairs]
+    sides = [side._replace(policy=side.policy.detach().requires_grad_()) for side in sides]
+    out = call(row, *sides, backend, **{key: to_device(value) for key, value in options.items()})
+    grads = torch.autograd.grad(out.loss, [s.policy for s in sides], to_device(upstream(out.loss)))
+    results = {
         "loss": out.loss.detach(),
         "chosen_rewards": out.chosen_rewards,
         "rejected_rewards": out.rejected_rewards,
         "chosen_grad": grads[0],
         "rejected_grad": grads[1],
     }
+    return {name: value.cpu() for name, value in results.items()}
 
 
 def as_double(side: Side) -> Side:

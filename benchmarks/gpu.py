@@ -1,0 +1,455 @@
+"""`make gpu-check`'s benchmark: fastpo against eager torch, torch.compile, TRL and Liger on one GPU.
+
+Writes one JSON and one PNG under results/, named after the GPU, with driver, commit and date. All providers of a case
+take turns in one process; a call is timed by events on the stream, behind a kernel that keeps the GPU busy until the
+host has queued the call, and behind a write that empties the second-level cache. Providers whose result is wrong are
+not timed. `--device cpu --small` tries the script itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from report import commit
+from torch import Tensor
+
+import fastpo
+from fastpo import losses
+from fastpo.bench.processes import columns
+
+HERE = Path(__file__).parent
+ROUNDS = 15
+Outputs = Sequence[Tensor]
+
+
+@dataclass
+class Provider:
+    """One way to do a case's work. `run` returns outputs, compared with eager's up to `tolerance`, or, of a floor,
+    nothing of meaning."""
+
+    name: str
+    run: Callable[[], Outputs]
+    floor: bool = False
+
+
+@dataclass
+class Case:
+    name: str
+    providers: list[Provider]
+    bytes: int  # what has to move: inputs once, outputs of their size once
+    target: tuple[str, float] | None = None  # fastpo's time is at most that many times this provider's
+    tolerance: float = 2e-2
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+class Timer:
+    """Times calls on one device."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.cuda = device.type == "cuda"
+        # larger than any second-level cache
+        self.flush = torch.empty(256 << 20 if self.cuda else 1, dtype=torch.uint8, device=device)
+
+    def __call__(self, run: Callable[[], Outputs]) -> float:
+        """Seconds of one call."""
+        self.flush.zero_()
+        if not self.cuda:
+            start_time = time.perf_counter()
+            run()
+            return time.perf_counter() - start_time
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # about a millisecond, in which the host gets ahead
+        torch.cuda._sleep(2_000_000)
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def gradients(outputs: Outputs, inputs: Sequence[Tensor]) -> Outputs:
+    """The outputs and the gradients of their sum."""
+    return [*outputs, *torch.autograd.grad([o.sum() for o in outputs if o.requires_grad], inputs)]
+
+
+def eager_logprobs(logits: Tensor, targets: Tensor, entropy: bool) -> Outputs:
+    logprobs = torch.log_softmax(logits.float(), -1)
+    taken = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return [taken, -(logprobs.exp() * logprobs).sum(-1)] if entropy else [taken]
+
+
+def fastpo_logprobs(logits: Tensor, targets: Tensor, entropy: bool, inplace: bool = False) -> Outputs:
+    if not entropy:
+        return [fastpo.token_logprobs(logits, targets, inplace_backward=inplace)]
+    out = fastpo.token_logprobs(logits, targets, stats=("entropy",), inplace_backward=inplace)
+    assert out.entropy is not None
+    return [out.logprobs, out.entropy]
+
+
+def trl_logprobs() -> Callable[[Tensor, Tensor, bool], Outputs]:
+    from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+
+    def run(logits: Tensor, targets: Tensor, entropy: bool) -> Outputs:
+        taken = selective_log_softmax(logits, targets)
+        return [taken, entropy_from_logits(logits)] if entropy else [taken]
+
+    return run
+
+
+def trl_fused() -> Callable[[Tensor, Tensor, bool], Outputs]:
+    from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
+
+    return lambda logits, targets, entropy: selective_log_softmax_and_entropy(logits, targets)[: 1 + entropy]
+
+
+def liger_logprobs() -> Callable[[Tensor, Tensor, bool], Outputs]:
+    from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
+
+    def run(logits: Tensor, targets: Tensor, entropy: bool) -> Outputs:
+        if entropy or logits.requires_grad:
+            raise NotImplementedError("no entropy and no gradient")
+        # it cuts the last position off
+        return [fused_selective_log_softmax(F.pad(logits, (0, 0, 0, 1)), targets)]
+
+    return run
+
+
+def flash_logprobs() -> Callable[[Tensor, Tensor, bool], Outputs]:
+    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+
+    def run(logits: Tensor, targets: Tensor, entropy: bool) -> Outputs:
+        if entropy:
+            raise NotImplementedError("no entropy")
+        flat = cross_entropy_loss(logits.flatten(0, -2), targets.flatten())[0]
+        return [-flat.view(targets.shape)]
+
+    return run
+
+
+LOGPROB_PEERS: dict[str, Callable[[], Callable[[Tensor, Tensor, bool], Outputs]]] = {
+    "TRL": trl_logprobs,
+    "TRL fused": trl_fused,
+    "Liger": liger_logprobs,
+    "flash-attn": flash_logprobs,
+}
+
+
+def token_logprobs_case(
+    device: torch.device, shape: tuple[int, ...], vocab: int, *, entropy: bool, backward: bool, inplace: bool = False
+) -> Case:
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(*shape, vocab, generator=generator, device=device, dtype=torch.bfloat16)
+    targets = torch.randint(vocab, shape, generator=generator, device=device)
+    size = logits.numel() * logits.element_size()
+    logits.requires_grad_(backward)
+
+    def timed(function: Callable[[Tensor, Tensor, bool], Outputs]) -> Callable[[], Outputs]:
+        if not backward:
+            return lambda: function(logits, targets, entropy)
+        return lambda: gradients(function(logits, targets, entropy), [logits])
+
+    def overwriting() -> Outputs:
+        # what a head's output is: not a leaf, and of no more use afterwards
+        copy = logits.detach().requires_grad_()
+        outputs = fastpo_logprobs(copy * 1, targets, entropy, True)
+        return gradients(outputs, [copy])
+
+    providers = [Provider("fastpo", timed(fastpo_logprobs))]
+    if inplace:
+        providers.append(Provider("fastpo, in place, and a copy", overwriting))
+    providers += [
+        Provider("eager", timed(eager_logprobs)),
+        Provider("compile", timed(torch.compile(eager_logprobs, fullgraph=True, dynamic=False))),
+    ]
+    missing = {}
+    for name, build in LOGPROB_PEERS.items():
+        try:
+            providers.append(Provider(name, timed(build())))
+        except ImportError as error:
+            missing[name] = f"not installed: {error}"
+    target = logits.detach().new_empty(logits.shape)
+    if backward:
+        providers.append(Provider("floor", lambda: [read(logits.detach()), target.copy_(logits.detach())], floor=True))
+    else:
+        providers.append(Provider("floor", lambda: [read(logits)], floor=True))
+    what = "forward" + " + entropy" * entropy + " + backward" * backward
+    return Case(
+        f"token_logprobs {' x '.join(map(str, shape))} x {vocab} bf16, {what}",
+        providers,
+        size * (3 if backward else 1),
+        ("floor", 1 / (0.8 if backward else 0.85)),
+        missing=missing,
+    )
+
+
+def read(x: Tensor) -> Tensor:
+    """Reads every byte once and writes next to nothing: torch's sum of rows, of the same bytes as fp32 numbers."""
+    words = x.detach().flatten()
+    words = words[: words.numel() // 2048 * 2048].view(torch.float32)
+    return words.view(-1, 1024).sum(-1)
+
+
+def eager_dpo(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, mask: Tensor | None
+) -> Tensor:
+    def total(t: Tensor) -> Tensor:
+        return t if t.dim() == 1 else (t if mask is None else t * mask).sum(-1)
+
+    margin = (total(chosen) - total(ref_chosen)) - (total(rejected) - total(ref_rejected))
+    return -F.logsigmoid(0.1 * margin).mean()
+
+
+def objective_case(device: torch.device, rows: int, tokens: int, *, backward: bool) -> Case:
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (rows, tokens) if tokens else (rows,)
+    inputs = [-torch.rand(shape, generator=generator, device=device) for _ in range(4)]
+    mask = torch.rand(shape, generator=generator, device=device) < 0.8 if tokens else None
+    leaves = [t.requires_grad_() for t in inputs[:2]] if backward else []
+    masks = {} if mask is None else {"chosen_mask": mask, "rejected_mask": mask}
+
+    def timed(function: Callable[[], Tensor]) -> Callable[[], Outputs]:
+        return (lambda: gradients([function()], leaves)) if backward else (lambda: [function()])
+
+    compiled = torch.compile(eager_dpo, fullgraph=True, dynamic=False)
+    read_tensors = [*inputs, *([mask] if mask is not None else [])]
+    copies = [torch.empty_like(t) for t in read_tensors]
+
+    def copy() -> Outputs:
+        torch._foreach_copy_(copies, [t.detach() for t in read_tensors])
+        return copies
+
+    size = sum(t.numel() * t.element_size() for t in read_tensors)
+    return Case(
+        f"objective dpo {rows} x {tokens or 1}, forward" + " + backward" * backward,
+        [
+            Provider("fastpo", timed(lambda: losses.dpo(*inputs, **masks).loss)),
+            Provider("eager", timed(lambda: eager_dpo(*inputs, mask))),
+            Provider("compile", timed(lambda: compiled(*inputs, mask))),
+            Provider("copy", copy, floor=True),
+        ],
+        size,
+        ("copy", 2.0) if not backward else None,
+        tolerance=1e-4,
+    )
+
+
+def cases(device: torch.device, small: bool) -> list[Callable[[], Case]]:
+    rows, vocab = (8192, 151_936) if not small else (8, 1000)
+    found: list[Callable[[], Case]] = []
+    for entropy, backward in ((False, False), (True, False), (False, True), (True, True)):
+        found.append(
+            lambda e=entropy, b=backward: token_logprobs_case(
+                device, (8, rows // 8), vocab, entropy=e, backward=b, inplace=b
+            )
+        )
+    # few rows: split over several programs; and a vocabulary whose rows start anywhere
+    found.append(lambda: token_logprobs_case(device, (1, 16), vocab, entropy=True, backward=False))
+    found.append(lambda: token_logprobs_case(device, (8, rows // 8), vocab // 3 + 2, entropy=True, backward=True))
+    for pairs, tokens in ((64, 4096), (512, 512), (1_000_000, 0)) if not small else ((4, 50), (30, 0)):
+        for backward in (False, True):
+            found.append(lambda p=pairs, t=tokens, b=backward: objective_case(device, p, t, backward=b))
+    return found
+
+
+def right(outputs: Outputs, truth: Outputs, tolerance: float) -> str | None:
+    """None, or by how much the outputs differ, by 64 rows to keep memory small."""
+    worst = 0.0
+    for got, want in zip(outputs, truth, strict=True):
+        scale = want.detach().abs().max().clamp(min=1e-6).float()
+        pairs = zip(got.detach().reshape(-1).split(1 << 26), want.detach().reshape(-1).split(1 << 26), strict=True)
+        worst = max(
+            worst, *(((a.float() - b.float()).abs().max() / scale).nan_to_num(nan=1e9).item() for a, b in pairs)
+        )
+    return None if worst <= tolerance else f"differs from eager by {worst:.1e} of the largest"
+
+
+def measure(case: Case, timer: Timer) -> dict[str, Any]:
+    """Check all providers, then time them in turns."""
+    rows: dict[str, dict[str, Any]] = {name: {"status": reason} for name, reason in case.missing.items()}
+    truth = [t.detach().clone() for t in next(p for p in case.providers if p.name == "eager").run()]
+    ready = []
+    for p in case.providers:
+        try:
+            outputs = p.run()
+            problem = None if p.floor else right(outputs, truth, case.tolerance)
+        except Exception as error:
+            problem = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        outputs = []
+        rows[p.name] = {"status": problem or "ok", "times": []}
+        if problem is None:
+            ready.append(p)
+    del truth
+    for p in ready:
+        if timer.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            p.run()
+            rows[p.name]["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    order = list(ready)
+    for _ in range(ROUNDS):
+        random.shuffle(order)
+        for p in order:
+            rows[p.name]["times"].append(timer(p.run))
+    for row in rows.values():
+        times = row.pop("times", [])
+        if times:
+            row["seconds"] = {"median": statistics.median(times), "min": min(times), "max": max(times)}
+    own = rows["fastpo"]["seconds"]["median"] if "seconds" in rows["fastpo"] else None
+    met = None
+    if case.target and own and "seconds" in rows.get(case.target[0], {}):
+        ratio = own / rows[case.target[0]]["seconds"]["median"]
+        met = {"against": case.target[0], "asked": case.target[1], "measured": ratio, "met": ratio <= case.target[1]}
+    return {"case": case.name, "bytes": case.bytes, "providers": rows, "target": met}
+
+
+def table(result: dict[str, Any]) -> str:
+    own = result["providers"]["fastpo"].get("seconds", {}).get("median")
+    lines = []
+    for name, row in result["providers"].items():
+        if "seconds" not in row:
+            continue
+        s = row["seconds"]
+        ratio = "" if name == "fastpo" or not own else f"{s['median'] / own:.2f}x"
+        peak = f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else ""
+        spread = f"{s['min'] * 1e3:.3f} .. {s['max'] * 1e3:.3f}"
+        lines.append(
+            [name, f"{s['median'] * 1e3:.3f}", spread, f"{result['bytes'] / s['median'] / 1e9:.0f}", ratio, peak]
+        )
+    text = columns([result["case"], "ms", "min .. max", "GB/s", "fastpo is", "peak MiB"], lines)
+    text += "".join(f"\n  {n}: {r['status']}" for n, r in result["providers"].items() if r["status"] != "ok")
+    if result["target"]:
+        t = result["target"]
+        text += f"\n  asked: at most {t['asked']:.2f} times {t['against']}; measured {t['measured']:.2f}"
+    return text
+
+
+def rates(device: torch.device, timer: Timer, small: bool) -> dict[str, float]:
+    """Copy bandwidth, read and written bytes together, read bandwidth, and the rate of a bf16 GEMM."""
+    n = (1 << 20 if small else 1 << 30) // 2
+    source, target = (torch.randn(n // 1024, 1024, device=device).to(torch.bfloat16) for _ in range(2))
+    side = 128 if small else 8192
+    a, b = (torch.randn(side, side, device=device).to(torch.bfloat16) for _ in range(2))
+
+    def best(run: Callable[[], Any]) -> float:
+        return min(timer(lambda: [run()]) for _ in range(10))
+
+    return {
+        "copy_gb_per_s": 2 * source.nbytes / best(lambda: target.copy_(source)) / 1e9,
+        "read_gb_per_s": source.nbytes / best(lambda: read(source)) / 1e9,
+        "gemm_tflop_per_s": 2 * side**3 / best(lambda: a @ b) / 1e12,
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    driver = None
+    if device.type == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            pass
+    packages = {}
+    for name in ("triton", "cupy-cuda13x", "trl", "liger-kernel", "flash-attn"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "packages": packages,
+        "git_commit": commit(),
+        "fastpo": str(fastpo.info()),
+    }
+
+
+def plot(results: Sequence[dict[str, Any]], where: dict[str, Any], path: Path) -> None:
+    """How many times as fast as each provider fastpo is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(
+        dict.fromkeys(n for r in results for n, p in r["providers"].items() if "seconds" in p and n != "fastpo")
+    )
+    figure, axes = plt.subplots(figsize=(11, 1.2 + 0.9 * len(results)), layout="constrained")
+    height = 0.85 / max(1, len(names))
+    for i, name in enumerate(names):
+        at, speeds = [], []
+        for position, result in enumerate(results):
+            rows = result["providers"]
+            if "seconds" in rows.get(name, {}) and "seconds" in rows["fastpo"]:
+                at.append(position + (i - (len(names) - 1) / 2) * height)
+                speeds.append(rows[name]["seconds"]["median"] / rows["fastpo"]["seconds"]["median"])
+        bars = axes.barh(at, speeds, height * 0.9, label=name)
+        axes.bar_label(bars, fmt="%.2fx", fontsize=7, padding=3)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(results)), [r["case"].replace(", ", "\n") for r in results], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlabel("fastpo is x times as fast (medians)")
+    axes.legend(fontsize=8)
+    axes.set_title(f"{where['gpu']}, torch {where['torch']}, commit {where['git_commit']}", fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to try the script")
+    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of the JSON and the plot")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device: nothing to measure", file=sys.stderr)
+        return 2
+    args.output.mkdir(parents=True, exist_ok=True)
+    timer, where = Timer(device), environment(device)
+    where["rates"] = rates(device, timer, args.small)
+    print(f"{where['gpu']}, driver {where['driver']}, torch {where['torch']}, commit {where['git_commit']}")
+    print(", ".join(f"{name} {value:.0f}" for name, value in where["rates"].items()), end="\n\n", flush=True)
+    results = []
+    for build in cases(device, args.small):
+        results.append(measure(build(), timer))
+        print(table(results[-1]), end="\n\n", flush=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        torch._dynamo.reset()
+    name = re.sub(r"\W+", "-", where["gpu"]).strip("-").lower()
+    report = args.output / f"gpu-{name}.json"
+    report.write_text(json.dumps({"environment": where, "cases": results}, indent=2) + "\n")
+    try:
+        plot(results, where, report.with_suffix(".png"))
+    except ImportError as error:
+        print(f"no plot: {error}", file=sys.stderr)
+    print(f"written: {report}")
+    wrong = [r["case"] for r in results if r["providers"]["fastpo"]["status"] != "ok"]
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
