@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from fastpo import losses
 from fastpo._info import info
 from fastpo.kernels import TokenLogprobs, balance, pack, token_logprobs, use_backend
+from fastpo.losses.formula import formula
 
 try:
     __version__ = version("fastpo")
@@ -15,6 +16,7 @@ __all__ = [
     "TokenLogprobs",
     "__version__",
     "balance",
+    "formula",
     "info",
     "losses",
     "pack",

@@ -180,13 +180,19 @@ def why_not(op: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
     return None
 
 
+def refuse(reason: str) -> None:
+    """Raise if the native kernel is asked for by `use_backend`, where `reason` says why there is none."""
+    if _backend == "native":
+        raise RuntimeError(f"use_backend('native'): {reason}")
+
+
 def serves(op: str, device: torch.device, *dtypes: torch.dtype) -> bool:
     """Whether the native kernel of `op` is to be taken under the backend in force."""
     if _backend == "reference":
         return False
     reason = why_not(op, device, *dtypes)
-    if reason is not None and _backend == "native":
-        raise RuntimeError(f"use_backend('native'): {reason}")
+    if reason is not None:
+        refuse(reason)
     return reason is None
 
 

@@ -58,6 +58,13 @@ torch.library.define(
     "(int formula, Tensor[] streams, Tensor?[] masks, Tensor?[] cu_seqlens, Tensor?[] lengths, float[] hyper, "
     "bool length_norm, bool reduce, float? denominator) -> (Tensor loss, Tensor slopes, Tensor rewards)",
 )
+# the same for a formula given as C++ source (see fastpo/losses/formula.py), with hyper-parameters by place
+torch.library.define(
+    "fastpo::formula_objective",
+    "(str source, Tensor[] streams, Tensor?[] masks, Tensor?[] cu_seqlens, Tensor?[] lengths, float[] hyper, "
+    "bool length_norm, bool reduce, float? denominator, float reward_scale) -> "
+    "(Tensor loss, Tensor slopes, Tensor rewards)",
+)
 # `needed`: bit i is set if the gradient of stream i is wanted; the others come back empty
 torch.library.define(
     "fastpo::objective_backward",
@@ -73,9 +80,10 @@ def _accumulator(streams: list[Tensor]) -> torch.dtype:
     return torch.float64 if any(s.dtype == torch.float64 for s in streams) else torch.float32
 
 
+@torch.library.register_fake("fastpo::formula_objective")
 @torch.library.register_fake("fastpo::objective")
 def _fake(
-    formula: int,
+    formula: int | str,
     streams: list[Tensor],
     masks: list[Tensor | None],
     cu_seqlens: list[Tensor | None],
@@ -84,6 +92,7 @@ def _fake(
     length_norm: bool,
     reduce: bool,
     denominator: float | None,
+    reward_scale: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, sides = _rows(streams[0], cu_seqlens[0]), len(masks)
     dtype = _accumulator(streams)
@@ -116,7 +125,7 @@ def launched_by(launcher: nvrtc.Launcher) -> dict[str, Callable[..., Any]]:
         *options: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         beta = hyper[_native.CPU.hyper_parameters.index("beta")]
-        return _launch.forward(launcher, formula, streams, masks, cu_seqlens, lengths, hyper, beta, *options)
+        return _launch.forward(launcher, formula, streams, masks, cu_seqlens, lengths, hyper, *options, beta)
 
     def backward(*arguments: Any) -> list[Tensor]:
         return _launch.backward(launcher, *arguments)
@@ -128,6 +137,12 @@ def _why_not_cuda(*dtypes: torch.dtype) -> str | None:
     if _native.CUDA.loaded or nvrtc.why_not() is None:
         return None
     return f"_cuda: {_native.CUDA.error}; {nvrtc.why_not()}"
+
+
+@torch.library.impl("fastpo::formula_objective", "cuda")
+def _formula_objective(source: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    launcher = nvrtc.Driver("objective.cuh", {"FASTPO_USER_FORMULA": source})
+    return _launch.forward(launcher, 0, *arguments)
 
 
 _native.on_cuda("objective", _why_not_cuda, by="compiled" if _native.CUDA.loaded else "NVRTC")
@@ -145,8 +160,9 @@ class _Objective(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        formula: int,
+        formula: int | str,
         hyper: list[float],
+        reward_scale: float,
         length_norm: bool,
         reduce: bool,
         denominator: float | None,
@@ -155,9 +171,11 @@ class _Objective(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         streams, layouts = list(tensors[: -3 * sides]), tensors[-3 * sides :]
         masks, cu_seqlens, lengths = (list(layouts[i * sides : (i + 1) * sides]) for i in range(3))
-        loss, slopes, rewards = torch.ops.fastpo.objective(
-            formula, streams, masks, cu_seqlens, lengths, hyper, length_norm, reduce, denominator
-        )
+        arguments = (formula, streams, masks, cu_seqlens, lengths, hyper, length_norm, reduce, denominator)
+        if isinstance(formula, str):
+            loss, slopes, rewards = torch.ops.fastpo.formula_objective(*arguments, reward_scale)
+        else:
+            loss, slopes, rewards = torch.ops.fastpo.objective(*arguments)
         ctx.mark_non_differentiable(rewards)
         ctx.set_materialize_grads(False)
         ctx.formula, ctx.hyper, ctx.length_norm, ctx.reduce, ctx.denominator = (
@@ -178,14 +196,14 @@ class _Objective(torch.autograd.Function):
         sides = ctx.sides
         streams, layouts = tensors[: -3 * sides], tensors[-3 * sides :]
         masks, cu_seqlens, lengths = (layouts[i * sides : (i + 1) * sides] for i in range(3))
-        needed = ctx.needs_input_grad[6 : 6 + sides]
+        needed = ctx.needs_input_grad[7 : 7 + sides]
         grads: list[Tensor | None] = [None] * sides
         if grad is not None and any(needed):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 grads = _differentiable_backward(ctx, grad, needed, streams, masks, cu_seqlens, lengths)
             else:
                 grads = _spread(grad, slopes, streams[:sides], masks, cu_seqlens, needed)
-        return None, None, None, None, None, None, *grads, *[None] * (len(tensors) - sides)
+        return None, None, None, None, None, None, None, *grads, *[None] * (len(tensors) - sides)
 
 
 def _spread(
@@ -217,9 +235,12 @@ def _differentiable_backward(
     lengths: list[Tensor | None],
 ) -> list[Tensor | None]:
     """The gradient as a function that can be differentiated again (create_graph), from the reference."""
-    library = _native.CPU
-    row = objective(next(name for name, index in library.formulas.items() if index == ctx.formula))
-    given = dict(zip(library.hyper_parameters, ctx.hyper, strict=True))
+    if isinstance(ctx.formula, str):
+        row = _USER_ROWS[ctx.formula]
+        given = dict(zip(row.formula.hyper_names, ctx.hyper, strict=True))  # type: ignore[attr-defined]
+    else:
+        row = objective(next(name for name, index in _native.CPU.formulas.items() if index == ctx.formula))
+        given = dict(zip(_native.CPU.hyper_parameters, ctx.hyper, strict=True))
     references: Sequence[Tensor | None] = streams[ctx.sides :] or [None] * ctx.sides
     # views, so that each gradient is that of its own argument, also where one policy stream is made from the other
     policies = [s.view_as(s) for s in streams[: ctx.sides]]
@@ -232,6 +253,25 @@ def _differentiable_backward(
     inputs = [s for s, n in zip(policies, needed, strict=True) if n]
     found = iter(torch.autograd.grad(loss, inputs, grad, create_graph=True))
     return [next(found) if n else None for n in needed]
+
+
+# rows of formulas that users gave, by their source
+_USER_ROWS: dict[str, Objective] = {}
+
+
+def _kernel_of(row: Objective, device: torch.device, *dtypes: torch.dtype) -> int | str | None:
+    """The number or the source of the row's compiled formula, or None if the reference is to be taken."""
+    if not _native.serves("objective", device, *dtypes):
+        return None
+    if row.name in _native.CPU.formulas:
+        return _native.CPU.formulas[row.name]
+    source = getattr(row.formula, "source", None)
+    if source is not None and device.type == "cuda" and nvrtc.why_not() is None:
+        _USER_ROWS[source] = row
+        return source
+    where = " on a CUDA device with CuPy" if source is not None else ""
+    _native.refuse(f"{row.name} has no compiled formula" + f" but{where}" * bool(where))
+    return None
 
 
 def _check_side(row: Objective, name: str, side: Side, policy_of: Tensor, length_norm: bool) -> int:
@@ -326,15 +366,17 @@ def pairwise(
     references = [s.reference.detach() for s in sides if s.reference is not None]
     streams = [*policies, *references]
     device = chosen.policy.device
-    native = _native.serves("objective", device, *(s.dtype for s in streams)) and row.name in _native.CPU.formulas
-    if not native or device.type != "cpu":  # the compiled CPU kernel looks itself
+    formula = _kernel_of(row, device, *(s.dtype for s in streams))
+    if formula is None or device.type != "cpu":  # the compiled CPU kernel looks itself
         _check_cu_seqlens("chosen", chosen.cu_seqlens, chosen.policy.shape[0])
         _check_cu_seqlens("rejected", rejected.cu_seqlens, rejected.policy.shape[0])
-    if native:
+    if formula is not None:
+        names = row.formula.hyper_names if isinstance(formula, str) else _native.CPU.hyper_parameters  # type: ignore[attr-defined]
         loss, rewards = _native.call(
             _Objective.apply,
-            _native.CPU.formulas[row.name],
-            [values.get(name, 0.0) for name in _native.CPU.hyper_parameters],
+            formula,
+            [values.get(name, 0.0) for name in names],
+            values.get("beta", 1.0),
             length_norm,
             reduction != "none",
             denominator,

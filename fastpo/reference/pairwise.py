@@ -145,9 +145,13 @@ def _sums(side: Side) -> tuple[Tensor, Tensor, Tensor | None]:
 def pairwise_objective(
     row: Objective, chosen: Side, rejected: Side, hyper: dict[str, float], *, length_norm: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-pair loss (B,) and the detached rewards β · log-ratio of both sides, differentiated by torch."""
+    """Per-pair loss (B,) and the detached rewards β · log-ratio of both sides, differentiated by torch.
+
+    β is 1 for a row that has none.
+    """
     (lw, a, nw), (ll, b, nl) = _sums(chosen), _sums(rejected)
-    rewards = (hyper["beta"] * a).detach(), (hyper["beta"] * b).detach()
+    beta = hyper.get("beta", 1.0)
+    rewards = (beta * a).detach(), (beta * b).detach()
     if length_norm:
         assert nw is not None and nl is not None
         nw, nl = nw.clamp(min=1).to(a.dtype), nl.clamp(min=1).to(b.dtype)

@@ -123,7 +123,7 @@ class Emulator:
 
 
 @contextlib.contextmanager
-def _in_place_of_cpu(implementations: Mapping[str, object]) -> Iterator[None]:
+def in_place_of_cpu(implementations: Mapping[str, object]) -> Iterator[None]:
     """Let the ops of `fastpo` on CPU tensors be these, for the time of the block."""
     library = torch.library.Library("fastpo", "IMPL")
     for name, function in implementations.items():
@@ -137,7 +137,7 @@ def _in_place_of_cpu(implementations: Mapping[str, object]) -> Iterator[None]:
 @contextlib.contextmanager
 def python_launch(emulator: Emulator) -> Iterator[None]:
     """The ops as CuPy's launcher runs them."""
-    with _in_place_of_cpu(objective_op.launched_by(emulator)):
+    with in_place_of_cpu(objective_op.launched_by(emulator)):
         yield
 
 
@@ -154,5 +154,5 @@ def compiled_launch(library: Path) -> Iterator[None]:
             torch.library.define(f"fastpo_emulator::{name}", str(schema).removeprefix(f"fastpo::{name}"))
         ctypes.CDLL(str(library))
         _OPS.extend(names)
-    with _in_place_of_cpu({name: getattr(torch.ops.fastpo_emulator, name).default for name in names}):
+    with in_place_of_cpu({name: getattr(torch.ops.fastpo_emulator, name).default for name in names}):
         yield

@@ -187,7 +187,7 @@ class TestLargeTensors:
         captured, two, nothing = Captured(), torch.zeros(2, 2, dtype=torch.float16), [None, None]
         hyper = [0.5] * len(_native.CPU.hyper_parameters)
         dpo = _native.CPU.formulas["dpo"]
-        launch.forward(captured, dpo, [two] * 4, nothing, nothing, nothing, hyper, 0.5, False, False, 1.0)
+        launch.forward(captured, dpo, [two] * 4, nothing, nothing, nothing, hyper, False, False, 1.0, 0.5)
         launch.backward(captured, torch.tensor(2.0), torch.zeros(2, 2), [two] * 2, nothing, nothing, 3)
         return captured.arguments
 

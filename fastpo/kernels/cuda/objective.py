@@ -147,10 +147,10 @@ def forward(
     cu_seqlens: list[Tensor | None],
     lengths: list[Tensor | None],
     hyper: list[float],
-    reward_scale: float,
     length_norm: bool,
     reduce: bool,
     denominator: float | None,
+    reward_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the op returns: loss, slopes, rewards."""
     masks, cu_seqlens, lengths = _contiguous(masks), _contiguous(cu_seqlens), _contiguous(lengths)
