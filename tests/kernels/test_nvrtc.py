@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -90,3 +94,19 @@ class TestCache:
     def test_a_folder_that_cannot_be_written(self, folder, monkeypatch):
         folder.write_text("a file where the folder should be")
         assert cubin(self.SOURCE, 90, {})[:4] == b"\x7fELF"
+
+
+def test_a_wheel_carries_the_sources(tmp_path):
+    """An installed package has them beside its modules, and finds the same text there."""
+    root = Path(__file__).parents[2]
+    if not (root / "setup.py").exists():
+        pytest.skip("not a source tree")
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=root, check=True)
+    carried = tmp_path / "fastpo" / "csrc"
+    for file in FILES:
+        assert flatten(carried / "cuda" / file) == flatten(source_folder() / "cuda" / file)
+    code = "from fastpo.kernels.cuda.nvrtc import source_folder; print(source_folder())"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "FASTPO_REQUIRE_NATIVE": "0"}
+    out = subprocess.run([sys.executable, "-c", code], cwd="/", env=environment, capture_output=True, text=True)
+    assert out.stdout.strip() == str(carried), out.stderr
