@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterable
 from typing import Any, Literal, overload
@@ -64,6 +65,43 @@ def _fake_backward(logits: Tensor, *_: Any) -> Tensor:
 @torch.library.register_fake("fastpo::token_logprobs_backward_")
 def _fake_backward_inplace(logits: Tensor, *_: Any) -> None:
     return None
+
+
+# on CUDA and HIP devices the kernels are in Triton, which is imported when the first one runs
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _why_not_on_cuda(*dtypes: torch.dtype) -> str | None:
+    if not _HAS_TRITON:
+        return "Triton is not installed"
+    for dtype in dtypes:
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"no Triton kernel for {dtype}"
+    return None
+
+
+_native.on_cuda("token_logprobs", _why_not_on_cuda, by="Triton")
+
+
+@torch.library.impl("fastpo::token_logprobs", "CUDA")
+def _cuda(*args: Any) -> tuple[Tensor, ...]:
+    from fastpo.kernels.triton import token_logprobs as kernels
+
+    return kernels.forward(*args)
+
+
+@torch.library.impl("fastpo::token_logprobs_backward", "CUDA")
+def _cuda_backward(*args: Any) -> Tensor:
+    from fastpo.kernels.triton import token_logprobs as kernels
+
+    return kernels.backward(*args)
+
+
+@torch.library.impl("fastpo::token_logprobs_backward_", "CUDA")
+def _cuda_backward_inplace(*args: Any) -> None:
+    from fastpo.kernels.triton import token_logprobs as kernels
+
+    kernels.backward_inplace(*args)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -188,8 +226,8 @@ def _check_inplace(logits: Tensor) -> None:
 
 
 def _check_values(targets: Tensor, temperature: float | Tensor, ignore_index: int, vocabulary: int) -> None:
-    """What the C++ kernel checks itself, for the reference; on the CPU only, elsewhere it would synchronise."""
-    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+    """What the C++ kernel checks itself, for the reference and the Triton kernels."""
+    if not _checks.readable(targets):
         return
     bad = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
     if bad.any():
@@ -238,7 +276,9 @@ def token_logprobs(
     """Log-probabilities log softmax(logits / T)[target], read from the logits in one pass.
 
     Nothing of the size of the logits is allocated in the forward; the backward writes one such tensor, the
-    gradient g · (onehot - softmax) / T, or overwrites the logits with it.
+    gradient g · (onehot - softmax) / T, or overwrites the logits with it. On a GPU that holds of the strides which
+    (B, T, V)[:, :-1] has; logits whose rows need more than two strides, or whose vocabulary is not contiguous, are
+    copied first.
 
     Args:
         logits: (..., V), fp32, bf16, fp16 or fp64, any strides. Unnormalised; -inf marks an impossible token.
@@ -260,16 +300,18 @@ def token_logprobs(
     Raises:
         TypeError: a dtype or type is not one of the above.
         ValueError: shapes do not match, T is not positive and finite, or `inplace_backward` cannot be honoured.
-        IndexError: a target is out of range; the message names its place. CPU only, and a RuntimeError under
-            torch.compile.
+        IndexError: a target is out of range; the message names its place. On the CPU (a RuntimeError under
+            torch.compile), elsewhere with FASTPO_DEBUG=1; without it, such a target has the log-prob NaN there.
     """
     stats = tuple(stats)
     _check(logits, targets, temperature, ignore_index, stats)
     if inplace_backward:
         _check_inplace(logits)
     per_row = isinstance(temperature, Tensor)
-    if not _native.serves("token_logprobs", logits.device, logits.dtype):
+    native = _native.serves("token_logprobs", logits.device, logits.dtype)
+    if not native or logits.device.type != "cpu":
         _check_values(targets, temperature, ignore_index, logits.shape[-1])
+    if not native:
         out = vocabulary.token_logprobs(
             logits, targets, temperature=temperature, ignore_index=ignore_index, stats=stats
         )

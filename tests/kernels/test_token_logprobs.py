@@ -12,10 +12,17 @@ from torch import Tensor
 import fastpo
 from fastpo.kernels.token_logprobs import STATISTICS
 from fastpo.reference import vocabulary
+from tests.device import to_device
 from tests.tolerance import assert_within
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 DIFFERENTIABLE = ("logprobs", "entropy", "logsumexp")
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """The logits' dtype; a module that runs these cases over another backend has its own."""
+    return request.param
 
 
 def upstream(name: str, like: Tensor) -> Tensor:
@@ -27,14 +34,16 @@ def upstream(name: str, like: Tensor) -> Tensor:
 def evaluate(logits: Tensor, targets: Tensor, backend: str = "native", **options) -> dict[str, Tensor]:
     """All outputs, and the gradient for random upstream gradients of the differentiable ones."""
     stats = options.pop("stats", STATISTICS)
-    leaf = logits.detach().requires_grad_()
+    leaf = to_device(logits).detach().requires_grad_()
+    options = {name: to_device(value) for name, value in options.items()}
     with fastpo.use_backend(backend):
-        out = fastpo.token_logprobs(leaf, targets, stats=stats, **options)
+        out = fastpo.token_logprobs(leaf, to_device(targets), stats=stats, **options)
     named = {"logprobs": out} if isinstance(out, Tensor) else out._asdict()
     outputs = {name: t for name, t in named.items() if t is not None}
     used = [n for n in DIFFERENTIABLE if n in outputs]
-    (grad,) = torch.autograd.grad([outputs[n] for n in used], leaf, [upstream(n, outputs[n]) for n in used])
-    return {**{name: t.detach() for name, t in outputs.items()}, "grad": grad}
+    grads = [to_device(upstream(n, outputs[n])) for n in used]
+    (grad,) = torch.autograd.grad([outputs[n] for n in used], leaf, grads)
+    return {**{name: t.detach().cpu() for name, t in outputs.items()}, "grad": grad.cpu()}
 
 
 def exact(
@@ -160,7 +169,6 @@ class TestReference:
             assert torch.allclose(grad, want, atol=1e-15)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 class TestValues:
     @pytest.mark.parametrize("vocab", [1, 2, 3, 15, 16, 17, 63, 64, 65, 1000, 4095, 4096, 4097, 8192, 50257])
     def test_vocabulary_sizes(self, dtype, vocab):
@@ -228,7 +236,6 @@ class TestValues:
             compare(logits.flip(-1).contiguous(), torch.tensor([0]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 class TestLayouts:
     def layouts(self, dtype) -> dict[str, Tensor]:
         base, _ = make(4, 6, 130, dtype=dtype)
@@ -258,7 +265,6 @@ class TestLayouts:
         assert torch.equal(evaluate(logits, targets)["logprobs"], evaluate(logits, targets.contiguous())["logprobs"])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 class TestExtremeRows:
     def test_impossible_tokens(self, dtype):
         logits, targets = make(6, 5000, dtype=dtype)
@@ -404,7 +410,6 @@ class TestInplaceBackward:
         (out.logprobs.sum() + out.entropy.square().sum()).backward()
         return leaf.grad, given, out.logprobs
 
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_same_gradient_in_the_logits_storage(self, dtype):
         logits, targets = make(6, 5000, dtype=dtype, ids=3)
         targets[0, 1] = targets[0, 0]
@@ -476,7 +481,6 @@ class TestCompile:
         with pytest.raises(RuntimeError, match="out of range"):
             function(torch.zeros(2, 5), torch.tensor([1, 5]))
 
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_opcheck(self, dtype):
         logits, targets = make(2, 3, 17, dtype=dtype, ids=2)
         temperatures = torch.rand(2, 3) + 0.5

@@ -1,0 +1,1 @@
+"""Kernels in Triton, for CUDA and HIP devices. Imported on first use: fastpo itself does not need Triton."""

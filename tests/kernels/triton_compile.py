@@ -1,0 +1,220 @@
+"""Compiles the Triton kernels for GPUs that need not be there, and prints what came out as JSON.
+
+A process of its own, run with TRITON_INTERPRET=0: an imported Triton either compiles or interprets.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from fastpo.kernels.triton import token_logprobs as kernels
+
+DEFAULT = {"forward": kernels.FORWARD_CONFIGS[0], "backward": kernels.BACKWARD_CONFIGS[0]}
+STATS = {"none": (), "entropy": ("ENTROPY",), "all": ("ENTROPY", "LOGSUMEXP", "P2", "TOP1")}
+POINTERS = {"targets": "*i64", "top1": "*i64"}
+ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
+FRACTIONS = ("inverse", "scale")
+
+
+class Case(NamedTuple):
+    """One compilation: `stats` of the forward; in the backward "none" stands for the gradient of the log-probs alone.
+
+    `aligned` says whether rows begin and end at multiples of 16 bytes ("yes"), anywhere ("edges"), in the backward
+    anywhere and elsewhere than the gradient's ("unlike"), or whether nothing is known of the pointers ("unknown").
+    """
+
+    kernel: str
+    arch: str
+    dtype: str = "bf16"
+    stats: str = "all"
+    aligned: str = "edges"
+    config: Any = None
+    parts: bool = False
+    options: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def name(self) -> str:
+        cut = "x".join(map(str, self.config or DEFAULT.get(self.kernel, ())))
+        return " ".join([self.kernel, self.arch, self.dtype, self.stats, self.aligned, cut, "parts" * self.parts])
+
+
+def cases(vendor: str) -> Iterator[Case]:
+    """Every dtype with every flag for the default cut on one architecture, every cut and the others for one dtype."""
+    main, others = ("sm_90", ("sm_80", "sm_100")) if vendor == "nvidia" else ("gfx942", ())
+    dtypes = ("bf16", "fp16", "fp32")
+    for dtype in dtypes:
+        for aligned in ("yes", "edges"):
+            for stats in STATS if vendor == "nvidia" else ("all",):
+                yield Case("forward", main, dtype, stats, aligned)
+            for stats in ("none", "all") if vendor == "nvidia" else ("all",):
+                yield Case("backward", main, dtype, stats, aligned)
+        yield Case("combine", main, dtype)
+    yield from (Case("forward", main, config=config) for config in kernels.FORWARD_CONFIGS[1:])
+    yield from (Case("backward", main, config=config) for config in kernels.BACKWARD_CONFIGS[1:])
+    yield Case("forward", main, parts=True)
+    yield Case("backward", main, aligned="unlike")
+    for arch in others:
+        yield from (Case("forward", arch), Case("backward", arch))
+
+
+def defects(vendor: str) -> Iterator[Case]:
+    """Kernels in which the checks have to find something: fewer registers than are needed, and no vectors."""
+    main, few = ("sm_90", ("maxnreg", 24)) if vendor == "nvidia" else ("gfx942", ("waves_per_eu", 8))
+    # sums of 16 vectors for each thread
+    yield Case("forward", main, config=kernels.Forward(512 if vendor == "nvidia" else 1024, 1, 1), options=(few,))
+    yield Case("forward", main, aligned="unknown")
+    yield Case("backward", main, aligned="unknown")
+
+
+def arguments(case: Case) -> tuple[Any, dict[str, Any], set[str], int, int]:
+    """Kernel, constants, arguments that are None, warps, and the vectors that a loop iteration of a thread handles."""
+    config = case.config or DEFAULT.get(case.kernel, DEFAULT["forward"])
+    flags = {name: name in STATS[case.stats] for name in STATS["all"]}
+    constants = {"E": 16 // ELEMENT[case.dtype], "TILE": config.tile, "IDS": 1 if case.stats == "none" else 4}
+    absent: set[str] = set()
+    if case.kernel == "forward":
+        constants |= {"EDGES": case.aligned != "yes", "STAGES": config.stages, **flags}
+        absent = {"temperatures"} if case.stats == "none" else set()
+        absent |= set() if case.parts else {"sums"}
+        function = kernels.forward_kernel
+    elif case.kernel == "combine":
+        constants |= {"PARTS": 16, **flags}
+        function = kernels.combine_kernel
+    else:
+        constants |= {"EDGES": case.aligned != "yes", "ALIKE": case.aligned != "unlike", "TILES": config.tiles}
+        if case.stats == "none":
+            absent = {"temperatures", "entropy", "grad_entropy", "grad_logsumexp"}
+        function = kernels.backward_kernel
+    lanes = config.warps * (64 if case.arch.startswith("gfx") else 32)
+    return function, constants, absent, config.warps, config.tile // lanes
+
+
+def build(case: Case) -> tuple[Any, int]:
+    function, constants, absent, warps, vectors = arguments(case)
+    signature, values, attributes = {}, {}, {}
+    numbers = {*kernels._FORWARD_NUMBERS, *kernels._BACKWARD_NUMBERS}
+    for i, name in enumerate(function.arg_names):
+        if name in constants or name in absent:
+            signature[name], values[(i,)] = "constexpr", constants.get(name)
+        elif name in numbers:
+            signature[name] = "fp32" if name in FRACTIONS else "i32"
+        else:
+            logits = name in ("logits", "gradient")
+            signature[name] = f"*{case.dtype}" if logits else POINTERS.get(name, "*fp32")
+            if case.aligned != "unknown":
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    if case.arch.startswith("gfx"):
+        target = GPUTarget("hip", case.arch, 64)
+    else:
+        target = GPUTarget("cuda", int(case.arch.removeprefix("sm_")), 32)
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True, **dict(case.options)}
+    return triton.compile(ASTSource(function, signature, values, attributes), target=target, options=options), vectors
+
+
+def ptxas_report(ptx: str, arch: str) -> str:
+    """What the assembler that Triton takes for this architecture says of registers."""
+    target = re.search(r"^\.target (\w+)", ptx, re.M)
+    assert target
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch, "kernel.ptx")
+        source.write_text(ptx)
+        tool = get_ptxas(int(arch.removeprefix("sm_"))).path
+        command = [tool, "-v", f"-arch={target[1]}", str(source), "-o", str(Path(scratch, "kernel.cubin"))]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+class Dialect(NamedTuple):
+    """How an assembly language writes what is looked for."""
+
+    label: str
+    jump: str
+    exponential: str
+    load: str
+    store: str
+    vector: str
+    single: dict[int, str]
+    barrier: str
+    registers: str
+    spilled: str
+
+
+PTX = Dialect(
+    r"(\$L__BB\d+_\d+):",
+    r"\bbra(?:\.uni)?\s+(\$L__BB\d+_\d+);",
+    "ex2.approx",
+    # or on its way into shared memory
+    r"(?:ld\.global|cp\.async\.c[ag]\.shared\.global)",
+    r"st\.global",
+    r"(?:(?:\.\w+)*?\.(?:v4\.[bu]32|b128)| \[[^\]]*\], \[[^\]]*\], 0x10)\b",
+    {2: r"(?:\.(?!v\d)\w+)*?\.[bu]16\b", 4: r"(?:\.(?!v\d)\w+)*?\.[bu]32\b"},
+    "bar.sync",
+    r"Used (\d+) registers",
+    r"(\d+) bytes spill",
+)
+AMDGCN = Dialect(
+    r"(\.LBB\d+_\d+):",
+    r"s_c?branch\w*\s+(\.LBB\d+_\d+)",
+    "v_exp_f32",
+    r"(?:global|buffer)_load_",
+    r"(?:global|buffer)_store_",
+    r"dwordx4\b",
+    {2: r"u?short\w*\b", 4: r"dword\b"},
+    "s_barrier",
+    r"\.vgpr_count:\s*(\d+)",
+    r"\.vgpr_spill_count:\s*(\d+)",
+)
+
+
+def main_loop(text: str, dialect: Dialect) -> str:
+    """The body of the first loop that computes exponentials: from a label to the jump back to it; "" without one."""
+    lines = text.splitlines()
+    at: dict[str, int] = {}
+    for i, line in enumerate(lines):
+        if match := re.match(dialect.label, line):
+            at[match[1]] = i
+        elif (match := re.search(dialect.jump, line)) and match[1] in at:
+            body = "\n".join(lines[at[match[1]] : i + 1])
+            if dialect.exponential in body:
+                return body
+    return ""
+
+
+def facts(case: Case) -> dict[str, Any]:
+    """What the tests judge. `loads` and `stores` are those of the main loop: vectors of 16 bytes, single elements."""
+    kernel, vectors = build(case)
+    amd = case.arch.startswith("gfx")
+    dialect, text = (AMDGCN, kernel.asm["amdgcn"]) if amd else (PTX, kernel.asm["ptx"])
+    report = text if amd else ptxas_report(text, case.arch)
+    loop = main_loop(text, dialect)
+
+    def count(access: str) -> list[int]:
+        return [len(re.findall(access + p, loop)) for p in (dialect.vector, dialect.single[ELEMENT[case.dtype]])]
+
+    return {
+        **case._asdict(),
+        "registers": int(re.findall(dialect.registers, report)[0]),
+        "spilled": [int(n) for n in re.findall(dialect.spilled, report)],
+        "shared": kernel.metadata.shared,
+        "vectors": vectors,
+        "loads": count(dialect.load),
+        "stores": count(dialect.store),
+        "barriers": loop.count(dialect.barrier),
+        "tf32": "tf32" in text,
+    }
+
+
+if __name__ == "__main__":
+    chosen = {"cases": cases, "defects": defects}[sys.argv[1]]
+    print(json.dumps({case.name: facts(case) for case in chosen(sys.argv[2])}))
