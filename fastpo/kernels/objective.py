@@ -122,10 +122,13 @@ def launched_by(launcher: nvrtc.Launcher) -> dict[str, Callable[..., Any]]:
         cu_seqlens: list[Tensor | None],
         lengths: list[Tensor | None],
         hyper: list[float],
-        *options: Any,
+        length_norm: bool,
+        reduce: bool,
+        denominator: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         beta = hyper[_native.CPU.hyper_parameters.index("beta")]
-        return _launch.forward(launcher, formula, streams, masks, cu_seqlens, lengths, hyper, *options, beta)
+        layout = (masks, cu_seqlens, lengths)
+        return _launch.forward(launcher, formula, streams, *layout, hyper, length_norm, reduce, denominator, beta)
 
     def backward(*arguments: Any) -> list[Tensor]:
         return _launch.backward(launcher, *arguments)

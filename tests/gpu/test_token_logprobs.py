@@ -45,10 +45,9 @@ class TestLayouts:
 
 
 class TestDevice:
-    @pytest.mark.parametrize("rows", [1, 3, 16, 300])
-    @pytest.mark.parametrize("vocab", [50_257, 151_936, 1_000_000])
+    @pytest.mark.parametrize(("rows", "vocab"), [(1, 50_257), (3, 50_257), (3, 151_936), (40, 50_000), (1, 1_000_000)])
     def test_split_rows(self, dtype, rows, vocab):
-        compare(*make(rows if vocab < 10**6 else min(rows, 3), vocab, dtype=dtype))
+        compare(*make(rows, vocab, dtype=dtype))
 
     def test_repeats(self, dtype):
         for shape in ((2, 200_000), (500, 5001)):
