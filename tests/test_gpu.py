@@ -22,7 +22,8 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("kernel", ["objective", "token_logprobs"])
 def test_the_tests(kernel):
-    out = run("-m", "pytest", "-q", "-k", "TestDevice and not split", f"tests/gpu/test_{kernel}.py", FASTPO_TEST_DEVICE="cpu")
+    command = ("-m", "pytest", "-q", "-k", "TestDevice and not split", f"tests/gpu/test_{kernel}.py")
+    out = run(*command, FASTPO_TEST_DEVICE="cpu")
     assert out.returncode == 0, out.stdout[-3000:]
     assert " passed" in out.stdout
 
