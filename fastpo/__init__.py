@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fastpo import losses
 from fastpo._info import info
-from fastpo.kernels import TokenLogprobs, balance, pack, token_logprobs, use_backend
+from fastpo.kernels import LinearLogprobs, TokenLogprobs, balance, linear_logprobs, pack, token_logprobs, use_backend
 from fastpo.losses.formula import formula
 
 try:
@@ -13,11 +13,13 @@ except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "LinearLogprobs",
     "TokenLogprobs",
     "__version__",
     "balance",
     "formula",
     "info",
+    "linear_logprobs",
     "losses",
     "pack",
     "token_logprobs",

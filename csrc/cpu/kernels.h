@@ -58,12 +58,36 @@ struct TokenLogprobs {
   }
 };
 
+// Rows of logits for some columns of a vocabulary, between two matrix products. All per-row numbers are double.
+struct LogitTile {
+  void* data;
+  DType dtype;
+  int64_t rows, columns, row_stride;
+  int64_t first;  // number of the first column in the vocabulary
+  int64_t ids;
+  const int64_t* targets;   // (rows, ids); what is in no column is passed over
+  const double* inverse;    // what turns a number under the softmax into its exponent: 1 / T, scaled if there is no cap
+  double logit_scale, cap;  // with cap > 0 the softmax is of cap tanh(logit_scale x / cap) / T
+  double* state;            // (4, rows): the largest so far, and the sums of softmax.h
+  // fold: null if not wanted
+  bool weighted, squared;
+  double* taken;  // (rows, ids), the numbers at the targets
+  int64_t* top1;
+  double* total;  // sum over the columns
+  // dlogits: the gradient of column x is 2^t (at + slope t), plus grads at the targets
+  const double* at;
+  const double* slope;
+  const double* grads;
+};
+
 // rows whose sums are held while the formula of an objective runs over them
 constexpr int objective_block = 256;
 
 struct Kernels {
   void (*token_logprobs)(const TokenLogprobs&, int64_t begin, int64_t end);
   void (*token_logprobs_backward)(const TokenLogprobs&, int64_t begin, int64_t end);
+  void (*fold_tile)(const LogitTile&, int64_t begin, int64_t end);
+  void (*dlogits_tile)(const LogitTile&, int64_t begin, int64_t end);
   void (*objective)(const Objective&, int64_t first_block, int64_t last_block);
   void (*spread)(const Spread&, int64_t begin, int64_t end);
 };

@@ -1,7 +1,8 @@
 """The kernels: one module each, from the public function with its checks down to the op."""
 
 from fastpo.kernels._native import use_backend
+from fastpo.kernels.linear_logprobs import LinearLogprobs, linear_logprobs
 from fastpo.kernels.packing import balance, pack
 from fastpo.kernels.token_logprobs import TokenLogprobs, token_logprobs
 
-__all__ = ["TokenLogprobs", "balance", "pack", "token_logprobs", "use_backend"]
+__all__ = ["LinearLogprobs", "TokenLogprobs", "balance", "linear_logprobs", "pack", "token_logprobs", "use_backend"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 
@@ -35,6 +36,50 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
 def shape(name: str, value: Tensor, expected: tuple[int, ...] | torch.Size, because: str) -> None:
     if tuple(value.shape) != tuple(expected):
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(expected)}: {because}")
+
+
+def targets(value: Tensor, rows: torch.Size, of: str) -> None:
+    """Ids of shape (...) or (..., K) for rows of shape (...)."""
+    if value.shape != rows and (value.dim() != len(rows) + 1 or value.shape[:-1] != rows):
+        raise ValueError(f"targets has shape {tuple(value.shape)}, expected {tuple(rows)} or {(*rows, 'K')} for {of}")
+
+
+def temperature(value: object, rows: torch.Size, other_name: str, other: Tensor) -> None:
+    """A positive number, or a tensor of one per row."""
+    if isinstance(value, Tensor):
+        tensor("temperature", value, FLOATS)
+        same_device("temperature", value, other_name, other)
+        shape("temperature", value, rows, "one temperature per token")
+        if value.requires_grad:
+            raise ValueError("temperature requires grad, but no gradient flows to it: pass temperature.detach()")
+    elif not 0 < number("temperature", value) < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {value}")
+
+
+def ignore_index(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"ignore_index must be an int, got {type(value).__name__}")
+
+
+def statistics(asked: tuple[str, ...], known: tuple[str, ...]) -> None:
+    unknown = [s for s in asked if s not in known]
+    if unknown:
+        raise ValueError(f"stats may hold {', '.join(known)}; got {unknown[0]!r}")
+
+
+def values(targets: Tensor, temperature: object, ignore_index: int, vocabulary: int) -> None:
+    """Targets in range and temperatures positive, where values may be looked at."""
+    if not readable(targets):
+        return
+    bad = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
+    if bad.any():
+        where = bad.nonzero()[0].tolist()
+        raise IndexError(
+            f"targets{where} is {targets[tuple(where)].item()}, out of range for a vocabulary of {vocabulary} "
+            f"(ignore_index is {ignore_index})"
+        )
+    if isinstance(temperature, Tensor) and not ((temperature > 0) & temperature.isfinite()).all():
+        raise ValueError("temperature must be positive and finite for every token")
 
 
 def readable(value: Tensor) -> bool:

@@ -191,25 +191,10 @@ def _check(
         raise ValueError("logits must have a vocabulary dimension, got a 0-dimensional tensor")
     if logits.shape[-1] == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}: the vocabulary (last dimension) is empty")
-    expected = logits.shape[:-1]
-    if targets.shape != expected and (targets.dim() != logits.dim() or targets.shape[:-1] != expected):
-        raise ValueError(
-            f"targets has shape {tuple(targets.shape)}, expected {tuple(expected)} or {(*expected, 'K')} "
-            f"for logits of shape {tuple(logits.shape)}"
-        )
-    if isinstance(temperature, Tensor):
-        _checks.tensor("temperature", temperature, _checks.FLOATS)
-        _checks.same_device("temperature", temperature, "logits", logits)
-        _checks.shape("temperature", temperature, expected, "one temperature per token")
-        if temperature.requires_grad:
-            raise ValueError("temperature requires grad, but no gradient flows to it: pass temperature.detach()")
-    elif not 0 < _checks.number("temperature", temperature) < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    unknown = [s for s in stats if s not in STATISTICS]
-    if unknown:
-        raise ValueError(f"stats may hold {', '.join(STATISTICS)}; got {unknown[0]!r}")
+    _checks.targets(targets, logits.shape[:-1], f"logits of shape {tuple(logits.shape)}")
+    _checks.temperature(temperature, logits.shape[:-1], "logits", logits)
+    _checks.ignore_index(ignore_index)
+    _checks.statistics(stats, STATISTICS)
 
 
 def _check_inplace(logits: Tensor) -> None:
@@ -223,21 +208,6 @@ def _check_inplace(logits: Tensor) -> None:
                 "inplace_backward=True needs logits whose elements do not share memory (an expanded view?)"
             )
         reach += stride * (size - 1)
-
-
-def _check_values(targets: Tensor, temperature: float | Tensor, ignore_index: int, vocabulary: int) -> None:
-    """What the C++ kernel checks itself, for the reference and the Triton kernels."""
-    if not _checks.readable(targets):
-        return
-    bad = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
-    if bad.any():
-        where = bad.nonzero()[0].tolist()
-        raise IndexError(
-            f"targets{where} is {targets[tuple(where)].item()}, out of range for a vocabulary of {vocabulary} "
-            f"(ignore_index is {ignore_index})"
-        )
-    if isinstance(temperature, Tensor) and not ((temperature > 0) & temperature.isfinite()).all():
-        raise ValueError("temperature must be positive and finite for every token")
 
 
 @overload
@@ -310,7 +280,7 @@ def token_logprobs(
     per_row = isinstance(temperature, Tensor)
     native = _native.serves("token_logprobs", logits.device, logits.dtype)
     if not native or logits.device.type != "cpu":
-        _check_values(targets, temperature, ignore_index, logits.shape[-1])
+        _checks.values(targets, temperature, ignore_index, logits.shape[-1])
     if not native:
         out = vocabulary.token_logprobs(
             logits, targets, temperature=temperature, ignore_index=ignore_index, stats=stats

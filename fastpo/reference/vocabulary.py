@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -59,3 +60,54 @@ def token_logprobs(
     }
     found = {name: torch.where(keep, compute[name](), -1 if name == "top1" else 0) for name in stats}
     return TokenLogprobs(taken if many else taken.squeeze(-1), **found)
+
+
+class LinearLogprobs(NamedTuple):
+    """What `linear_logprobs` returns when statistics are asked for; those not asked for are None.
+
+    As `TokenLogprobs`, and `mean_logit`, the mean over the vocabulary of the numbers whose softmax is taken.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None = None
+    logsumexp: Tensor | None = None
+    log_sum_p2: Tensor | None = None
+    top1: Tensor | None = None
+    mean_logit: Tensor | None = None
+
+
+def head_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, logit_scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
+    """cap · tanh(scale · (hidden weightᵀ + bias) / cap), in fp32 (fp64 for fp64 input); without a cap, its argument."""
+    accumulate = torch.promote_types(hidden.dtype, torch.float32)
+    bias = None if bias is None else bias.to(accumulate)
+    logits = F.linear(hidden.to(accumulate), weight.to(accumulate), bias) * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    stats: tuple[str, ...] = (),
+) -> LinearLogprobs:
+    """`token_logprobs` of a head's logits, as `fastpo.linear_logprobs` documents it."""
+    many = targets.dim() == hidden.dim()
+    row = ((targets if many else targets.unsqueeze(-1)) != ignore_index).any(-1)
+    # rows that nobody asks about may hold anything
+    hidden = torch.where(row.unsqueeze(-1), hidden, 0)
+    logits = head_logits(hidden, weight, bias, logit_scale=logit_scale, softcap=softcap)
+    rest = tuple(name for name in stats if name != "mean_logit")
+    out = token_logprobs(logits, targets, temperature=temperature, ignore_index=ignore_index, stats=rest)
+    mean = None
+    if "mean_logit" in stats:
+        divisor = temperature.to(logits.dtype) if isinstance(temperature, Tensor) else temperature
+        mean = torch.where(row, logits.detach().mean(-1) / divisor, 0)
+    return LinearLogprobs(*out, mean)

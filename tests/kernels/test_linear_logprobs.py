@@ -1,0 +1,413 @@
+"""linear_logprobs: the tiled computation against the reference in fp64, and the reference against explicit logits.
+
+Hidden states and weights are small multiples of powers of two, so that the logits are exact in every dtype: then the
+log-probs have to be as good as those of token_logprobs from the same logits, by the same rule.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fastpo
+from fastpo.kernels.linear_logprobs import STATISTICS
+from fastpo.reference import vocabulary
+from tests.kernels.test_token_logprobs import exact, upstream
+from tests.tolerance import assert_within
+
+# by its dotted name, the package has the function
+module = sys.modules["fastpo.kernels.linear_logprobs"]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+DIFFERENTIABLE = ("logprobs", "entropy", "logsumexp")
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def make(
+    *rows: int, vocab: int, size: int = 32, dtype: torch.dtype = torch.float32, ids: int = 0, bias: bool = False
+) -> dict[str, Tensor]:
+    """Logits are multiples of 1/32 of at most 5: eight bits, which bf16 has too."""
+    g = torch.Generator().manual_seed(0)
+    count = torch.Size(rows)
+    hidden = torch.randint(-2, 3, (*rows, size), generator=g) / 4
+    weight = torch.randint(-2, 3, (vocab, size), generator=g) / 8
+    # few of the products count, so that no sum is large
+    hidden = hidden * (torch.rand(*rows, size, generator=g) < 0.6)
+    found = {"hidden": hidden.to(dtype), "weight": weight.to(dtype)}
+    found["targets"] = torch.randint(vocab, (*count, *([ids] if ids else [])), generator=g)
+    if bias:
+        found["bias"] = (torch.randint(-8, 9, (vocab,), generator=g) / 32).to(dtype)
+    return found
+
+
+def evaluate(given: dict[str, Tensor], backend: str = "native", stats=STATISTICS, **options) -> dict[str, Tensor]:
+    """All outputs, and the gradients for random upstream gradients of the differentiable ones."""
+    leaves = {n: given[n].detach().requires_grad_() for n in ("hidden", "weight", "bias") if n in given}
+    with fastpo.use_backend(backend):
+        out = fastpo.linear_logprobs(**leaves, targets=given["targets"], stats=stats, **options)
+    named = {"logprobs": out} if isinstance(out, Tensor) else out._asdict()
+    outputs = {name: t for name, t in named.items() if t is not None}
+    used = [n for n in DIFFERENTIABLE if n in outputs]
+    up = [upstream(n, outputs[n]) for n in used]
+    grads = torch.autograd.grad([outputs[n] for n in used], list(leaves.values()), up)
+    return {n: t.detach() for n, t in outputs.items()} | {f"d_{n}": g for n, g in zip(leaves, grads, strict=True)}
+
+
+def logits_of(given: dict[str, Tensor]) -> Tensor:
+    logits = given["hidden"].double() @ given["weight"].double().t()
+    return logits + given["bias"].double() if "bias" in given else logits
+
+
+def gradient_terms(given: dict[str, Tensor], stats, options) -> dict[str, Tensor]:
+    """Σ |terms| of each gradient, each term weighted by the relative error of its p in eps.
+
+    The logits' gradient is g (onehot - p), -g p (log p + H) of the entropy and g p of logsumexp, and p = exp(log p) has
+    the relative error (1 + |log p| + that of the sum) eps.
+    """
+    hidden, weight = given["hidden"].double().flatten(0, -2), given["weight"].double()
+    scale, cap = options.get("logit_scale", 1.0), options.get("softcap")
+    t = options.get("temperature", 1.0)
+    t = t.double().view(-1, 1) if isinstance(t, Tensor) else t
+    logits = (logits_of(given) * scale).flatten(0, -2)
+    slope = torch.full_like(logits, scale)
+    if cap is not None:
+        slope = scale * (1 - torch.tanh(logits / cap) ** 2)
+        logits = cap * torch.tanh(logits / cap)
+    logp = (logits / t).log_softmax(-1)
+    p, like = logp.exp(), torch.promote_types(given["hidden"].dtype, torch.float32)
+    targets = given["targets"].reshape(len(p), -1)
+    valid = targets != options.get("ignore_index", -100)
+    up = {n: torch.empty(given["targets"].shape if n == "logprobs" else hidden.shape[:1]) for n in DIFFERENTIABLE}
+    up = {n: upstream(n, u.to(like)).double().abs().reshape(len(p), -1) for n, u in up.items()}
+    g = torch.where(valid, up["logprobs"], 0)
+    terms = g.sum(-1, keepdim=True) * p
+    terms.scatter_add_(1, torch.where(valid, targets, 0), g)
+    if "entropy" in stats:
+        terms += up["entropy"] * p * (logp.abs() - (p * logp).sum(-1, keepdim=True))
+    if "logsumexp" in stats:
+        terms += up["logsumexp"] * p
+    relative = 1 + logp.abs()
+    d = terms / t * slope * (relative + (p * relative).sum(-1, keepdim=True))
+    d = torch.where(valid.any(-1, keepdim=True), d, 0)
+    return {
+        "d_hidden": (d @ weight.abs()).view(given["hidden"].shape),
+        "d_weight": d.t() @ hidden.abs(),
+        "d_bias": d.sum(0),
+    }
+
+
+def compare(given: dict[str, Tensor], stats=STATISTICS, **options) -> dict[str, Tensor]:
+    """The native results, checked by the accuracy rule."""
+    dtype = given["hidden"].dtype
+    ours, same = (evaluate(given, b, stats, **options) for b in ("native", "reference"))
+    wide = {n: t.double() if t.is_floating_point() else t for n, t in given.items()}
+    truth = evaluate(wide, "reference", stats, **options)
+    terms = gradient_terms(given, stats, options)
+    in_double = dtype == torch.float64
+    plain = set(options) <= {"temperature", "ignore_index"}
+    values, sizes = {}, {}
+    if plain:  # judged as token_logprobs is
+        rest = tuple(s for s in stats if s != "mean_logit")
+        values, sizes = exact(logits_of(given), given["targets"], stats=rest, **options)
+    for name, value in ours.items():
+        assert value.dtype == same[name].dtype and value.shape == same[name].shape, name
+        if name == "top1":
+            assert torch.equal(value, truth[name])
+        elif name.startswith("d_"):
+            # 2 eps of the sum of the terms' magnitudes; in fp64 the truth has as much of an error
+            assert_within(value, truth[name], same[name], name=name, terms=terms[name].numpy() * (1 + in_double))
+        elif name in values:
+            assert_within(value, values[name], same[name], name=name, terms=sizes[name])
+        else:
+            # the softcap's tanh and the scale round each logit of about ten once more
+            assert_within(value, truth[name], same[name], name=name, terms=20.0)
+        assert dtype == torch.float16 or value.isfinite().all() or name == "logprobs", name
+    return ours
+
+
+class TestReference:
+    def test_is_token_logprobs_of_the_heads_logits(self):
+        given = make(3, 4, vocab=50, dtype=torch.float64, bias=True)
+        stats = ("entropy", "logsumexp", "log_sum_p2", "top1")
+        ours = vocabulary.linear_logprobs(**given, temperature=0.7, logit_scale=0.5, stats=(*stats, "mean_logit"))
+        want = vocabulary.token_logprobs(logits_of(given) * 0.5, given["targets"], temperature=0.7, stats=stats)
+        for name in ("logprobs", *stats):
+            assert torch.allclose(getattr(ours, name), getattr(want, name), rtol=1e-14, atol=1e-14)
+        assert torch.allclose(ours.mean_logit, (logits_of(given) * 0.5 / 0.7).mean(-1), rtol=1e-14)
+
+    def test_softcap(self):
+        """Two tokens with the logits ±1 under a cap of 2: by hand."""
+        hidden, weight = torch.ones(1, 1, dtype=torch.float64), torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+        out = vocabulary.linear_logprobs(hidden, weight, torch.tensor([0]), softcap=2.0, logit_scale=3.0)
+        margin = 2 * 2 * math.tanh(3 / 2)
+        assert out.logprobs.item() == pytest.approx(-math.log1p(math.exp(-margin)), rel=1e-14)
+
+
+@by_dtype
+class TestValues:
+    @pytest.mark.parametrize("vocab", [1, 2, 3, 63, 64, 65, 1000, 4097])
+    def test_vocabulary_sizes(self, dtype, vocab):
+        compare(make(5, vocab=vocab, dtype=dtype))
+
+    @pytest.mark.parametrize("rows", [1, 2, 63, 511, 512, 513, 1100])
+    def test_row_counts(self, dtype, rows):
+        compare(make(rows, vocab=100, dtype=dtype), stats=("entropy",))
+
+    def test_several_tiles_each_way(self, dtype, monkeypatch):
+        """Tiles of a few rows and columns give what one tile gives."""
+        given = make(29, vocab=500, dtype=dtype, bias=True)
+        whole = compare(given)
+        monkeypatch.setattr(module, "_TILE_ROWS", 7)
+        monkeypatch.setattr(module, "_TILE_BYTES", 1)
+        tiled = compare(given)
+        assert torch.equal(whole["top1"], tiled["top1"])
+
+    @pytest.mark.parametrize("ids", [1, 2, 7])
+    def test_several_ids(self, dtype, ids):
+        given = make(3, 4, vocab=100, dtype=dtype, ids=ids)
+        given["targets"][0, 0, :] = 5  # the same id several times
+        given["targets"][1, 1, 0] = -100
+        compare(given)
+
+    @pytest.mark.parametrize("stats", [(), ("entropy",), ("logsumexp",), ("log_sum_p2", "top1"), ("mean_logit",)])
+    def test_statistics_asked_for(self, dtype, stats):
+        ours = compare(make(6, vocab=70, dtype=dtype), stats=stats)
+        assert {n for n in ours if not n.startswith("d_")} == {"logprobs", *stats}
+
+    @pytest.mark.parametrize("temperature", [0.3, 5.0])
+    def test_temperature(self, dtype, temperature):
+        compare(make(4, vocab=90, dtype=dtype), temperature=temperature)
+        compare(make(2, 3, vocab=90, dtype=dtype), temperature=torch.linspace(0.5, temperature, 6).view(2, 3))
+
+    @pytest.mark.parametrize("softcap", [None, 2.0, 30.0])
+    def test_scale_and_cap(self, dtype, softcap):
+        for scale, temperature in ((0.5, 1.0), (4.0, 0.7)):
+            options = {"logit_scale": scale, "temperature": temperature, "softcap": softcap}
+            compare(make(9, vocab=300, dtype=dtype, bias=True), **options)
+
+
+@by_dtype
+class TestIgnored:
+    def test_rows_left_out(self, dtype):
+        """They may hold NaN, and what is left is as if they were not there."""
+        given = make(40, vocab=120, dtype=dtype)
+        out = torch.arange(40) % 3 == 0
+        kept = {n: t[~out] if n != "weight" else t for n, t in given.items()}
+        given["targets"][out] = -100
+        given["hidden"][out] = torch.nan
+        ours, alone = evaluate(given, stats=STATISTICS), evaluate(kept, stats=STATISTICS)
+        for name in ("logprobs", *STATISTICS):
+            fill = -1 if name == "top1" else 0
+            assert (ours[name][out] == fill).all()
+            assert torch.equal(ours[name][~out], alone[name]), name
+        assert (ours["d_hidden"][out] == 0).all() and ours["d_weight"].isfinite().all()
+        compare({**given, "hidden": given["hidden"].nan_to_num()})
+
+    def test_all_rows(self, dtype, monkeypatch):
+        """Zeros, and no product is made."""
+        given = make(5, vocab=60, dtype=dtype, bias=True)
+        given["targets"][:] = 7
+        monkeypatch.setattr(torch, "mm", lambda *_, **__: pytest.fail("a product"))
+        monkeypatch.setattr(torch, "addmm", lambda *_, **__: pytest.fail("a product"))
+        ours = evaluate(given, ignore_index=7)
+        assert all((t == (-1 if n == "top1" else 0)).all() for n, t in ours.items())
+
+    def test_no_rows(self, dtype):
+        ours = evaluate(make(0, vocab=60, dtype=dtype))
+        assert ours["logprobs"].shape == (0,) and ours["d_hidden"].shape == (0, 32)
+        assert (ours["d_weight"] == 0).all()
+
+
+@by_dtype
+def test_views(dtype):
+    given = make(6, 5, vocab=80, dtype=dtype, bias=True)
+    plain = evaluate(given)
+    shifted = torch.full((6, 6, 32), torch.nan, dtype=dtype)
+    shifted[:, :-1] = given["hidden"]
+    views = {
+        "hidden": shifted[:, :-1],
+        "weight": given["weight"].t().contiguous().t(),
+        "targets": given["targets"].t().contiguous().t().int(),
+        "bias": torch.stack([given["bias"]] * 2, 1)[:, 1],
+    }
+    ours = evaluate(views)
+    for name, value in plain.items():
+        assert torch.equal(value, ours[name]) or name.startswith("d_"), name
+    compare(views)
+
+
+def test_float32_tiles():
+    """bf16 input whose logits bf16 cannot hold: exact with tiles in fp32, rounded without."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(20, 64).bfloat16(), torch.randn(500, 64).bfloat16()
+    targets = torch.randint(500, (20,))
+    with fastpo.use_backend("reference"):
+        truth = fastpo.linear_logprobs(hidden.double(), weight.double(), targets)
+    errors = [
+        (fastpo.linear_logprobs(hidden, weight, targets, logits_dtype=d) - truth).abs().max().item()
+        for d in ("float32", "auto")
+    ]
+    # 64 products of two eight-bit numbers, summed in fp32; logits of about 30 rounded to eight bits
+    assert errors[0] < 1e-4 < errors[1] < 0.3
+
+
+class TestAutograd:
+    OPTIONS = ({}, {"softcap": 3.0, "logit_scale": 1.7}, {"temperature": 0.6, "logit_scale": 2.0})
+
+    @pytest.mark.parametrize("options", OPTIONS)
+    def test_gradcheck(self, options):
+        g = torch.Generator().manual_seed(0)
+        tensors = [torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_() for s in ((4, 3), (7, 3), (7,))]
+        targets = torch.tensor([[0, 6], [3, 3], [-100, -100], [5, -100]])
+
+        def function(hidden, weight, bias):
+            out = fastpo.linear_logprobs(hidden, weight, targets, bias, stats=("entropy", "logsumexp"), **options)
+            return out[:3]
+
+        assert torch.autograd.gradcheck(function, tensors)
+        assert torch.autograd.gradgradcheck(function, tensors)
+
+    def test_a_large_second_derivative_is_refused(self, monkeypatch):
+        monkeypatch.setattr(module, "_MOST_LOGITS", 100)
+        given = make(5, vocab=60)
+        hidden = given["hidden"].requires_grad_()
+        out = fastpo.linear_logprobs(hidden, given["weight"], given["targets"])
+        with pytest.raises(RuntimeError, match="a second derivative holds all 5 x 60 logits"):
+            torch.autograd.grad(out.sum(), hidden, create_graph=True)
+
+    def test_only_what_is_needed(self):
+        given = make(5, vocab=60, bias=True)
+        whole = evaluate(given, stats=())
+        for needed in itertools.product([False, True], repeat=3):
+            leaves = {
+                n: given[n].clone().requires_grad_(r) for n, r in zip(("hidden", "weight", "bias"), needed, strict=True)
+            }
+            out = fastpo.linear_logprobs(**leaves, targets=given["targets"])
+            assert out.requires_grad == any(needed)
+            if any(needed):
+                out.backward(upstream("logprobs", out))
+            for name, leaf in leaves.items():
+                assert leaf.grad is None if not leaf.requires_grad else torch.equal(leaf.grad, whole[f"d_{name}"])
+
+    def test_second_backward(self):
+        given = make(5, vocab=60)
+        hidden = given["hidden"].requires_grad_()
+        out = fastpo.linear_logprobs(hidden, given["weight"], given["targets"], stats=("entropy",))
+        first = [torch.autograd.grad(o.sum(), hidden, retain_graph=True)[0] for o in out[:2]]
+        again = [torch.autograd.grad(o.sum(), hidden, retain_graph=True)[0] for o in out[:2]]
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+    def test_repeats(self):
+        given = make(300, vocab=2000)
+        first = evaluate(given)
+        assert all(torch.equal(v, evaluate(given)[n]) for n, v in first.items())
+
+    def test_tied_weight(self):
+        """One tensor as embedding and head: both gradients arrive."""
+        weight = make(1, vocab=60)["weight"].requires_grad_()
+        ids = torch.arange(5)
+        out = fastpo.linear_logprobs(weight[ids] * 2, weight, ids)
+        (ours,) = torch.autograd.grad(out.sum(), weight)
+        (want,) = torch.autograd.grad(((weight[ids] * 2) @ weight.t()).log_softmax(-1)[ids, ids].sum(), weight)
+        assert torch.allclose(ours, want, atol=1e-6)
+
+
+class TestCompile:
+    def test_compiled_equals_eager(self):
+        torch._dynamo.reset()
+        given = make(4, 6, vocab=90, bias=True)
+        leaves = [given[n].requires_grad_() for n in ("hidden", "weight", "bias")]
+
+        def step(hidden, weight, bias):
+            out = fastpo.linear_logprobs(hidden, weight, given["targets"], bias, stats=("entropy", "top1"))
+            return out.logprobs * 2, out.entropy
+
+        results = []
+        for f in (step, torch.compile(step, fullgraph=True)):
+            out = f(*leaves)
+            results.append([*out, *torch.autograd.grad([o.sum() for o in out], leaves)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    @by_dtype
+    def test_opcheck(self, dtype):
+        given = make(5, vocab=40, dtype=dtype, ids=2, bias=True)
+        h, w, b, t = (given[n] for n in ("hidden", "weight", "bias", "targets"))
+        given["targets"][0] = -100
+        like = torch.promote_types(dtype, torch.float32)
+        temperatures = torch.rand(5) + 0.5
+        options = (temperatures, 1.0, 0.5, 3.0, -100)
+        torch.library.opcheck(torch.ops.fastpo.linear_logprobs.default, (h, w, t, b, *options, 31, False))
+        out = torch.ops.fastpo.linear_logprobs(h, w, t, b, *options, 31, False)
+        up = (torch.randn(5, 2, dtype=like), torch.randn(5, dtype=like), None)
+        arguments = (h, w, t, b, out[1], out[2], *options, *up, False, 7)
+        torch.library.opcheck(torch.ops.fastpo.linear_logprobs_backward.default, arguments)
+
+
+def test_memory():
+    """Forward and backward beside their gradients: far below the logits, which are 205 MB here."""
+    code = (
+        "import torch, fastpo, resource\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "torch.set_num_threads(1)\n"
+        "h, w = torch.randn(1024, 64, requires_grad=True), torch.randn(50_000, 64, requires_grad=True)\n"
+        "y = torch.randint(50_000, (1024,))\n"
+        "fastpo.linear_logprobs(h[:8], w[:8], y[:8] % 8).sum().backward()\n"
+        "before = peak()\n"
+        "fastpo.linear_logprobs(h, w, y, stats=('entropy',)).logprobs.sum().backward()\n"
+        "print(peak() - before)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    # the weight's gradient twice (autograd keeps a copy), hidden's, and 8 MB for tiles and everything else
+    allowed = 2 * 50_000 * 64 * 4 + 2 * 1024 * 64 * 4 + (8 << 20)
+    assert int(out.stdout) <= allowed < 1024 * 50_000 * 4 / 4
+
+
+class TestBadInput:
+    def test_messages(self):
+        h, w, t, b = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64), torch.zeros(5)
+        for change, error, message in (
+            ({"hidden": h.long()}, TypeError, "hidden must have dtype"),
+            ({"weight": w.double()}, TypeError, "weight has dtype torch.float64, hidden torch.float32"),
+            ({"weight": torch.zeros(5, 3)}, ValueError, r"weight has shape \(5, 3\), expected \(V, 4\)"),
+            ({"weight": torch.zeros(0)}, ValueError, "a shard that has to be gathered first"),
+            ({"weight": torch.zeros(0, 4)}, ValueError, "the vocabulary .* is empty"),
+            ({"hidden": torch.tensor(1.0)}, ValueError, "0-dimensional"),
+            ({"bias": torch.zeros(4)}, ValueError, r"bias has shape \(4,\), expected \(5,\)"),
+            ({"bias": b.double()}, TypeError, "bias has dtype"),
+            ({"targets": t.float()}, TypeError, "targets must have dtype int64, int32"),
+            ({"targets": t[:2]}, ValueError, r"targets has shape \(2,\), expected \(3,\) or \(3, 'K'\)"),
+            ({"targets": t + 5}, IndexError, r"targets\[0\] is 5, out of range for a vocabulary of 5"),
+            ({"targets": t - 1}, IndexError, r"targets\[0\] is -1"),
+            ({"temperature": 0.0}, ValueError, "temperature must be positive"),
+            ({"temperature": torch.zeros(3)}, ValueError, "temperature must be positive and finite for every token"),
+            ({"temperature": torch.ones(2)}, ValueError, "temperature has shape"),
+            ({"temperature": torch.ones(3, requires_grad=True)}, ValueError, "temperature requires grad"),
+            ({"logit_scale": 0.0}, ValueError, "logit_scale must be positive"),
+            ({"logit_scale": "1"}, TypeError, "logit_scale must be a number"),
+            ({"softcap": 0}, ValueError, "softcap must be positive and finite, or None, got 0"),
+            ({"softcap": math.inf}, ValueError, "softcap must be positive"),
+            ({"stats": ("entropie",)}, ValueError, "stats may hold .*mean_logit; got 'entropie'"),
+            ({"ignore_index": 1.0}, TypeError, "ignore_index must be an int"),
+            ({"logits_dtype": "bfloat16"}, ValueError, "logits_dtype must be 'auto' or 'float32'"),
+            ({"weight": w.to("meta")}, ValueError, "weight is on meta, hidden on cpu"),
+        ):
+            for backend in ("native", "reference"):
+                with fastpo.use_backend(backend), pytest.raises(error, match=message):
+                    fastpo.linear_logprobs(**{"hidden": h, "weight": w, "targets": t, "bias": b} | change)
+
+    def test_nan_stays_in_its_row(self):
+        given = make(5, vocab=700)
+        clean = evaluate(given)
+        given["hidden"][2, 3] = torch.nan
+        ours = evaluate(given)
+        keep = np.arange(5) != 2
+        for name in ("logprobs", "entropy", "logsumexp", "log_sum_p2", "mean_logit", "d_hidden"):
+            assert torch.equal(ours[name][keep], clean[name][keep]) and ours[name][2].isnan().all(), name
+        assert ours["top1"][2] == 0
