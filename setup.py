@@ -36,8 +36,9 @@ FLAGS += [
 ]
 # one build serves every torch from this version on
 TORCH_TARGET = "0x020a000000000000"
-# each serves its whole major version; the PTX of the last serves what comes after
-CUDA_ARCHITECTURES = [80, 90, 100]
+# each serves its whole major version, which fastpo/kernels/_native.py knows too; the PTX serves what comes after
+CUDA_ARCHITECTURES = [80, 90, 100, 120]
+PTX_ARCHITECTURE = 100
 # what the kernels are compiled from at run time where _cuda does not fit
 DEVICE_SOURCES = ["csrc/arguments.h", "csrc/formulas/*.h", "csrc/cuda/*.cuh"]
 
@@ -54,7 +55,7 @@ def find_nvcc():
 def cuda_libraries(nvcc):
     """Where nvcc, which may be a wrapper, has its cudart."""
     said = subprocess.run([nvcc, "--dryrun", "any.cu"], check=True, capture_output=True, text=True).stderr
-    found = re.findall(r'"-L([^"]+)"', next(line for line in said.splitlines() if "LIBRARIES=" in line))
+    found = re.findall(r'"-L([^"]+)"', said)
     return [folder for folder in found if Path(folder, "libcudart_static.a").exists()]
 
 
@@ -79,18 +80,11 @@ def extensions():
         stable("fastpo._cpu", [*Path("csrc/cpu").glob("*.cpp"), *Path("csrc/torch").glob("*.cpp")]),
         Pybind11Extension("fastpo._host", ["csrc/host/module.cpp"], cxx_std=17),
     ]
-    nvcc = find_nvcc()
-    if nvcc:
+    if find_nvcc():
         # cudart is linked statically: the library then fits every torch, and needs only the driver
-        built.append(
-            stable(
-                "fastpo._cuda",
-                Path("csrc/torch/cuda").glob("*.cpp"),
-                link=["-Wl,--exclude-libs,ALL"],
-                library_dirs=cuda_libraries(nvcc),
-                libraries=["cudart_static", "dl", "rt", "pthread"],
-            )
-        )
+        libraries = ["cudart_static", "dl", "rt", "pthread"]
+        sources = Path("csrc/torch/cuda").glob("*.cpp")
+        built.append(stable("fastpo._cuda", sources, link=["-Wl,--exclude-libs,ALL"], libraries=libraries))
     return built
 
 
@@ -100,14 +94,20 @@ def compile_device_code(nvcc, folder):
     known = {int(n) for n in re.findall(r"compute_(\d+)", listed)}
     wanted = [a for a in CUDA_ARCHITECTURES if a in known]
     code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted]
-    code.append(f"-gencode=arch=compute_{wanted[-1]},code=compute_{wanted[-1]}")
+    newest = max((a for a in wanted if a <= PTX_ARCHITECTURE), default=wanted[-1])
+    code.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     flags = ["-O3", "-std=c++20", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Werror=all-warnings"]
     sources = [p for p in Path("csrc").rglob("*") if p.suffix in {".h", ".cuh", ".cu"}]
+    # another compiler or other flags make other objects
+    stamp, said = folder / "command", " ".join(map(str, [nvcc, listed, *flags, *code]))
+    if not stamp.exists() or stamp.read_text() != said:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        stamp.write_text(said)
     objects = []
     for source in sorted(Path("csrc/cuda").glob("*.cu")):
         target = folder / f"{source.stem}.o"
         if not target.exists() or any(p.stat().st_mtime > target.stat().st_mtime for p in sources):
-            target.parent.mkdir(parents=True, exist_ok=True)
             subprocess.run([nvcc, *flags, *code, "-c", source, "-o", target], check=True)
         objects.append(str(target))
     return objects
@@ -150,9 +150,19 @@ def make_command():
                 self.extensions = []
 
         def build_extensions(self):
-            for extension in self.extensions:
-                if extension.name == "fastpo._cuda":
-                    extension.extra_objects = compile_device_code(find_nvcc(), Path(self.build_temp, "cuda"))
+            for extension in list(self.extensions):
+                if extension.name != "fastpo._cuda":
+                    continue
+                try:
+                    nvcc = find_nvcc()
+                    extension.extra_objects = compile_device_code(nvcc, Path(self.build_temp, "cuda"))
+                    extension.library_dirs += cuda_libraries(nvcc)
+                except (OSError, subprocess.CalledProcessError) as error:
+                    if REQUIRE:
+                        raise
+                    # the other libraries do not need it
+                    print(f"fastpo: _cuda is not built: {error}", file=sys.stderr)
+                    self.extensions.remove(extension)
             super().build_extensions()
 
     return Build, modules

@@ -46,6 +46,7 @@ class Provider:
     name: str
     run: Callable[[], Outputs]
     floor: bool = False
+    shorter: bool = False  # has no result for the last position
 
 
 @dataclass
@@ -125,8 +126,8 @@ def liger_logprobs() -> Callable[[Tensor, Tensor, bool], Outputs]:
     def run(logits: Tensor, targets: Tensor, entropy: bool) -> Outputs:
         if entropy or logits.requires_grad:
             raise NotImplementedError("no entropy and no gradient")
-        # it cuts the last position off
-        return [fused_selective_log_softmax(F.pad(logits, (0, 0, 0, 1)), targets)]
+        # it leaves the last position out
+        return [fused_selective_log_softmax(logits, targets[:, :-1])]
 
     return run
 
@@ -181,7 +182,7 @@ def token_logprobs_case(
     missing = {}
     for name, build in LOGPROB_PEERS.items():
         try:
-            providers.append(Provider(name, timed(build())))
+            providers.append(Provider(name, timed(build()), shorter=name == "Liger"))
         except ImportError as error:
             missing[name] = f"not installed: {error}"
     target = logits.detach().new_empty(logits.shape)
@@ -269,26 +270,36 @@ def cases(device: torch.device, small: bool) -> list[Callable[[], Case]]:
 
 
 def right(outputs: Outputs, truth: Outputs, tolerance: float) -> str | None:
-    """None, or by how much the outputs differ, by 64 rows to keep memory small."""
-    worst = 0.0
+    """None, or by how much the outputs differ, part by part to keep memory small."""
     for got, want in zip(outputs, truth, strict=True):
+        worst, typical = 0.0, []
         scale = want.detach().abs().max().clamp(min=1e-6).float()
-        pairs = zip(got.detach().reshape(-1).split(1 << 26), want.detach().reshape(-1).split(1 << 26), strict=True)
-        worst = max(
-            worst, *(((a.float() - b.float()).abs().max() / scale).nan_to_num(nan=1e9).item() for a, b in pairs)
-        )
-    return None if worst <= tolerance else f"differs from eager by {worst:.1e} of the largest"
+        parts = (t.detach().reshape(-1).split(1 << 26) for t in (got, want))
+        for a, b in zip(*parts, strict=True):
+            error = (a.float() - b.float()).abs()
+            worst = max(worst, (error.max() / scale).nan_to_num(nan=1e9).item())
+            # most of a gradient is small beside its entries at the targets: what is typical counts by itself
+            typical.append((error / b.float().abs().clamp(min=1e-20))[::997].nan_to_num(nan=1e9))
+        middle = torch.cat(typical).median().item()
+        if max(worst, middle) > tolerance:
+            return f"differs from eager by {worst:.1e} of the largest, typically by {middle:.1e} of an entry"
+    return None
 
 
 def measure(case: Case, timer: Timer) -> dict[str, Any]:
     """Check all providers, then time them in turns."""
     rows: dict[str, dict[str, Any]] = {name: {"status": reason} for name, reason in case.missing.items()}
-    truth = [t.detach().clone() for t in next(p for p in case.providers if p.name == "eager").run()]
+    try:
+        truth = [t.detach().clone() for t in next(p for p in case.providers if p.name == "eager").run()]
+    except torch.cuda.OutOfMemoryError as error:
+        return {"case": case.name, "bytes": case.bytes, "providers": {}, "target": None, "skipped": str(error)}
     ready = []
     for p in case.providers:
         try:
             outputs = p.run()
-            problem = None if p.floor else right(outputs, truth, case.tolerance)
+            problem = (
+                None if p.floor else right(outputs, [t[:, :-1] for t in truth] if p.shorter else truth, case.tolerance)
+            )
         except Exception as error:
             problem = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         outputs = []
@@ -320,6 +331,8 @@ def measure(case: Case, timer: Timer) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
+    if "skipped" in result:
+        return f"{result['case']}: skipped, {result['skipped']}"
     own = result["providers"]["fastpo"].get("seconds", {}).get("median")
     lines = []
     for name, row in result["providers"].items():
@@ -434,7 +447,9 @@ def main() -> int:
     print(", ".join(f"{name} {value:.0f}" for name, value in where["rates"].items()), end="\n\n", flush=True)
     results = []
     for build in cases(device, args.small):
-        results.append(measure(build(), timer))
+        # never the reference in the kernels' name
+        with fastpo.use_backend("native"):
+            results.append(measure(build(), timer))
         print(table(results[-1]), end="\n\n", flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -447,7 +462,7 @@ def main() -> int:
     except ImportError as error:
         print(f"no plot: {error}", file=sys.stderr)
     print(f"written: {report}")
-    wrong = [r["case"] for r in results if r["providers"]["fastpo"]["status"] != "ok"]
+    wrong = [r["case"] for r in results if r["providers"].get("fastpo", {"status": "ok"})["status"] != "ok"]
     return 1 if wrong else 0
 
 

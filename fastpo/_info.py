@@ -111,9 +111,9 @@ def info() -> Info:
         cpu["built for"] = _native.CPU.text("fastpo_built_for")
         cpu["in use"] = _native.CPU.text("fastpo_capability") + " (FASTPO_CPU_CAPABILITY overrides)"
     cuda: dict[str, Any] = {"path": str(_native.CUDA.path), "error": _native.CUDA.error}
-    if _native.CUDA.handle is not None:
-        built, driver = _native.cuda_versions(_native.CUDA)
-        cuda["built with"] = f"CUDA {_native.dotted(built)}"
+    if _native.CUDA.path is not None:
+        driver = _native.cuda_driver()
+        cuda["built with"] = f"CUDA {_native.dotted(_native.cuda_built_with(_native.CUDA.path))}"
         cuda["driver"] = f"CUDA {_native.dotted(driver)}" if driver else "none"
     host = {"path": getattr(_native._HOST, "__file__", None), "error": _native.HOST_ERROR}
     return Info(

@@ -164,8 +164,11 @@ class TestCudaLibrary:
     def test_loads_with_every_symbol_resolved(self):
         code = (
             "import torch, ctypes, fastpo; assert torch.version.cuda is None\n"
+            "from fastpo.kernels import _native\n"
             f"cuda = ctypes.CDLL({str(CUDA[0])!r})\n"
-            "print(cuda.fastpo_cuda_runtime() // 1000, cuda.fastpo_cuda_driver())\n"
+            "print(_native.cuda_built_with(_native.CUDA.path) // 1000, _native.cuda_driver())\n"
+            "cuda.fastpo_cuda_runtime.restype = ctypes.c_char_p\n"
+            "assert str(_native.cuda_built_with(_native.CUDA.path)) in cuda.fastpo_cuda_runtime().decode()\n"
             "name = 'fastpo::objective'\n"
             "print(torch._C._dispatch_dump(name).count('csrc/torch/cuda') > 0)\n"
         )
@@ -190,7 +193,7 @@ class TestCudaLibrary:
 
     def test_holds_code_for_each_architecture(self):
         code = CUDA[0].read_bytes()
-        for architecture in (80, 90, 100):
+        for architecture in (80, 90, 100, 120):
             assert f"sm_{architecture}".encode() in code
         # PTX for what comes later
         assert b".target sm_100" in code or b"compute_100" in code

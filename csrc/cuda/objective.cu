@@ -19,12 +19,8 @@ const char* objective(const Objective& o, Int64 tokens, double denominator, void
 const char* objective_spread(const Spread* sides, int count, Int64 tokens, void* stream) {
   SpreadSides s{};
   s.sides = count;
-  Int64 items = 0;
-  for (int i = 0; i < count; ++i) {
-    s.side[i] = sides[i];
-    items += spread_items(sides[i]);
-  }
-  const Shape shape = spread_shape(items, tokens);
+  for (int i = 0; i < count; ++i) s.side[i] = sides[i];
+  const Shape shape = spread_shape(sides[0].rows * count, tokens);
   return FASTPO_LAUNCH(objective_spread, shape.blocks, shape.threads, stream, s, shape);
 }
 

@@ -56,7 +56,7 @@ struct Tokens {
 FASTPO_DEVICE Tokens tokens_of(const Layout& layout, Int64 row, Int64 row_stride) {
   if (!layout.boundaries) return {row * row_stride, layout.tokens};
   const Int64 begin = load(layout.boundaries + row), end = load(layout.boundaries + row + 1);
-  const bool inside = 0 <= begin && begin <= end && end <= layout.total;
+  const bool inside = (row > 0 ? 0 <= begin : 0 == begin) && begin <= end && end <= layout.total;
   return {inside ? begin : 0, inside ? end - begin : -1};
 }
 
@@ -299,14 +299,12 @@ FASTPO_KERNEL(objective_sum, FASTPO_ARGUMENT(LossSum) s) {
     store(static_cast<float*>(s.loss), static_cast<float>(total));
 }
 
-// Gradients of the token streams: both sides in one launch, a team per row. A packed stream has one more row,
-// the tokens behind the last sequence.
+// Gradients of the token streams: both sides in one launch, a team per row. What no row has, tokens behind the
+// last sequence or of rows with bad boundaries, is left as it is: the launcher fills it with zeros.
 struct SpreadSides {
   Spread side[max_sides];
   int sides;
 };
-
-FASTPO_HOST_DEVICE Int64 spread_items(const Spread& s) { return s.rows + (s.layout.boundaries ? 1 : 0); }
 
 FASTPO_HOST_DEVICE Shape spread_shape(Int64 items, Int64 tokens) {
   Shape s;
@@ -342,23 +340,16 @@ FASTPO_DEVICE void fill(const Spread& s, Int64 first, Int64 n, const bool* mask,
   if (tail < n) fill_one(tail);
 }
 
-FASTPO_DEVICE void spread_item(const Spread& s, Int64 row, int rank, int team) {
-  Tokens t;
-  double value = 0;
-  const bool* mask = nullptr;
-  if (row < s.rows) {
-    const Int64 at = s.grad_per_row ? row : 0;
-    // the product is rounded in the accumulator's type, as on the CPU
-    if (s.is_double)
-      value = load(static_cast<const double*>(s.grad) + at) * load(static_cast<const double*>(s.slopes) + row);
-    else
-      value = load(static_cast<const float*>(s.grad) + at) * load(static_cast<const float*>(s.slopes) + row);
-    t = tokens_of(s.layout, row, s.layout.tokens);
-    mask = mask_of(s.layout, row);
-  } else {
-    const Int64 end = clamp<Int64>(load(s.layout.boundaries + s.rows), 0, s.layout.total);
-    t = {end, s.layout.total - end};
-  }
+FASTPO_DEVICE void spread_row(const Spread& s, Int64 row, int rank, int team) {
+  const Int64 at = s.grad_per_row ? row : 0;
+  double value;
+  // the product is rounded in the accumulator's type, as on the CPU
+  if (s.is_double)
+    value = load(static_cast<const double*>(s.grad) + at) * load(static_cast<const double*>(s.slopes) + row);
+  else
+    value = load(static_cast<const float*>(s.grad) + at) * load(static_cast<const float*>(s.slopes) + row);
+  const Tokens t = tokens_of(s.layout, row, s.layout.tokens);
+  const bool* mask = mask_of(s.layout, row);
   switch (s.dtype) {
     case DType::f32:
       return fill<DType::f32>(s, t.first, t.count, mask, value, rank, team);
@@ -373,11 +364,11 @@ FASTPO_DEVICE void spread_item(const Spread& s, Int64 row, int rank, int team) {
 
 FASTPO_KERNEL(objective_spread, FASTPO_ARGUMENT(SpreadSides) s, FASTPO_ARGUMENT(Shape) shape) {
   const int thread = thread_index();
-  const Int64 first = spread_items(s.side[0]), items = first + (s.sides > 1 ? spread_items(s.side[1]) : 0);
+  const Int64 rows = s.side[0].rows, items = rows * s.sides;
   for (Int64 item = block_index() * shape.rows + thread / shape.team; item < items;
        item += block_count() * shape.rows) {
-    const int side = item < first ? 0 : 1;
-    spread_item(s.side[side], item - side * first, thread % shape.team, shape.team);
+    const int side = item < rows ? 0 : 1;
+    spread_row(s.side[side], item - side * rows, thread % shape.team, shape.team);
   }
 }
 

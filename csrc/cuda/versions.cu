@@ -1,10 +1,9 @@
-// The CUDA that this library was built with, and the newest that the installed driver runs: 13010 for 13.1, and 0
-// where there is no driver.
+// The CUDA that this library was built with, 13010 for 13.1, in words that are found in the file without loading it.
 #include <cuda_runtime_api.h>
 
-extern "C" __attribute__((visibility("default"))) int fastpo_cuda_runtime() { return CUDART_VERSION; }
+#define FASTPO_TEXT_(x) #x
+#define FASTPO_TEXT(x) FASTPO_TEXT_(x)
 
-extern "C" __attribute__((visibility("default"))) int fastpo_cuda_driver() {
-  int version = 0;
-  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+extern "C" __attribute__((visibility("default"))) const char* fastpo_cuda_runtime() {
+  return "fastpo built with CUDART " FASTPO_TEXT(CUDART_VERSION);
 }

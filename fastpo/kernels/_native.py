@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import os
 import re
@@ -23,6 +24,8 @@ Backend = Literal["auto", "native", "reference"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _backend: Backend = "auto"
+# the major compute capabilities that setup.py compiles for
+_CUDA_MAJORS = (8, 9, 10, 12)
 
 
 @dataclass
@@ -90,19 +93,19 @@ def _import_host() -> tuple[ModuleType | None, str | None]:
         return None, str(error)
 
 
-def _load_cuda() -> Library:
-    """The library for CUDA devices, if torch has CUDA and the driver runs the CUDA that it was built with."""
-    if torch.version.cuda is None:
-        library = Library("_cuda", error="this torch has no CUDA")
-        library.path = next(iter(_find("_cuda")), None)
-        return library
-    library = _open("_cuda", "not built (no nvcc when fastpo was installed)")
-    if library.handle is not None:
-        built, driver = cuda_versions(library)
-        # within a major version, newer code runs on an older driver
-        if driver // 1000 < built // 1000:
-            library.error = f"built with CUDA {dotted(built)}, but the driver runs CUDA {dotted(driver)} at most"
-    return library
+def cuda_driver() -> int:
+    """The newest CUDA that the installed driver runs, 13010 for 13.1; 0 without a driver. It starts nothing."""
+    try:
+        driver, version = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+        return version.value if driver.cuDriverGetVersion(ctypes.byref(version)) == 0 else 0
+    except (OSError, AttributeError):
+        return 0
+
+
+def cuda_built_with(path: Path) -> int:
+    """The CUDA that a `_cuda` library was built with, read from the file; 0 if it does not say."""
+    found = re.search(rb"fastpo built with CUDART (\d+)", path.read_bytes())
+    return int(found[1]) if found else 0
 
 
 def dotted(version: int) -> str:
@@ -110,10 +113,39 @@ def dotted(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
-def cuda_versions(library: Library) -> tuple[int, int]:
-    """The CUDA a library was built with and the newest that the driver runs, as 13010 for 13.1; 0 without a driver."""
-    assert library.handle is not None
-    return library.handle.fastpo_cuda_runtime(), library.handle.fastpo_cuda_driver()
+def _load_cuda() -> Library:
+    """The library for CUDA devices, if torch has CUDA and the driver runs the CUDA that it was built with.
+
+    Loading it registers its ops, so what does not fit is not loaded.
+    """
+    library = Library("_cuda", path=next(iter(_find("_cuda")), None))
+    if library.path is None:
+        library.error = "not built (no nvcc when fastpo was installed)"
+    elif torch.version.cuda is None:
+        library.error = "this torch has no CUDA"
+    else:
+        built, driver = cuda_built_with(library.path), cuda_driver()
+        # within a major version, newer code runs on an older driver
+        if driver // 1000 >= built // 1000 > 0:
+            return _open("_cuda", "")
+        runs = f"the driver runs CUDA {dotted(driver)} at most" if driver else "there is no driver"
+        library.error = f"built with CUDA {dotted(built)}, but {runs}"
+    return library
+
+
+@functools.cache
+def why_not_compiled_for(device: torch.device) -> str | None:
+    """None if `_cuda` holds code for a CUDA device, else the reason."""
+    if not CUDA.loaded or not torch.cuda.is_available():
+        return CUDA.error
+    major, minor = torch.cuda.get_device_capability(device)
+    if major in _CUDA_MAJORS:
+        return None
+    assert CUDA.path is not None
+    # what is newer gets its code from the library's PTX, by a driver that is as new as the compiler was
+    if major > min(_CUDA_MAJORS) and cuda_driver() >= cuda_built_with(CUDA.path):
+        return None
+    return f"_cuda has no code for the compute capability {major}.{minor}"
 
 
 CPU = _load("_cpu")
@@ -157,7 +189,7 @@ _CUDA: dict[str, tuple[Callable[..., str | None], str]] = {}
 
 
 def on_cuda(op: str, why_not: Callable[..., str | None], by: str = "compiled") -> None:
-    """Say that `by` serves `op` on CUDA devices, unless `why_not(*dtypes)` gives a reason in words."""
+    """Say that `by` serves `op` on CUDA devices, unless `why_not(device, *dtypes)` gives a reason in words."""
     _CUDA[op] = why_not, by
 
 
@@ -169,7 +201,7 @@ def server(op: str, device: torch.device) -> str:
 def why_not(op: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
     """None if `op` has a compiled kernel for this device and these dtypes, else the reason in words."""
     if device.type == "cuda" and op in _CUDA:
-        return _CUDA[op][0](*dtypes)
+        return _CUDA[op][0](device, *dtypes)
     if device.type != "cpu":
         return f"no compiled kernel for device type {device.type!r}"
     if not CPU.loaded:

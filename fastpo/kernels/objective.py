@@ -136,10 +136,10 @@ def launched_by(launcher: nvrtc.Launcher) -> dict[str, Callable[..., Any]]:
     return {"objective": forward, "objective_backward": backward}
 
 
-def _why_not_cuda(*dtypes: torch.dtype) -> str | None:
-    if _native.CUDA.loaded or nvrtc.why_not() is None:
-        return None
-    return f"_cuda: {_native.CUDA.error}; {nvrtc.why_not()}"
+def _why_not_cuda(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    if _native.CUDA.loaded:
+        return _native.why_not_compiled_for(device)
+    return nvrtc.why_not() and f"_cuda: {_native.CUDA.error}; {nvrtc.why_not()}"
 
 
 @torch.library.impl("fastpo::formula_objective", "cuda")
@@ -150,10 +150,10 @@ def _formula_objective(source: str, *arguments: Any) -> tuple[Tensor, Tensor, Te
 
 _native.on_cuda("objective", _why_not_cuda, by="compiled" if _native.CUDA.loaded else "NVRTC")
 if not _native.CUDA.loaded:
-    # kept: the implementations go with it. Allowed to override those of a _cuda that the driver does not fit
+    # kept: the implementations go with it
     _LIBRARY = torch.library.Library("fastpo", "IMPL")
     for _name, _function in launched_by(nvrtc.Driver("objective.cuh")).items():
-        _LIBRARY.impl(_name, _function, "CUDA", allow_override=True)
+        _LIBRARY.impl(_name, _function, "CUDA")
 
 
 class _Objective(torch.autograd.Function):

@@ -71,7 +71,7 @@ def _fake_backward_inplace(logits: Tensor, *_: Any) -> None:
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def _why_not_on_cuda(*dtypes: torch.dtype) -> str | None:
+def _why_not_on_cuda(_: torch.device, *dtypes: torch.dtype) -> str | None:
     if not _HAS_TRITON:
         return "Triton is not installed"
     for dtype in dtypes:

@@ -45,6 +45,17 @@ void missing_warp_barrier(const Arguments& a) {
   store(a.out + thread, next);
 }
 
+// a shuffle brings the lanes together, and orders nothing in memory
+void shuffle_as_fence(const Arguments& a) {
+  FASTPO_SHARED(float, cells, 64);
+  const int thread = thread_index();
+  cells[thread] = load(a.in + thread);
+  const float sum = warp_sum(load(a.in + thread));
+  if (a.fixed) FASTPO_WARP_BARRIER();
+  const float next = cells[thread ^ 1];
+  store(a.out + thread, next + sum);
+}
+
 void shared_out_of_bounds(const Arguments& a) {
   FASTPO_SHARED(float, cells, 32);
   const int thread = thread_index(), cell = a.fixed ? thread % 32 : thread % 33;
@@ -130,6 +141,7 @@ extern "C" __attribute__((visibility("default"))) const char* bug_run(const char
   if (kernel == #name) return simt::launch([&] { name(a); }, 1, 64)
   BUG(missing_barrier);
   BUG(missing_warp_barrier);
+  BUG(shuffle_as_fence);
   BUG(shared_out_of_bounds);
   BUG(uninitialised);
   BUG(divergent_barrier);

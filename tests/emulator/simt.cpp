@@ -2,6 +2,7 @@
 #include "simt.h"
 
 #include <algorithm>
+#include <exception>
 
 #if !defined(__x86_64__) || !defined(__linux__)
 #error "the emulator switches fibers in x86-64 assembly for the System V calling convention"
@@ -69,6 +70,8 @@ void run_thread() {
     (*body)();
   } catch (const Error& e) {
     if (error.empty()) error = e.text;
+  } catch (const std::exception& e) {
+    if (error.empty()) error = e.what();
   }
   current->running = false;
   simt_switch(&current->stack_pointer, scheduler);
@@ -129,7 +132,8 @@ bool release_warp(Thread* lanes) {
   for (int i = 0; i < warp_size; ++i) {
     lanes[i].wait = Wait::none;
     lanes[i].vote = false;
-    ++lanes[i].warp_barriers;
+    // shuffles and votes exchange values, they do not order accesses to memory
+    lanes[i].warp_barriers += lanes[i].fences;
   }
   return true;
 }

@@ -15,6 +15,7 @@
 #include <memory>
 #include <string>
 #include <type_traits>
+#include <typeinfo>
 #include <vector>
 
 #include "../../csrc/formulas/types.h"
@@ -41,7 +42,7 @@ struct Thread {
   long block_barriers = 0, warp_barriers = 0;
   unsigned char posted[16] = {}, received[16] = {};
   int partner = 0;
-  bool vote = false;
+  bool vote = false, fences = false;
   unsigned ballot = 0;
 
   int warp() const { return index / warp_size; }
@@ -125,7 +126,8 @@ extern std::map<std::string, std::unique_ptr<AnyShared>> shared_arrays;
 
 template <class T>
 Shared<T>& shared(const char* site, int count) {
-  std::unique_ptr<AnyShared>& array = shared_arrays[site];
+  // one line of a template may declare arrays of several types
+  std::unique_ptr<AnyShared>& array = shared_arrays[std::string(site) + typeid(T).name()];
   if (!array) array = std::make_unique<Shared<T>>(site, count);
   return static_cast<Shared<T>&>(*array);
 }
@@ -152,7 +154,9 @@ inline unsigned ballot(const char* site, bool condition) {
 
 inline void warp_barrier(const char* site) {
   current->partner = current->index % warp_size;
+  current->fences = true;
   wait_for(Wait::warp, site);
+  current->fences = false;
 }
 
 // Runs the grid; null, or the first error in words, which stays until the next launch.

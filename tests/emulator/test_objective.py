@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastpo.kernels import _native
 from fastpo.kernels.cuda import objective as launch
 from fastpo.reference.registry import objective, objectives
 from tests.emulator.harness import Emulator, build, build_ops, compiled_launch, python_launch
 from tests.kernels import test_objective as cases
-from tests.kernels.test_objective import LAYOUTS, compare, evaluate, make, strided
+from tests.kernels.test_objective import LAYOUTS, compare, evaluate, make, random, strided
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,9 @@ class TestLaunchFromPython:
         compare(ROW, pairs)
         compare(ROW, singles)
 
-    @pytest.mark.parametrize("bad", [[0, 9, 6], [0, -1, 6], [3, 2, 6], [0, 4, 2_000_000_000], [-5, 0, 6]])
+    @pytest.mark.parametrize(
+        "bad", [[0, 9, 6], [0, -1, 6], [3, 2, 6], [2, 4, 6], [0, 4, 2_000_000_000], [-5, 0, 6], [0, 3, -2]]
+    )
     def test_bad_boundaries_read_nothing(self, checked, bad):
         """A device cannot raise: the rows concerned are NaN, and nothing outside the tensor is touched."""
         values, boundaries = torch.ones(6), torch.tensor(bad, dtype=torch.int32)
@@ -148,9 +151,45 @@ class TestLaunchFromPython:
         arguments = ([values] * 4, nothing, [boundaries] * 2)
         hyper = [0.1] * len(_native.CPU.hyper_parameters)
         loss, slopes, _ = torch.ops.fastpo.objective(0, *arguments, nothing, hyper, False, False, 1.0)
-        inside = [0 <= a <= b <= 6 for a, b in itertools.pairwise(bad)]
+        inside = [0 <= a <= b <= 6 and (i > 0 or a == 0) for i, (a, b) in enumerate(itertools.pairwise(bad))]
         assert loss.isnan().tolist() == [not ok for ok in inside]
-        torch.ops.fastpo.objective_backward(torch.ones(2), slopes, [values] * 2, *arguments[1:], 3)
+        grads = torch.ops.fastpo.objective_backward(torch.ones(2), slopes, [values] * 2, *arguments[1:], 3)
+        held = torch.zeros(6, dtype=torch.bool)
+        for ok, (a, b) in zip(inside, itertools.pairwise(bad), strict=True):
+            held[a:b] |= ok
+        assert all((g[~held] == 0).all() and g.isfinite().all() for g in grads)
+
+    def test_masked_tokens_of_a_nan_row(self, checked):
+        """Selected, not multiplied: their gradient is 0 whatever the row's is."""
+        values, mask = torch.ones(3, 40), torch.arange(120).view(3, 40) % 3 == 0
+        slopes = torch.full((1, 3), torch.nan)
+        (grad,) = torch.ops.fastpo.objective_backward(torch.tensor(1.0), slopes, [values], [mask], [None], 1)
+        assert (grad[~mask] == 0).all() and grad[mask].isnan().all()
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_rounding_of_gradients(self, checked, dtype):
+        """As torch rounds: every exponent, ties, subnormals, overflow, both zeros, infinities, NaN of any payload."""
+        generator = torch.Generator().manual_seed(0)
+        bits = torch.randint(-(2**31), 2**31, (20_000,), generator=generator)
+        # many of them halfway between two numbers of 8 or 11 bits, or one bit off
+        low = torch.tensor([0x0000, 0x8000, 0x7FFF, 0x8001, 0x1000, 0x0FFF, 0x1001])
+        bits[::2] = bits[::2] & ~0xFFFF | low[torch.randint(len(low), (10_000,), generator=generator)]
+        special = [0x7F800000, -0x800000, 0x7FFFFFFF, 0x7F800001, 0x7FC00000, 0, -(2**31), 0x477FEFFF, 0x477FF000]
+        bits[: len(special)] = torch.tensor(special)
+        slopes = bits.to(torch.int32).view(torch.float32)
+        values = torch.zeros(len(slopes), 1, dtype=dtype)
+        (grad,) = torch.ops.fastpo.objective_backward(torch.tensor(1.0), slopes[None], [values], [None], [None], 1)
+        want = slopes.to(dtype)
+        assert torch.equal(grad[:, 0].isnan(), want.isnan())
+        here = ~want.isnan()
+        assert torch.equal(grad[here, 0].view(torch.int16), want[here].view(torch.int16))
+
+    def test_more_blocks_than_the_sum_has_threads(self, checked):
+        rows = 256 * 700 + 3
+        chosen, zero = random(rows, seed=1), torch.zeros(rows)
+        arguments = ([chosen, zero, zero, zero], *[[None, None]] * 3, [0.1] * len(_native.CPU.hyper_parameters))
+        loss, _, _ = torch.ops.fastpo.objective(0, *arguments, False, True, float(rows))
+        assert loss.item() == pytest.approx(-F.logsigmoid(0.1 * chosen.double()).mean().item(), rel=1e-6)
 
     @pytest.mark.parametrize("length_norm", [False, True])
     def test_equals_the_compiled_launch(self, checked, ops, length_norm):

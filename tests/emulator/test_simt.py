@@ -13,6 +13,7 @@ from tests.emulator.harness import HERE, Emulator, build
 BUGS = {
     "missing_barrier": "with no barrier after thread .* read it",
     "missing_warp_barrier": "is (written|read) by .* with no barrier after thread .* (wrote|read) it",
+    "shuffle_as_fence": "is read by .* with no barrier after thread .* wrote it",
     "shared_out_of_bounds": "index 32 is outside the 32 cells of the shared array at .*bugs.cpp",
     "uninitialised": "cell 7 of the shared array .* is read by thread 56 .* before anyone wrote it",
     "divergent_barrier": "divergent barrier",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
 import pytest
 import torch
@@ -96,7 +97,9 @@ class TestDevice:
     def test_current_stream(self, cuda, reduction):
         """The launch waits for what its stream waits for."""
         inputs = pairs_on(cuda)
-        want = losses.dpo(*inputs, reduction=reduction).loss
+        leaf = inputs[0].clone().requires_grad_()
+        want = losses.dpo(leaf, *inputs[1:], reduction=reduction).loss
+        want.sum().backward()
         late = [torch.full_like(t, float("nan")) for t in inputs]
         stream = torch.cuda.Stream()
         torch.cuda.synchronize()
@@ -108,7 +111,16 @@ class TestDevice:
             loss = losses.dpo(*late, reduction=reduction).loss
             loss.sum().backward()
         torch.cuda.synchronize()
-        assert torch.equal(loss.detach(), want) and late[0].grad.isfinite().all()
+        assert torch.equal(loss, want) and torch.equal(late[0].grad, leaf.grad)
+
+    def test_another_thread(self, cuda):
+        """A thread without a context of its own, as autograd's are at first."""
+        inputs, found = pairs_on(cuda), []
+        want = losses.dpo(*inputs).loss
+        thread = threading.Thread(target=lambda: found.append(losses.dpo(*inputs).loss))
+        thread.start()
+        thread.join()
+        assert torch.equal(found[0], want)
 
     @pytest.mark.parametrize("reduction", ["mean", "none"])
     def test_never_waits(self, cuda, reduction):
@@ -170,7 +182,8 @@ class TestDevice:
     @pytest.mark.sanitize
     def test_under_the_sanitizer(self, device):
         """Few sizes of every layout, for compute-sanitizer, which is slow."""
-        for layout, dtype, tokens in itertools.product(LAYOUTS, (torch.float32, torch.bfloat16), (1, 37, 1100)):
-            pairs = [cases.Side(*map(to_device, make(layout, 9, tokens, dtype, seed))) for seed in (1, 4)]
+        shapes = [(9, 1), (9, 37), (9, 1100), (40_000, 3)]
+        for layout, dtype, (rows, tokens) in itertools.product(LAYOUTS, (torch.float32, torch.bfloat16), shapes):
+            pairs = [cases.Side(*map(to_device, make(layout, rows, tokens, dtype, seed))) for seed in (1, 4)]
             for reduction in ("mean", "none"):
                 assert evaluate(objective("dpo"), pairs, reduction=reduction)["loss"].isfinite().all()

@@ -42,7 +42,10 @@ Tensors backward(Tensor grad, Tensor slopes, Tensors streams, OptionalTensors ma
     if (needed >> i & 1) {
       prepared.push_back(prepare_spread(grad, slopes, stream, static_cast<int64_t>(i), masks[i], cu_seqlens[i]));
       sides.push_back(prepared.back().arguments);
-      out.push_back(prepared.back().gradient);
+      Tensor gradient = prepared.back().gradient;
+      // tokens that no sequence has
+      if (cu_seqlens[i]) torch::stable::zero_(gradient);
+      out.push_back(gradient);
     } else {
       out.push_back(new_tensor(stream, {0}, stream.scalar_type()));
     }

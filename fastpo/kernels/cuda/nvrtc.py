@@ -40,9 +40,18 @@ class Launcher(Protocol):
         ...
 
 
+@functools.cache
 def why_not() -> str | None:
-    """None if CuPy is there to compile and launch, else the reason."""
-    return None if importlib.util.find_spec("cupy") else "CuPy, which would compile it by NVRTC, is not installed"
+    """None if CuPy is there to compile and launch, with an NVRTC that it finds, else the reason."""
+    if importlib.util.find_spec("cupy_backends") is None:
+        return "CuPy, which would compile it by NVRTC, is not installed"
+    try:
+        from cupy_backends.cuda.libs import nvrtc
+
+        nvrtc.getVersion()
+    except Exception as error:  # of CuPy's search for the library, which has errors of its own
+        return f"CuPy finds no NVRTC: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    return None
 
 
 def source_folder() -> Path:
@@ -169,12 +178,14 @@ class Driver:
         reads: Iterable[Tensor | None],
         writes: Iterable[Tensor | None],
     ) -> None:
-        from cupy_backends.cuda.api import driver
+        from cupy_backends.cuda.api import driver, runtime
 
         device = next(t.device for t in writes if t is not None)
         pointers: Any = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
-        # makes the device's context, which torch created with the tensors, the current one
         with torch.cuda.device(device):
+            # a fresh thread, as autograd's, has no context until something of the runtime asks for it
+            if not driver.ctxGetCurrent():
+                runtime.setDevice(torch.cuda.current_device())
             stream = torch.cuda.current_stream().cuda_stream
             function = _function(kernel, self.file, self.defines, torch.cuda.current_device())
             driver.launchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, ctypes.addressof(pointers), 0)

@@ -213,11 +213,8 @@ def backward(
     """What the op's backward returns: the gradient of each stream, empty where it is not needed."""
     grad, slopes = grad.contiguous(), slopes.contiguous()
     masks, cu_seqlens = _contiguous(masks), _contiguous(cu_seqlens)
-    out = [
-        torch.empty_like(s, memory_format=torch.contiguous_format) if needed >> i & 1 else s.new_empty(0)
-        for i, s in enumerate(streams)
-    ]
-    rows, items = slopes.shape[1], 0
+    out = [s.new_empty(s.shape if needed >> i & 1 else 0) for i, s in enumerate(streams)]
+    rows = slopes.shape[1]
     arguments = SpreadSides(sides=0)
     for i, s in enumerate(streams):
         if not needed >> i & 1:
@@ -233,9 +230,10 @@ def backward(
             grad_per_row=grad.dim() == 1,
         )
         arguments.sides += 1
-        items += rows + (cu_seqlens[i] is not None)
+        if cu_seqlens[i] is not None:
+            out[i].zero_()  # tokens that no sequence has
     if arguments.sides:
-        shape = spread_shape(items, _tokens_per_row(streams, rows))
+        shape = spread_shape(rows * arguments.sides, _tokens_per_row(streams, rows))
         launcher.launch(
             "objective_spread",
             shape.blocks,

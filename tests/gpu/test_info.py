@@ -1,0 +1,11 @@
+"""Nothing on this machine is served by the reference without anybody noticing."""
+
+from __future__ import annotations
+
+import fastpo
+
+
+def test_every_kernel_runs_here(cuda):
+    on_cuda = [s for s in fastpo.info().services if s.device == "cuda"]
+    assert {s.function for s in on_cuda} >= {"token_logprobs", "objective"}
+    assert not [s for s in on_cuda if s.backend == "reference" or s.reason], on_cuda
