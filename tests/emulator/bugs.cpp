@@ -124,6 +124,21 @@ void misaligned_vector(const Arguments& a) {
   store(a.out + thread_index(), x.at[0]);
 }
 
+// no bug: the operations that no kernel uses yet
+void operations(const Arguments& a) {
+  FASTPO_SHARED(int, cells, 1);
+  const int thread = thread_index();
+  const unsigned odd = FASTPO_BALLOT(thread % 2 == 1);
+  const float of_lane = FASTPO_SHUFFLE(load(a.in + thread), thread % 32 / 4);
+  if (thread == 0) cells[0] = static_cast<int>(odd == 0xaaaaaaaau);
+  FASTPO_BARRIER();
+  const int right = cells[0];
+  store(a.out + thread, right ? of_lane : -1.0f);
+  if (thread == 0) store(a.out + 64, 0.0f);
+  FASTPO_BARRIER();
+  FASTPO_ATOMIC_ADD(a.out + 64, 2.0f);
+}
+
 // 32 bits do not hold an offset into a large tensor
 void int_overflow(const Arguments& a) {
   const int thread = thread_index(), n = static_cast<int>(a.n);
@@ -151,6 +166,7 @@ extern "C" __attribute__((visibility("default"))) const char* bug_run(const char
   BUG(read_behind);
   BUG(write_input);
   BUG(misaligned_vector);
+  BUG(operations);
   BUG(int_overflow);
   return "there is no such kernel";
 }

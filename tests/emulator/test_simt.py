@@ -76,6 +76,17 @@ def test_results_of_the_fixed_kernels(emulator):
         assert torch.equal(out, want), kernel
 
 
+def test_votes_shuffles_atomics(emulator):
+    values, out = torch.arange(64.0), torch.full((65,), torch.nan)
+    emulator.reversed = False
+    emulator.configure(reads=[values], writes=[out])
+    arguments = Arguments(1, 1, values.data_ptr(), out.data_ptr())
+    assert emulator.library.bug_run(b"operations", ctypes.byref(arguments)) is None
+    lane = torch.arange(64)
+    assert torch.equal(out[:64], values[lane // 32 * 32 + lane % 32 // 4])
+    assert out[64] == 128
+
+
 def test_unknown_kernel(emulator):
     with pytest.raises(RuntimeError, match="there is no such kernel"):
         emulator.launch("nothing", 1, 32, [], reads=[], writes=[])
