@@ -117,6 +117,19 @@ class TestLibrary:
         assert _native._backend == "auto"
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("op", ["objective", "token_logprobs"])
+def test_who_serves_a_device_is_no_part_of_a_graph(op):
+    """What is asked on every call on a CUDA device, and looks for libraries, does not break a compiled graph."""
+    torch._dynamo.reset()
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if _native.why_not(op, torch.device("cuda"), torch.float32) else x + 2
+
+    x = torch.zeros(1)
+    assert torch.equal(torch.compile(function, fullgraph=True, backend="eager")(x), function(x))
+
+
 class TestWithoutLibraries:
     @pytest.fixture
     def bare(self, tmp_path):

@@ -133,9 +133,14 @@ def _load_cuda() -> Library:
     return library
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def why_not_compiled_for(device: torch.device) -> str | None:
     """None if `_cuda` holds code for a CUDA device, else the reason."""
+    return _why_not_compiled_for(device)
+
+
+@functools.cache
+def _why_not_compiled_for(device: torch.device) -> str | None:
     if not CUDA.loaded or not torch.cuda.is_available():
         return CUDA.error
     major, minor = torch.cuda.get_device_capability(device)

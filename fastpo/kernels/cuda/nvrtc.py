@@ -40,9 +40,14 @@ class Launcher(Protocol):
         ...
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def why_not() -> str | None:
     """None if CuPy is there to compile and launch, with an NVRTC that it finds, else the reason."""
+    return _why_not()
+
+
+@functools.cache
+def _why_not() -> str | None:
     if importlib.util.find_spec("cupy_backends") is None:
         return "CuPy, which would compile it by NVRTC, is not installed"
     try:
