@@ -38,13 +38,15 @@ torch.library.define(
     "Tensor at, Tensor? slope, Tensor grads) -> ()",
 )
 # hidden (N, H), targets (N, K); cap 0 stands for none. `state` (2, N): the largest number under the softmax, and the
-# sum of the exponentials relative to it. Statistics that are not asked for (a bit of `stats` not set) are empty
+# sum of the exponentials relative to it. Statistics that are not asked for (a bit of `stats` not set) are empty.
+# `expected` (N, H) is, if asked for, the gradient of the logarithm of that sum with respect to hidden: with it the
+# backward to hidden alone needs no product
 torch.library.define(
     "fastpo::linear_logprobs",
     "(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? temperatures, float temperature, "
-    "float logit_scale, float cap, int ignore_index, int stats, bool wide) -> "
-    "(Tensor logprobs, Tensor state, Tensor entropy, Tensor logsumexp, Tensor log_sum_p2, Tensor top1, "
-    "Tensor mean_logit)",
+    "float logit_scale, float cap, int ignore_index, int stats, bool wide, bool expected) -> "
+    "(Tensor logprobs, Tensor state, Tensor expected, Tensor entropy, Tensor logsumexp, Tensor log_sum_p2, "
+    "Tensor top1, Tensor mean_logit)",
 )
 # `needed`: bits for the gradients of hidden, weight and bias; the others come back empty
 torch.library.define(
@@ -74,12 +76,14 @@ def _fake(
     ignore_index: int,
     stats: int,
     wide: bool,
+    expected: bool,
 ) -> tuple[Tensor, ...]:
     rows, dtype = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
     dtypes = (dtype, dtype, dtype, torch.int64, dtype)
     return (
         hidden.new_empty(targets.shape, dtype=dtype),
         hidden.new_empty((2, rows), dtype=torch.float64),
+        hidden.new_empty(hidden.shape if expected else (0,), dtype=dtype),
         *(hidden.new_empty((rows if stats >> bit & 1 else 0,), dtype=d) for bit, d in enumerate(dtypes)),
     )
 
@@ -170,6 +174,7 @@ def _forward(
     ignore_index: int,
     stats: int,
     wide: bool,
+    expected: bool,
 ) -> tuple[Tensor, ...]:
     p = _Problem(hidden, weight, targets, bias, temperatures, temperature, logit_scale, cap, ignore_index, wide)
     state = p.inverse.new_zeros((p.rows, 4))
@@ -180,17 +185,17 @@ def _forward(
     blocks = [slice(s, s + _TILE_ROWS) for s in range(0, p.rows, _TILE_ROWS)]
     # of each block its own, as the kernel wants them: (4, rows)
     states = [state[b].t().contiguous() for b in blocks]
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    sums = torch.zeros(p.hidden.shape, dtype=dtype, device=hidden.device) if expected else hidden.new_empty(0)
     for first, w, b, tiles in p.slices():
         for (start, tile), s in zip(tiles, states, strict=True):
             rows = slice(start, start + tile.shape[0])
             p.logits(start, w, b, tile)
+            layout = (first, p.targets[rows], p.inverse[rows], logit_scale, cap)
+            before = s[0].clone() if expected else s[0]
             torch.ops.fastpo.fold_tile(
                 tile,
-                first,
-                p.targets[rows],
-                p.inverse[rows],
-                logit_scale,
-                cap,
+                *layout,
                 s,
                 taken[rows],
                 None if top1 is None else top1[rows],
@@ -198,6 +203,13 @@ def _forward(
                 bool(stats & 1),
                 bool(stats & 4),
             )
+            if expected:
+                # the logits become their exponentials, relative to the largest so far, to which the sums are brought
+                one, nothing = torch.ones_like(before), torch.zeros_like(taken[rows])
+                torch.ops.fastpo.dlogits_tile(tile, *layout, s, one, None, nothing)
+                factor = torch.where(before == s[0], 1.0, torch.exp((before - s[0]) * p.inverse[rows]))
+                sums[rows] *= factor[:, None].to(dtype)
+                _add_product(sums[rows], tile, w)
     largest, s, weighted, squared = torch.cat([*states, state.new_empty(4, 0)], 1)
     log_sum = s.log()
     logprobs = (taken - largest[:, None]) * p.inverse[:, None] - log_sum[:, None]
@@ -208,10 +220,11 @@ def _forward(
         top1,
         None if total is None else total * p.inverse / weight.shape[0],
     ]
-    count, dtype = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
+    count = hidden.shape[0]
     return (
         p.put(torch.where(p.valid, logprobs, 0), count, dtype=dtype),
         p.put(torch.stack([largest, s], 1), count).t().contiguous(),
+        p.put(sums * (p.inverse / s)[:, None].to(dtype), count) if expected else sums.to(dtype),
         *(
             p.put(t, count, -1 if bit == 3 else 0, torch.int64 if bit == 3 else dtype)
             if stats >> bit & 1 and t is not None
@@ -309,13 +322,17 @@ class _LinearLogprobs(torch.autograd.Function):
         *options: Any,
     ) -> tuple[Tensor, ...]:
         stats, wide = options[-2:]
-        logprobs, state, *found = torch.ops.fastpo.linear_logprobs(
-            hidden, weight, targets, bias, temperatures, *options[:-2], stats, wide
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        # the entropy's gradient would take a third product here, as many as computing the logits again
+        ctx.frozen = needs_hidden and not (needs_weight or needs_bias) and not stats & 1
+        logprobs, state, expected, *found = torch.ops.fastpo.linear_logprobs(
+            hidden, weight, targets, bias, temperatures, *options[:-2], stats, wide, ctx.frozen
         )
         ctx.options = options
         ctx.mark_non_differentiable(*found[2:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, targets, temperatures, state, found[0] if stats & 1 else None)
+        extra = (expected, logprobs) if ctx.frozen else (found[0] if stats & 1 else None,)
+        ctx.save_for_backward(hidden, weight, bias, targets, temperatures, state, *extra)
         return logprobs, *found
 
     @staticmethod
@@ -332,16 +349,48 @@ class _LinearLogprobs(torch.autograd.Function):
         needed = ctx.needs_input_grad[:3]
         grads: list[Tensor | None] = [None] * 3
         if any(g is not None for g in upstream) and any(needed):
-            hidden, weight, bias, targets, temperatures, state, entropy = ctx.saved_tensors
+            hidden, weight, bias, targets, temperatures, state, *extra = ctx.saved_tensors
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 grads = _differentiable_backward(ctx, hidden, weight, bias, targets, temperatures, upstream)
+            elif ctx.frozen:
+                expected, logprobs = extra
+                grad = _frozen_backward(weight, targets, temperatures, state, expected, logprobs, options, upstream)
+                grads[0] = grad.to(hidden.dtype)
             else:
                 bits = sum(1 << i for i, n in enumerate(needed) if n)
                 found = torch.ops.fastpo.linear_logprobs_backward(
-                    hidden, weight, targets, bias, state, entropy, temperatures, *options, *upstream, wide, bits
+                    hidden, weight, targets, bias, state, *extra, temperatures, *options, *upstream, wide, bits
                 )
                 grads = [g if n else None for g, n in zip(found, needed, strict=True)]
         return *grads, *[None] * (len(ctx.needs_input_grad) - 3)
+
+
+def _frozen_backward(
+    weight: Tensor,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    state: Tensor,
+    expected: Tensor,
+    logprobs: Tensor,
+    options: list[Any],
+    upstream: tuple[Tensor | None, ...],
+) -> Tensor:
+    """Hidden's gradient where the head has none: of the weight only the rows of the targets are read."""
+    temperature, logit_scale, cap, ignore_index = options
+    grad_logprobs, _, grad_logsumexp = upstream
+    valid = targets != ignore_index
+    total = torch.zeros_like(expected[:, 0]) if grad_logsumexp is None else grad_logsumexp
+    if grad_logprobs is None:
+        return torch.where(valid.any(-1, keepdim=True), total[:, None] * expected, 0)
+    g = torch.where(valid, grad_logprobs, 0)
+    t = temperature if temperatures is None else temperatures.double()[:, None]
+    slope = torch.full_like(logprobs, logit_scale, dtype=torch.float64) / t
+    if cap:
+        capped = logprobs * t + state[0, :, None] + t * state[1, :, None].log()
+        slope = slope * (1 - (capped / cap) ** 2)
+    rows = weight[torch.where(valid, targets, 0)].to(expected.dtype)
+    at_targets = ((g * torch.where(valid, slope, 0)).to(expected.dtype)[..., None] * rows).sum(1)
+    return torch.where(valid.any(-1, keepdim=True), at_targets + (total - g.sum(-1))[:, None] * expected, 0)
 
 
 def _differentiable_backward(
@@ -475,7 +524,9 @@ def linear_logprobs(
     With z = hidden weightᵀ + bias, they are log softmax(c(z) / T)[target], where c(z) = logit_scale · z, or with a
     softcap c(z) = softcap · tanh(logit_scale · z / softcap). Beside its results the function takes a buffer of about
     a megabyte, and in the backward the gradients: of the hidden states, and of a slice of the weight, in fp32. The
-    backward computes the logits again: four matrix products in all.
+    backward computes the logits again: four matrix products in all. Where only `hidden` needs a gradient (a frozen
+    head) and the entropy is not asked for, two products do, nothing is computed again, and the forward keeps one fp32
+    tensor of hidden's shape.
 
     Args:
         hidden: (..., H), fp32, bf16, fp16 or fp64.
