@@ -130,6 +130,21 @@ def test_who_serves_a_device_is_no_part_of_a_graph(op):
     assert torch.equal(torch.compile(function, fullgraph=True, backend="eager")(x), function(x))
 
 
+def test_constant_when_traced_is_torchs_mark():
+    def function() -> None: ...
+
+    theirs = vars(torch.compiler.assume_constant_result(function)).copy()
+    vars(function).clear()
+    assert theirs and vars(_native.constant_when_traced(function)) == theirs
+
+
+def test_import_leaves_the_compiler_alone():
+    code = "import sys, fastpo; print(*(m for m in ('torch._dynamo', 'triton', 'cupy') if m in sys.modules))"
+    root = Path(_native.__file__).parents[2]
+    out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert out.stdout == "\n", out.stdout + out.stderr
+
+
 class TestWithoutLibraries:
     @pytest.fixture
     def bare(self, tmp_path):

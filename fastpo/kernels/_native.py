@@ -16,16 +16,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 
 Backend = Literal["auto", "native", "reference"]
 
+_F = TypeVar("_F", bound=Callable[..., object])
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _backend: Backend = "auto"
 # the major compute capabilities that setup.py compiles for
 _CUDA_MAJORS = (8, 9, 10, 12)
+
+
+def constant_when_traced(function: _F) -> _F:
+    """`torch.compiler.assume_constant_result`, which imports the compiler, seconds of it, to set this mark."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @dataclass
@@ -133,7 +141,7 @@ def _load_cuda() -> Library:
     return library
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def why_not_compiled_for(device: torch.device) -> str | None:
     """None if `_cuda` holds code for a CUDA device, else the reason."""
     return _why_not_compiled_for(device)

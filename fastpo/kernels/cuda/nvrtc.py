@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastpo.kernels._native import constant_when_traced
+
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)".*$', re.MULTILINE)
 
 
@@ -40,7 +42,7 @@ class Launcher(Protocol):
         ...
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def why_not() -> str | None:
     """None if CuPy is there to compile and launch, with an NVRTC that it finds, else the reason."""
     return _why_not()
