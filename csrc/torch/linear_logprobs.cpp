@@ -51,7 +51,8 @@ void fold_tile(Tensor tile, int64_t first, Tensor targets, Tensor inverse, doubl
 }
 
 void dlogits_tile(Tensor tile, int64_t first, Tensor targets, Tensor inverse, double logit_scale, double cap,
-                  Tensor state, Tensor at, OptionalTensor slope, Tensor grads) {
+                  Tensor state, Tensor at, OptionalTensor slope, Tensor grads, OptionalTensor out) {
+  STD_TORCH_CHECK(!out, "fastpo::dlogits_tile: on the CPU in place only");
   LogitTile t = tile_of(tile, first, targets, inverse, logit_scale, cap, state);
   t.at = doubles(at, t.rows, "at");
   if (slope) t.slope = doubles(*slope, t.rows, "slope");

@@ -32,10 +32,11 @@ torch.library.define(
     "(Tensor tile, int first, Tensor targets, Tensor inverse, float logit_scale, float cap, Tensor(a!) state, "
     "Tensor(b!) taken, Tensor(c!)? top1, Tensor(d!)? total, bool weighted, bool squared) -> ()",
 )
+# in place, or into `out`, of a narrower dtype, for products of narrow matrices with wide results
 torch.library.define(
     "fastpo::dlogits_tile",
     "(Tensor(a!) tile, int first, Tensor targets, Tensor inverse, float logit_scale, float cap, Tensor state, "
-    "Tensor at, Tensor? slope, Tensor grads) -> ()",
+    "Tensor at, Tensor? slope, Tensor grads, Tensor(b!)? out=None) -> ()",
 )
 # hidden (N, H), targets (N, K); cap 0 stands for none. `state` (2, N): the largest number under the softmax, and the
 # sum of the exponentials relative to it. Statistics that are not asked for (a bit of `stats` not set) are empty.
