@@ -44,13 +44,15 @@ def targets(value: Tensor, rows: torch.Size, of: str) -> None:
         raise ValueError(f"targets has shape {tuple(value.shape)}, expected {tuple(rows)} or {(*rows, 'K')} for {of}")
 
 
-def temperature(value: object, rows: torch.Size, other_name: str, other: Tensor) -> None:
+def temperature(
+    value: object, rows: torch.Size, other_name: str, other: Tensor, *, differentiable: bool = False
+) -> None:
     """A positive number, or a tensor of one per row."""
     if isinstance(value, Tensor):
         tensor("temperature", value, FLOATS)
         same_device("temperature", value, other_name, other)
         shape("temperature", value, rows, "one temperature per token")
-        if value.requires_grad:
+        if value.requires_grad and not differentiable:
             raise ValueError("temperature requires grad, but no gradient flows to it: pass temperature.detach()")
     elif not 0 < number("temperature", value) < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {value}")

@@ -1,31 +1,30 @@
 """`linear_logprobs`: log-probabilities of chosen tokens from hidden states and a head's weight, without the logits.
 
-The logits exist one tile at a time, rows x a slice of the vocabulary, in one buffer that is used again: a matrix
-product of the vendor's library fills it, `fold_tile` adds it to the rows' sums, and in the backward, which computes
-it again, `dlogits_tile` turns it into its gradient in place, for two more products to consume.
+The driver is in _tiles.py.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal, overload
+import os
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from fastpo.kernels import _checks, _native
+from fastpo.kernels import _checks, _native, _tiles
 from fastpo.reference import vocabulary
 from fastpo.reference.vocabulary import LinearLogprobs
 
 Statistic = Literal["entropy", "logsumexp", "log_sum_p2", "top1", "mean_logit"]
 STATISTICS: tuple[Statistic, ...] = ("entropy", "logsumexp", "log_sum_p2", "top1", "mean_logit")
 
-# of the buffer; it stays in a core's second-level cache between the product and the kernel
-_TILE_BYTES = 1 << 20
-_TILE_ROWS = 512
 # elements of the logits up to which a second derivative is made by the reference, which holds them all
 _MOST_LOGITS = 1 << 26
+# the part of a device's memory that kept logits may take by default
+_BUDGET = 1 / 32
 
 torch.library.define(
     "fastpo::fold_tile",
@@ -38,24 +37,38 @@ torch.library.define(
     "(Tensor(a!) tile, int first, Tensor targets, Tensor inverse, float logit_scale, float cap, Tensor state, "
     "Tensor at, Tensor? slope, Tensor grads, Tensor(b!)? out=None) -> ()",
 )
-# hidden (N, H), targets (N, K); cap 0 stands for none. `state` (2, N): the largest number under the softmax, and the
-# sum of the exponentials relative to it. Statistics that are not asked for (a bit of `stats` not set) are empty.
-# `expected` (N, H) is, if asked for, the gradient of the logarithm of that sum with respect to hidden: with it the
-# backward to hidden alone needs no product
+# hidden (N, H), targets (N, K); cap 0 stands for none
+_PROBLEM = (
+    "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? rows, "
+    "Tensor? temperatures, float temperature, float logit_scale, float cap, float lora_scale, int ignore_index, "
+    "str? group, bool wide"
+)
+# `stats`: a bit per statistic; `budget`: bytes of logits that may be kept; `skip`: 0, or a threshold for which the
+# peaks are noted. See _tiles.Found
 torch.library.define(
     "fastpo::linear_logprobs",
-    "(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? temperatures, float temperature, "
-    "float logit_scale, float cap, int ignore_index, int stats, bool wide, bool expected) -> "
-    "(Tensor logprobs, Tensor state, Tensor expected, Tensor entropy, Tensor logsumexp, Tensor log_sum_p2, "
-    "Tensor top1, Tensor mean_logit)",
+    f"({_PROBLEM}, int stats, bool expected, int budget, float skip) -> "
+    "(Tensor logprobs, Tensor state, Tensor shard, Tensor expected, Tensor kept, Tensor peaks, Tensor entropy, "
+    "Tensor logsumexp, Tensor log_sum_p2, Tensor top1, Tensor mean_logit)",
 )
-# `needed`: bits for the gradients of hidden, weight and bias; the others come back empty
+# `needed`: bits for the gradients of hidden, weight, bias, lora_a and lora_b; the others come back empty
 torch.library.define(
     "fastpo::linear_logprobs_backward",
-    "(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor state, Tensor? entropy, "
-    "Tensor? temperatures, float temperature, float logit_scale, float cap, int ignore_index, Tensor? grad_logprobs, "
-    "Tensor? grad_entropy, Tensor? grad_logsumexp, bool wide, int needed) -> (Tensor, Tensor, Tensor)",
+    f"({_PROBLEM}, Tensor state, Tensor shard, Tensor kept, Tensor peaks, Tensor? entropy, Tensor? grad_logprobs, "
+    "Tensor? grad_entropy, Tensor? grad_logsumexp, float skip, int needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+
+
+class _Options(NamedTuple):
+    """What both ops take after their tensors; the order of the schema."""
+
+    temperature: float
+    logit_scale: float
+    cap: float
+    lora_scale: float
+    ignore_index: int
+    group: str | None
+    wide: bool
 
 
 @torch.library.register_fake("fastpo::fold_tile")
@@ -65,276 +78,90 @@ def _fake_tile(*_: Any) -> None:
 
 
 @torch.library.register_fake("fastpo::linear_logprobs")
-def _fake(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    cap: float,
-    ignore_index: int,
-    stats: int,
-    wide: bool,
-    expected: bool,
-) -> tuple[Tensor, ...]:
+def _fake(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    stats, expected, budget, skip = rest[-4:]
     rows, dtype = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
     dtypes = (dtype, dtype, dtype, torch.int64, dtype)
+
+    def unknown() -> Any:
+        return torch.library.get_ctx().new_dynamic_size()
+
+    # what is kept, and so whether `expected` is needed, depends on how many rows count
     return (
         hidden.new_empty(targets.shape, dtype=dtype),
         hidden.new_empty((2, rows), dtype=torch.float64),
-        hidden.new_empty(hidden.shape if expected else (0,), dtype=dtype),
+        hidden.new_empty(1, dtype=torch.int64, device="cpu"),
+        hidden.new_empty(((unknown() if budget else rows) if expected else 0, hidden.shape[1]), dtype=dtype),
+        hidden.new_empty(unknown() if budget else 0),
+        hidden.new_empty((unknown(), unknown()) if skip else (0, 0), dtype=torch.float64),
         *(hidden.new_empty((rows if stats >> bit & 1 else 0,), dtype=d) for bit, d in enumerate(dtypes)),
     )
 
 
 @torch.library.register_fake("fastpo::linear_logprobs_backward")
-def _fake_backward(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+def _fake_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
     needed = rest[-1]
     return tuple(
-        (t.new_empty(t.shape) if needed >> i & 1 else hidden.new_empty((0,)))  # type: ignore[union-attr]
-        for i, t in enumerate((hidden, weight, bias))
+        hidden.new_empty(t.shape if needed >> i & 1 and t is not None else (0,))
+        for i, t in enumerate((hidden, weight, bias, lora_a, lora_b))
     )
 
 
-class _Problem:
-    """The rows that somebody asks about, and their tiles."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        bias: Tensor | None,
-        temperatures: Tensor | None,
-        temperature: float,
-        logit_scale: float,
-        cap: float,
-        ignore_index: int,
-        wide: bool,
-    ):
-        self.weight, self.bias, self.logit_scale, self.cap = weight, bias, logit_scale, cap
-        self.wide = torch.float32 if wide and hidden.dtype != torch.float64 else hidden.dtype
-        valid = targets != ignore_index
-        keep = valid.any(-1)
-        # no arithmetic is spent on the other rows
-        self.index = None if bool(keep.all()) else keep.nonzero().squeeze(-1)
-        self.valid = self.take(valid)
-        self.hidden = self.take(hidden).to(self.wide).contiguous()
-        self.targets = torch.where(self.valid, self.take(targets), -1).long().contiguous()
-        self.rows = self.hidden.shape[0]
-        inverse = torch.full((self.rows,), temperature, dtype=torch.float64, device=hidden.device)
-        if temperatures is not None:
-            inverse = self.take(temperatures).double()
-        # with a cap the scale is inside of it
-        self.inverse = (1.0 if cap else logit_scale) / inverse
-
-    def take(self, t: Tensor) -> Tensor:
-        return t if self.index is None else t.index_select(0, self.index)
-
-    def put(self, t: Tensor, rows: int, fill: float = 0, dtype: torch.dtype | None = None) -> Tensor:
-        """The rows back among those that were left out."""
-        t = t.to(dtype or t.dtype)
-        if self.index is None:
-            return t
-        return t.new_full((rows, *t.shape[1:]), fill).index_copy_(0, self.index, t)
-
-    def slices(self) -> Iterator[tuple[int, Tensor, Tensor | None, list[tuple[int, Tensor]]]]:
-        """Per slice of the vocabulary: its first column, weight, bias, and per block of rows its start and buffer."""
-        vocab, height = self.weight.shape[0], min(self.rows, _TILE_ROWS)
-        width = max(64, _TILE_BYTES // (max(height, 1) * self.wide.itemsize))
-        buffer = self.hidden.new_empty(height * min(width, vocab))
-        for first in range(0, vocab, width):
-            weight = self.weight[first : first + width].to(self.wide)
-            bias = None if self.bias is None else self.bias[first : first + width].to(self.wide)
-            columns = weight.shape[0]
-            starts = range(0, self.rows, height) if height else ()
-            sizes = ((start, min(height, self.rows - start)) for start in starts)
-            yield first, weight, bias, [(s, buffer[: n * columns].view(n, columns)) for s, n in sizes]
-
-    def logits(self, start: int, weight: Tensor, bias: Tensor | None, tile: Tensor) -> None:
-        """Fill a tile."""
-        hidden = self.hidden[start : start + tile.shape[0]]
-        if bias is None:
-            torch.mm(hidden, weight.t(), out=tile)
-        else:
-            torch.addmm(bias, hidden, weight.t(), out=tile)
+@torch.library.impl("fastpo::linear_logprobs", ("CPU", "CUDA"))
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    *problem, stats, expected, budget, skip = args
+    weight, targets, temperatures, ignore_index, group = (args[i] for i in (1, 2, 7, 12, 13))
+    first, vocabulary = _tiles.shard_of(weight, targets, group)
+    # in a graph nobody has looked at them yet, and of a shard nobody knew the size of the whole
+    _checks.values(targets, temperatures, ignore_index, vocabulary)
+    return _tiles.forward(_tiles.Problem(*problem, first=first), first, vocabulary, stats, expected, budget, skip)
 
 
-@torch.library.impl("fastpo::linear_logprobs", "CPU")
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    cap: float,
-    ignore_index: int,
-    stats: int,
-    wide: bool,
-    expected: bool,
-) -> tuple[Tensor, ...]:
-    p = _Problem(hidden, weight, targets, bias, temperatures, temperature, logit_scale, cap, ignore_index, wide)
-    state = p.inverse.new_zeros((p.rows, 4))
-    state[:, 0] = -math.inf
-    taken = p.inverse.new_zeros(p.targets.shape)
-    top1 = p.targets.new_zeros(p.rows) if stats & 8 else None
-    total = p.inverse.new_zeros(p.rows) if stats & 16 else None
-    blocks = [slice(s, s + _TILE_ROWS) for s in range(0, p.rows, _TILE_ROWS)]
-    # of each block its own, as the kernel wants them: (4, rows)
-    states = [state[b].t().contiguous() for b in blocks]
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    sums = torch.zeros(p.hidden.shape, dtype=dtype, device=hidden.device) if expected else hidden.new_empty(0)
-    for first, w, b, tiles in p.slices():
-        for (start, tile), s in zip(tiles, states, strict=True):
-            rows = slice(start, start + tile.shape[0])
-            p.logits(start, w, b, tile)
-            layout = (first, p.targets[rows], p.inverse[rows], logit_scale, cap)
-            before = s[0].clone() if expected else s[0]
-            torch.ops.fastpo.fold_tile(
-                tile,
-                *layout,
-                s,
-                taken[rows],
-                None if top1 is None else top1[rows],
-                None if total is None else total[rows],
-                bool(stats & 1),
-                bool(stats & 4),
-            )
-            if expected:
-                # the logits become their exponentials, relative to the largest so far, to which the sums are brought
-                one, nothing = torch.ones_like(before), torch.zeros_like(taken[rows])
-                torch.ops.fastpo.dlogits_tile(tile, *layout, s, one, None, nothing)
-                factor = torch.where(before == s[0], 1.0, torch.exp((before - s[0]) * p.inverse[rows]))
-                sums[rows] *= factor[:, None].to(dtype)
-                _add_product(sums[rows], tile, w)
-    largest, s, weighted, squared = torch.cat([*states, state.new_empty(4, 0)], 1)
-    log_sum = s.log()
-    logprobs = (taken - largest[:, None]) * p.inverse[:, None] - log_sum[:, None]
-    found: list[Tensor | None] = [
-        log_sum - math.log(2) * weighted / s,
-        largest * p.inverse + log_sum,
-        squared.log() - 2 * log_sum,
-        top1,
-        None if total is None else total * p.inverse / weight.shape[0],
-    ]
-    count = hidden.shape[0]
-    return (
-        p.put(torch.where(p.valid, logprobs, 0), count, dtype=dtype),
-        p.put(torch.stack([largest, s], 1), count).t().contiguous(),
-        p.put(sums * (p.inverse / s)[:, None].to(dtype), count) if expected else sums.to(dtype),
-        *(
-            p.put(t, count, -1 if bit == 3 else 0, torch.int64 if bit == 3 else dtype)
-            if stats >> bit & 1 and t is not None
-            else hidden.new_empty(0, dtype=torch.int64 if bit == 3 else dtype)
-            for bit, t in enumerate(found)
-        ),
-    )
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b, where out is fp32 and a, b may be narrower."""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b)
-    else:
-        out.add_(a @ b)
-
-
-@torch.library.impl("fastpo::linear_logprobs_backward", "CPU")
-def _backward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    state: Tensor,
-    entropy: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    cap: float,
-    ignore_index: int,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_logsumexp: Tensor | None,
-    wide: bool,
-    needed: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    p = _Problem(hidden, weight, targets, bias, temperatures, temperature, logit_scale, cap, ignore_index, wide)
-    largest_and_sum = p.take(state.t())
-    s = largest_and_sum[:, 1]
-    zero = torch.zeros_like(s)
-    grads = torch.zeros(p.targets.shape, dtype=torch.float64, device=hidden.device)
-    if grad_logprobs is not None:
-        grads = torch.where(p.valid, p.take(grad_logprobs).double(), 0)
-    upstream = zero if grad_logsumexp is None else p.take(grad_logsumexp).double()
-    at = upstream - grads.sum(-1)
-    slope = None
-    if grad_entropy is not None:
-        assert entropy is not None
-        # p (at - g (log p + H)) / T with log p = t ln 2 - log S
-        g = p.take(grad_entropy).double()
-        at = at - g * (p.take(entropy).double() - s.log())
-        slope = -math.log(2) * g * p.inverse / s
-    at = at * p.inverse / s
-    grads = grads * p.inverse[:, None]
-
-    accumulate = torch.promote_types(hidden.dtype, torch.float32)
-    nothing = hidden.new_empty(0)
-    d_hidden = torch.zeros(p.hidden.shape, dtype=accumulate, device=hidden.device) if needed & 1 else nothing
-    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needed & 2 else nothing
-    d_bias = torch.zeros_like(bias, dtype=accumulate) if needed & 4 and bias is not None else nothing
-    states = [largest_and_sum[s : s + _TILE_ROWS].t() for s in range(0, p.rows, _TILE_ROWS)]
-    states = [torch.cat([s, torch.zeros_like(s)]).contiguous() for s in states]
-    for first, w, b, tiles in p.slices():
-        columns = slice(first, first + w.shape[0])
-        # over the blocks of rows, in fp32 whatever the weight's dtype
-        d_slice = torch.zeros(w.shape, dtype=accumulate, device=w.device) if needed & 2 else nothing
-        for (start, tile), block in zip(tiles, states, strict=True):
-            rows = slice(start, start + tile.shape[0])
-            p.logits(start, w, b, tile)
-            part = None if slope is None else slope[rows]
-            layout = (first, p.targets[rows], p.inverse[rows], logit_scale, cap, block)
-            torch.ops.fastpo.dlogits_tile(tile, *layout, at[rows], part, grads[rows])
-            if needed & 1:
-                _add_product(d_hidden[rows], tile, w)
-            if needed & 2:
-                _add_product(d_slice, tile.t(), p.hidden[rows])
-            if needed & 4:
-                d_bias[columns] += tile.sum(0, dtype=accumulate)
-        if needed & 2:
-            d_weight[columns] = d_slice
-    if needed & 1:
-        d_hidden = p.put(d_hidden, hidden.shape[0], dtype=hidden.dtype)
-    return d_hidden, d_weight, d_bias.to(weight.dtype)
+@torch.library.impl("fastpo::linear_logprobs_backward", ("CPU", "CUDA"))
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    problem, (state, shard, *rest) = args[:-10], args[-10:]
+    return _tiles.backward(_tiles.Problem(*problem, first=int(shard)), state, *rest)
 
 
 class _LinearLogprobs(torch.autograd.Function):
+    """Arguments: hidden, weight, targets, bias, lora_a, lora_b, rows, temperatures, then the options."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperatures: Tensor | None,
-        *options: Any,
-    ) -> tuple[Tensor, ...]:
-        stats, wide = options[-2:]
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        # the entropy's gradient would take a third product here, as many as computing the logits again
-        ctx.frozen = needs_hidden and not (needs_weight or needs_bias) and not stats & 1
-        logprobs, state, expected, *found = torch.ops.fastpo.linear_logprobs(
-            hidden, weight, targets, bias, temperatures, *options[:-2], stats, wide, ctx.frozen
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        tensors, (options, stats, budget, skip) = args[:8], args[8:]
+        needs = ctx.needs_input_grad
+        ctx.needed = [needs[i] for i in (0, 1, 3, 4, 5)]
+        ctx.frozen = ctx.needed[0] and not any(ctx.needed[1:]) and tensors[4] is None and options.group is None
+        if needs[7]:
+            stats |= 1
+        found = _tiles.Found(
+            *torch.ops.fastpo.linear_logprobs(
+                *tensors,
+                *options,
+                stats,
+                ctx.frozen,
+                # the gradient of the log-probs from `expected` takes less than the logits, and as few products; that
+                # of the entropy takes the logits
+                budget if any(ctx.needed) and not (ctx.frozen and not stats & 1) else 0,
+                skip if any(ctx.needed) else 0.0,
+            )
         )
-        ctx.options = options
-        ctx.mark_non_differentiable(*found[2:])
+        ctx.options, ctx.stats, ctx.skip = options, stats, skip
+        statistics = found[6:]
+        ctx.mark_non_differentiable(*statistics[2:])
         ctx.set_materialize_grads(False)
-        extra = (expected, logprobs) if ctx.frozen else (found[0] if stats & 1 else None,)
-        ctx.save_for_backward(hidden, weight, bias, targets, temperatures, state, *extra)
-        return logprobs, *found
+        logprobs = found.logprobs if ctx.frozen or needs[7] else None
+        entropy = found.entropy if stats & 1 else None
+        ctx.save_for_backward(*tensors, *found[1:6], entropy, logprobs)
+        return found.logprobs, *statistics
 
     @staticmethod
     def backward(
@@ -344,92 +171,145 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_logsumexp: Tensor | None,
         *_: None,
     ) -> tuple[Tensor | None, ...]:
-        *options, stats, wide = ctx.options
         # the empty tensor that stands for a statistic not asked for has a gradient of no meaning
-        upstream = (grad_logprobs, grad_entropy if stats & 1 else None, grad_logsumexp if stats & 2 else None)
-        needed = ctx.needs_input_grad[:3]
-        grads: list[Tensor | None] = [None] * 3
-        if any(g is not None for g in upstream) and any(needed):
-            hidden, weight, bias, targets, temperatures, state, *extra = ctx.saved_tensors
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                grads = _differentiable_backward(ctx, hidden, weight, bias, targets, temperatures, upstream)
-            elif ctx.frozen:
-                expected, logprobs = extra
-                grad = _frozen_backward(weight, targets, temperatures, state, expected, logprobs, options, upstream)
-                grads[0] = grad.to(hidden.dtype)
-            else:
-                bits = sum(1 << i for i, n in enumerate(needed) if n)
-                found = torch.ops.fastpo.linear_logprobs_backward(
-                    hidden, weight, targets, bias, state, *extra, temperatures, *options, *upstream, wide, bits
-                )
-                grads = [g if n else None for g, n in zip(found, needed, strict=True)]
-        return *grads, *[None] * (len(ctx.needs_input_grad) - 3)
+        upstream = (
+            grad_logprobs,
+            grad_entropy if ctx.stats & 1 else None,
+            grad_logsumexp if ctx.stats & 2 else None,
+        )
+        grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if all(g is None for g in upstream):
+            return tuple(grads)
+        saved = ctx.saved_tensors
+        tensors, (state, shard, expected, kept, peaks, entropy, logprobs) = saved[:8], saved[8:]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _differentiable_backward(ctx, tensors, upstream)
+        if ctx.frozen and upstream[1] is None and expected.numel():
+            grads[0] = _frozen_backward(tensors, ctx.options, state, expected, logprobs, upstream)
+        elif any(ctx.needed):
+            bits = sum(1 << i for i, n in enumerate(ctx.needed) if n)
+            rest = (state, shard, kept, peaks, entropy, *upstream, ctx.skip, bits)
+            found = torch.ops.fastpo.linear_logprobs_backward(*tensors, *ctx.options, *rest)
+            for at, grad, needed in zip((0, 1, 3, 4, 5), found, ctx.needed, strict=True):
+                grads[at] = grad if needed else None
+        if ctx.needs_input_grad[7]:
+            grads[7] = _temperature_gradient(tensors, ctx.options, state, logprobs, entropy, upstream)
+        return tuple(grads)
 
 
 def _frozen_backward(
-    weight: Tensor,
-    targets: Tensor,
-    temperatures: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
+    options: _Options,
     state: Tensor,
     expected: Tensor,
     logprobs: Tensor,
-    options: list[Any],
     upstream: tuple[Tensor | None, ...],
 ) -> Tensor:
-    """Hidden's gradient where the head has none: of the weight only the rows of the targets are read."""
-    temperature, logit_scale, cap, ignore_index = options
+    """Hidden's gradient where the head has none: of the weight only the rows of the targets are read.
+
+    Σ_k g_k (c_k W[y_k] - Σ_j p_j c_j W[j]), where c is the slope of the numbers under the softmax; `expected` has the
+    inner sum but for the targets.
+    """
+    hidden, weight, targets, *_, rows, temperatures = tensors
+    assert hidden is not None and weight is not None and targets is not None
     grad_logprobs, _, grad_logsumexp = upstream
-    valid = targets != ignore_index
-    total = torch.zeros_like(expected[:, 0]) if grad_logsumexp is None else grad_logsumexp
-    if grad_logprobs is None:
-        return torch.where(valid.any(-1, keepdim=True), total[:, None] * expected, 0)
-    g = torch.where(valid, grad_logprobs, 0)
-    t = temperature if temperatures is None else temperatures.double()[:, None]
-    slope = torch.full_like(logprobs, logit_scale, dtype=torch.float64) / t
-    if cap:
+    valid = targets != options.ignore_index
+    if rows is not None:
+        valid = valid & _members(rows, len(targets))[:, None]
+    t = options.temperature if temperatures is None else temperatures.double()[:, None]
+    slope = torch.full_like(logprobs, options.logit_scale, dtype=torch.float64) / t
+    if options.cap:
         capped = logprobs * t + state[0, :, None] + t * state[1, :, None].log()
-        slope = slope * (1 - (capped / cap) ** 2)
-    rows = weight[torch.where(valid, targets, 0)].to(expected.dtype)
-    at_targets = ((g * torch.where(valid, slope, 0)).to(expected.dtype)[..., None] * rows).sum(1)
-    return torch.where(valid.any(-1, keepdim=True), at_targets + (total - g.sum(-1))[:, None] * expected, 0)
+        slope = slope * (1 - (capped / options.cap) ** 2)
+    g = torch.zeros_like(slope) if grad_logprobs is None else torch.where(valid, grad_logprobs.double(), 0)
+    upward = torch.zeros_like(slope[:, 0]) if grad_logsumexp is None else grad_logsumexp.double()
+    # g_k stays where it is; an id that several targets name is once in the sum
+    same = (targets[:, :, None] == targets[:, None, :]).tril(-1).any(-1)
+    total = g.sum(-1, keepdim=True)
+    others = (upward[:, None] - (total - g)) * torch.where(same, 0, logprobs.double().exp())
+    own = torch.where(same, g, -g * torch.expm1(logprobs.double()))
+    at = (torch.where(valid, own + others, 0) * torch.where(valid, slope, 0)).to(expected.dtype)
+    of_targets = (at[..., None] * weight[torch.where(valid, targets, 0)].to(expected.dtype)).sum(1)
+    rest = (upward - total[:, 0]).to(expected.dtype)[:, None] * expected
+    return torch.where(valid.any(-1, keepdim=True), of_targets + rest, 0).to(hidden.dtype)
+
+
+def _temperature_gradient(
+    tensors: tuple[Tensor | None, ...],
+    options: _Options,
+    state: Tensor,
+    logprobs: Tensor,
+    entropy: Tensor,
+    upstream: tuple[Tensor | None, ...],
+) -> Tensor:
+    """d/dT log p = -(log p + H) / T and d/dT logsumexp = -(logsumexp - H) / T."""
+    targets, rows, temperatures = tensors[2], tensors[6], tensors[7]
+    assert targets is not None and temperatures is not None
+    grad_logprobs, grad_entropy, grad_logsumexp = upstream
+    if grad_entropy is not None:
+        raise RuntimeError("linear_logprobs: the entropy has no gradient with respect to temperature")
+    valid = targets != options.ignore_index
+    if rows is not None:
+        valid = valid & _members(rows, len(targets))[:, None]
+    total = torch.zeros_like(entropy)
+    if grad_logprobs is not None:
+        total = total - torch.where(valid, grad_logprobs * (logprobs + entropy[:, None]), 0).sum(-1)
+    if grad_logsumexp is not None:
+        scale = 1.0 if options.cap else options.logit_scale
+        logsumexp = state[0] * scale / temperatures.double() + state[1].log()
+        total = total - grad_logsumexp * (logsumexp - entropy)
+    return torch.where(valid.any(-1), total / temperatures, 0).to(temperatures.dtype)
+
+
+def _members(rows: Tensor, count: int) -> Tensor:
+    """bool (count,): which rows are named."""
+    return torch.zeros(count, dtype=torch.bool, device=rows.device).index_fill_(0, rows, True)
 
 
 def _differentiable_backward(
-    ctx: Any,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperatures: Tensor | None,
-    upstream: tuple[Tensor | None, ...],
-) -> list[Tensor | None]:
+    ctx: Any, tensors: tuple[Tensor | None, ...], upstream: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
     """The gradients as functions that can be differentiated again (create_graph), from the reference."""
+    options: _Options = ctx.options
+    hidden, weight = tensors[:2]
+    assert hidden is not None and weight is not None
+    if options.group is not None:
+        raise RuntimeError("linear_logprobs: no second derivative (create_graph=True) over a process_group")
     if hidden.shape[0] * weight.shape[0] > _MOST_LOGITS:
         raise RuntimeError(
             f"linear_logprobs: a second derivative holds all {hidden.shape[0]} x {weight.shape[0]} logits; "
             f"it is made for at most {_MOST_LOGITS} (create_graph=True)"
         )
-    temperature, logit_scale, cap, ignore_index, _, _ = ctx.options
     names = tuple(name for name, g in zip(("entropy", "logsumexp"), upstream[1:], strict=True) if g is not None)
     # views, so that each gradient is that of its own argument, also where one is made from the other
-    inputs = [None if t is None else t.view_as(t) for t in (hidden, weight, bias)]
-    assert inputs[0] is not None and inputs[1] is not None
-    out = vocabulary.linear_logprobs(
-        inputs[0],
-        inputs[1],
-        targets,
-        inputs[2],
-        temperature=temperature if temperatures is None else temperatures,
-        logit_scale=logit_scale,
-        softcap=cap or None,
-        ignore_index=ignore_index,
-        stats=names,
-    )
+    needs = ctx.needs_input_grad[:8]
+    inputs = [t.view_as(t) if n and t is not None else t for t, n in zip(tensors, needs, strict=True)]
+    out = _reference(inputs, options, names)
     pairs = [(getattr(out, n), g) for n, g in zip(("logprobs", "entropy", "logsumexp"), upstream, strict=True)]
     used = [(o, g) for o, g in pairs if g is not None]
-    wanted = [t for t, n in zip(inputs, ctx.needs_input_grad[:3], strict=True) if n and t is not None]
+    wanted = [t for t, n in zip(inputs, needs, strict=True) if n and t is not None]
     found = iter(torch.autograd.grad([o for o, _ in used], wanted, [g for _, g in used], create_graph=True))
-    return [next(found) if n else None for n in ctx.needs_input_grad[:3]]
+    return tuple(next(found) if n else None for n in ctx.needs_input_grad)
+
+
+def _reference(tensors: Iterable[Tensor | None], options: _Options, stats: tuple[str, ...]) -> LinearLogprobs:
+    """The reference on the op's arguments."""
+    hidden, weight, targets, bias, lora_a, lora_b, rows, temperatures = tensors
+    assert hidden is not None and weight is not None and targets is not None
+    if rows is not None:
+        targets = torch.where(_members(rows, len(targets))[:, None], targets, options.ignore_index)
+    return vocabulary.linear_logprobs(
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperature=options.temperature if temperatures is None else temperatures,
+        logit_scale=options.logit_scale,
+        softcap=options.cap or None,
+        ignore_index=options.ignore_index,
+        stats=stats,
+        lora=None if lora_a is None or lora_b is None else (lora_a, lora_b, options.lora_scale),
+    )
 
 
 def _check(
@@ -442,37 +322,102 @@ def _check(
     softcap: float | None,
     ignore_index: int,
     stats: tuple[str, ...],
+    lora: tuple[Tensor, Tensor, float] | None,
+    rows: Tensor | None,
+    sharded: bool,
 ) -> None:
     _checks.tensor("hidden", hidden, _checks.FLOATS)
     _checks.tensor("weight", weight, _checks.FLOATS)
     _checks.tensor("targets", targets, _checks.INTEGERS)
-    _checks.same_device("weight", weight, "hidden", hidden)
     _checks.same_device("targets", targets, "hidden", hidden)
-    if weight.dtype != hidden.dtype:
-        raise TypeError(f"weight has dtype {weight.dtype}, hidden {hidden.dtype}: they must be of one dtype")
     if hidden.dim() == 0:
         raise ValueError("hidden must have shape (..., H), got a 0-dimensional tensor")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+    size = hidden.shape[-1]
+
+    def beside(name: str, value: Tensor) -> None:
+        _checks.tensor(name, value, _checks.FLOATS)
+        _checks.same_device(name, value, "hidden", hidden)
+        if value.dtype != hidden.dtype:
+            raise TypeError(f"{name} has dtype {value.dtype}, hidden {hidden.dtype}: they must be of one dtype")
+
+    beside("weight", weight)
+    if weight.dim() != 2 or weight.shape[1] != size:
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, expected (V, {hidden.shape[-1]}) for hidden of shape "
-            f"{tuple(hidden.shape)}; an empty or flat weight is a shard that has to be gathered first"
+            f"weight has shape {tuple(weight.shape)}, expected (V, {size}) for hidden of shape {tuple(hidden.shape)}; "
+            "an empty or flat weight is a shard of FSDP or ZeRO that has to be gathered first: compute the log-probs "
+            "inside the forward of the module that was wrapped, or under deepspeed.zero.GatheredParameters"
         )
-    if weight.shape[0] == 0:
+    if weight.shape[0] == 0 and not sharded:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: the vocabulary (first dimension) is empty")
     if bias is not None:
-        _checks.tensor("bias", bias, _checks.FLOATS)
-        _checks.same_device("bias", bias, "hidden", hidden)
+        beside("bias", bias)
         _checks.shape("bias", bias, weight.shape[:1], "one number per row of weight")
-        if bias.dtype != hidden.dtype:
-            raise TypeError(f"bias has dtype {bias.dtype}, hidden {hidden.dtype}: they must be of one dtype")
     _checks.targets(targets, hidden.shape[:-1], f"hidden of shape {tuple(hidden.shape)}")
-    _checks.temperature(temperature, hidden.shape[:-1], "hidden", hidden)
+    _checks.temperature(temperature, hidden.shape[:-1], "hidden", hidden, differentiable=True)
     if not 0 < _checks.number("logit_scale", logit_scale) < math.inf:
         raise ValueError(f"logit_scale must be positive and finite, got {logit_scale}")
     if softcap is not None and not 0 < _checks.number("softcap", softcap) < math.inf:
         raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
     _checks.ignore_index(ignore_index)
     _checks.statistics(stats, STATISTICS)
+    if lora is not None:
+        if not isinstance(lora, tuple) or len(lora) != 3:
+            raise TypeError(f"lora must be a tuple (A, B, scaling), got {type(lora).__name__}")
+        beside("lora[0]", lora[0])
+        beside("lora[1]", lora[1])
+        rank = lora[0].shape[0] if lora[0].dim() else 0
+        _checks.shape("lora[0]", lora[0], (rank, size), "A of an adapter is (rank, H)")
+        _checks.shape("lora[1]", lora[1], (weight.shape[0], rank), "B of an adapter is (V, rank)")
+        if not math.isfinite(_checks.number("lora[2]", lora[2])):
+            raise ValueError(f"lora[2], the scaling, must be finite, got {lora[2]}")
+    if rows is not None:
+        _checks.tensor("rows", rows, (torch.int64,))
+        _checks.same_device("rows", rows, "hidden", hidden)
+        if rows.dim() != 1:
+            raise ValueError(f"rows must have shape (M,), got {tuple(rows.shape)}")
+        if _checks.readable(rows):
+            count = math.prod(hidden.shape[:-1])
+            if ((rows < 0) | (rows >= count)).any() or len(rows.unique()) != len(rows):
+                raise ValueError(f"rows must be different numbers in [0, {count})")
+
+
+def _check_budget(memory_budget: int | None, skip_below: float) -> None:
+    if memory_budget is not None and (isinstance(memory_budget, bool) or not isinstance(memory_budget, int)):
+        raise TypeError(f"memory_budget must be a number of bytes, got {type(memory_budget).__name__}")
+    if memory_budget is not None and memory_budget < 0:
+        raise ValueError(f"memory_budget must not be negative, got {memory_budget}")
+    if not 0 <= _checks.number("skip_below", skip_below) < math.inf:
+        raise ValueError(f"skip_below must be at least 0 and finite, got {skip_below}")
+
+
+@functools.lru_cache
+def _default_budget(device: torch.device) -> int:
+    """Bytes of logits that may be kept."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(memory * _BUDGET)
+
+
+def _is_dtensor(t: object) -> bool:
+    # without an import of torch.distributed
+    return isinstance(t, Tensor) and hasattr(t, "placements")
+
+
+def _local(name: str, t: Any, sharded: bool) -> tuple[Any, Any]:
+    """The local part of a DTensor, and its mesh; other tensors as they are."""
+    if not _is_dtensor(t):
+        return t, None
+    (placement, *others) = t.placements
+    good = placement.is_shard(0) if sharded else placement.is_replicate()
+    if others or not good:
+        expected = "sharded on its first dimension, the vocabulary," if sharded else "replicated"
+        raise ValueError(
+            f"{name} must be {expected} over a mesh of one dimension, got a DTensor with the placements {t.placements}"
+        )
+    # the gradients that come back are those of the shards, or the same on every rank
+    return t.to_local(grad_placements=t.placements), t.device_mesh
 
 
 @overload
@@ -487,6 +432,11 @@ def linear_logprobs(  # type: ignore[overload-overlap]  # an empty tuple is an I
     softcap: float | None = None,
     ignore_index: int = -100,
     stats: tuple[()] = (),
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    process_group: Any = None,
+    memory_budget: int | None = None,
+    skip_below: float = 0.0,
+    rows: Tensor | None = None,
     logits_dtype: Literal["auto", "float32"] = "auto",
 ) -> Tensor: ...
 
@@ -503,6 +453,11 @@ def linear_logprobs(
     softcap: float | None = None,
     ignore_index: int = -100,
     stats: Iterable[Statistic],
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    process_group: Any = None,
+    memory_budget: int | None = None,
+    skip_below: float = 0.0,
+    rows: Tensor | None = None,
     logits_dtype: Literal["auto", "float32"] = "auto",
 ) -> LinearLogprobs: ...
 
@@ -518,80 +473,134 @@ def linear_logprobs(
     softcap: float | None = None,
     ignore_index: int = -100,
     stats: Iterable[Statistic] = (),
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    process_group: Any = None,
+    memory_budget: int | None = None,
+    skip_below: float = 0.0,
+    rows: Tensor | None = None,
     logits_dtype: Literal["auto", "float32"] = "auto",
 ) -> Tensor | LinearLogprobs:
-    """Log-probabilities of chosen tokens from hidden states and the head's weight; the logits never exist at once.
+    """Log-probabilities of chosen tokens from hidden states and the head's weight, without the logits in memory.
 
-    With z = hidden weightᵀ + bias, they are log softmax(c(z) / T)[target], where c(z) = logit_scale · z, or with a
-    softcap c(z) = softcap · tanh(logit_scale · z / softcap). Beside its results the function takes a buffer of about
-    a megabyte, and in the backward the gradients: of the hidden states, and of a slice of the weight, in fp32. The
-    backward computes the logits again: four matrix products in all. Where only `hidden` needs a gradient (a frozen
-    head) and the entropy is not asked for, two products do, nothing is computed again, and the forward keeps one fp32
-    tensor of hidden's shape.
+    With z = hidden weightᵀ + bias (and scaling · hidden Aᵀ Bᵀ of an adapter), they are log softmax(c(z) / T)[target],
+    where c(z) = logit_scale · z, or with a softcap c(z) = softcap · tanh(logit_scale · z / softcap).
+
+    Matrix products, forward and backward together: three where the logits of the rows that count fit into
+    `memory_budget`, four where the backward computes them again (also under torch.compile), two where only `hidden`
+    needs a gradient (a frozen head), one where nothing does. The gradient of the entropy under a frozen head takes two
+    with kept logits, else four.
+
+    Memory beside inputs, results and their gradients, with n the rows that count, b the bytes of an element of
+    `hidden` and a those of an accumulator (4, or 8 for fp64): a buffer of 1 MiB on a CPU, 256 MiB on a GPU (half as
+    much again for bf16 and fp16); n·H·b for the rows that count, unless all do; 64 bytes and 17·K for each of them;
+    kept from the forward to the backward: n·V·b (on a GPU n·V·a) if that is at most `memory_budget`, or N·H·a for a
+    frozen head; in the backward n·H·a for hidden's gradient and, for the weight's, H·a per column of the buffer.
 
     Args:
         hidden: (..., H), fp32, bf16, fp16 or fp64.
-        weight: (V, H), of the dtype of `hidden`, as in a transformers lm_head.
+        weight: (V, H), of the dtype of `hidden`, as in a transformers lm_head. Over a process group: this rank's rows,
+            in the order of the ranks; or a DTensor sharded on its first dimension, which brings its group.
         targets: (...) one id per row, or (..., K) several; int64 or int32, in [0, V) or `ignore_index`.
-        bias: (V,), or None.
-        temperature: a positive number, or a tensor (...) of one per row. No gradient flows to it.
+        bias: (V,), or None; sharded as the weight.
+        temperature: a positive number, or a tensor (...) of one per row, to which the gradients of log-probs and
+            logsumexp flow.
         logit_scale: a positive number that multiplies the logits.
         softcap: the bound of the logits, or None for none.
         ignore_index: targets of this value are skipped: log-prob 0, gradient 0. Rows that have no other are left out
             of every matrix product, so that a batch of which half is prompt costs half; they may hold anything.
         stats: as in `token_logprobs`, and "mean_logit", the mean of c(z) / T over the vocabulary, which is not
             differentiable.
-        logits_dtype: dtype of the tiles. "auto" is that of `hidden`: torch's CPU has no product of bf16 matrices with
-            an fp32 result, so bf16 logits are rounded to bf16 there. "float32" makes them exact, at the price of a
-            product in fp32.
+        lora: (A, B, scaling) of an adapter on the head: A (rank, H), B (V, rank), sharded as the weight.
+        process_group: the ranks whose shards make up the vocabulary. All have the same hidden states and targets (the
+            targets are compared, in a small collective that synchronises) and get the same results; hidden's gradient
+            is the sum over the shards.
+        memory_budget: bytes of logits that the forward may keep for the backward; by default 1/32 of the device's
+            memory. Results and gradients are the same bits, kept or not.
+        skip_below: leave tiles (512 rows x 512 columns or so on a CPU) out of the backward in which no element of the
+            logits' gradient is larger than this; off by default. The error of hidden's gradient is then at most
+            skip_below · Σ_v |weight[v, h]| over the skipped columns v, that of the weight's gradient at most
+            skip_below · Σ_n |hidden[n, h]| over the rows n.
+            Without effect under a frozen head and torch.compile. On a GPU it synchronises.
+        rows: int64 (M,), the rows (counted over all leading dimensions) to be computed; all others are taken as
+            ignored. Without it a GPU is synchronised with, to count the rows that have targets.
+        logits_dtype: dtype of the tiles. On a GPU they are fp32. On a CPU "auto" is that of `hidden`: torch's CPU has
+            no product of bf16 matrices with an fp32 result, so bf16 logits are rounded to bf16 there. "float32" makes
+            them exact, at the price of a product in fp32.
 
     Returns:
         the log-probs, of the shape of `targets`, fp32 (fp64 for fp64 input); with `stats`, a `LinearLogprobs` tuple.
-        No shift of positions: hidden[..., t, :] speaks about targets[..., t].
+        No shift of positions: hidden[..., t, :] speaks about targets[..., t]. See `completion_logprobs` for that.
 
     Raises:
         TypeError: a dtype or type is not one of the above.
-        ValueError: shapes or devices do not match, or a number is not in its domain.
+        ValueError: shapes or devices do not match, a number is not in its domain, or the ranks of the process group
+            hold different targets.
         IndexError: a target is out of range; the message names its place. On other devices than the CPU only with
-            FASTPO_DEBUG=1.
-        RuntimeError: a second derivative of more than 2^26 logits is asked for (create_graph).
+            FASTPO_DEBUG=1; without it, such a target has the log-prob NaN there.
+        RuntimeError: a second derivative (create_graph) is asked for of more than 2^26 logits or over a process group,
+            or the entropy's gradient with respect to temperature.
     """
     stats = tuple(stats)
-    _check(hidden, weight, targets, bias, temperature, logit_scale, softcap, ignore_index, stats)
+    sharded = process_group is not None
+    if _is_dtensor(weight):
+        weight, mesh = _local("weight", weight, True)
+        sharded, process_group = True, process_group or mesh.get_group()
+    if sharded:
+        hidden, _ = _local("hidden", hidden, False)
+        if bias is not None:
+            bias, _ = _local("bias", bias, True)
+        if lora is not None:
+            lora = (_local("lora[0]", lora[0], False)[0], _local("lora[1]", lora[1], True)[0], lora[2])
+    _check(hidden, weight, targets, bias, temperature, logit_scale, softcap, ignore_index, stats, lora, rows, sharded)
+    _check_budget(memory_budget, skip_below)
     if logits_dtype not in ("auto", "float32"):
         raise ValueError(f"logits_dtype must be 'auto' or 'float32', got {logits_dtype!r}")
-    _checks.values(targets, temperature, ignore_index, weight.shape[0])
-    if not _native.serves("linear_logprobs", hidden.device, hidden.dtype):
-        out = vocabulary.linear_logprobs(
-            hidden,
-            weight,
-            targets,
-            bias,
-            temperature=temperature,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            ignore_index=ignore_index,
-            stats=stats,
-        )
-        return out if stats else out.logprobs
-    rows, ids = hidden.shape[:-1], targets.shape[-1] if targets.dim() == hidden.dim() else 1
-    count = math.prod(rows)
-    logprobs, *found = _native.call(
-        _LinearLogprobs.apply,
-        hidden.reshape(count, hidden.shape[-1]),
-        weight,
-        bias,
-        targets.reshape(count, ids),
-        temperature.reshape(count) if isinstance(temperature, Tensor) else None,
+    if not sharded:
+        # here, where a message can name the place; of a whole vocabulary only the op knows the size
+        _checks.values(targets, temperature, ignore_index, weight.shape[0])
+    ids = targets.shape[-1] if targets.dim() == hidden.dim() else 1
+    leading = hidden.shape[:-1]
+    count = math.prod(leading)
+    per_row = isinstance(temperature, Tensor)
+    options = _Options(
         1.0 if isinstance(temperature, Tensor) else float(temperature),
         float(logit_scale),
         0.0 if softcap is None else float(softcap),
+        0.0 if lora is None else float(lora[2]),
         ignore_index,
-        sum(1 << bit for bit, name in enumerate(STATISTICS) if name in stats),
+        process_group.group_name if sharded else None,
         logits_dtype == "float32",
     )
-    logprobs = logprobs.view(targets.shape)
+    tensors = (
+        hidden.reshape(count, hidden.shape[-1]),
+        weight,
+        targets.reshape(count, ids),
+        bias,
+        None if lora is None else lora[0],
+        None if lora is None else lora[1],
+        rows,
+        temperature.reshape(count) if per_row else None,  # type: ignore[union-attr]
+    )
+    if not _native.serves("linear_logprobs", hidden.device, hidden.dtype):
+        if sharded:
+            raise RuntimeError("linear_logprobs: process_group needs the compiled kernel; see `fastpo info`")
+        found: Any = _reference(tensors, options, stats)
+    else:
+        # under a trace nothing is kept: it would have no shape that is known before
+        budget, skip = 0, 0.0
+        if not torch.compiler.is_compiling():
+            budget = _default_budget(hidden.device) if memory_budget is None else memory_budget
+            skip = float(skip_below)
+        found = _native.call(
+            _LinearLogprobs.apply,
+            *tensors,
+            options,
+            sum(1 << bit for bit, name in enumerate(STATISTICS) if name in stats),
+            budget,
+            skip,
+        )
+    logprobs = found[0].view(targets.shape)
     if not stats:
         return logprobs
-    named = zip(STATISTICS, found, strict=True)
-    return LinearLogprobs(logprobs, *(t.view(rows) if name in stats else None for name, t in named))
+    named = zip(STATISTICS, found[1:], strict=True)
+    return LinearLogprobs(logprobs, **{name: t.view(leading) for name, t in named if name in stats})

@@ -77,12 +77,26 @@ class LinearLogprobs(NamedTuple):
 
 
 def head_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, logit_scale: float = 1.0, softcap: float | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
-    """cap · tanh(scale · (hidden weightᵀ + bias) / cap), in fp32 (fp64 for fp64 input); without a cap, its argument."""
+    """cap · tanh(scale · (hidden weightᵀ + bias) / cap), in fp32 (fp64 for fp64 input); without a cap, its argument.
+
+    An adapter (A, B, s) on the head makes the weight weight + s B A.
+    """
     accumulate = torch.promote_types(hidden.dtype, torch.float32)
     bias = None if bias is None else bias.to(accumulate)
-    logits = F.linear(hidden.to(accumulate), weight.to(accumulate), bias) * logit_scale
+    hidden = hidden.to(accumulate)
+    logits = F.linear(hidden, weight.to(accumulate), bias)
+    if lora is not None:
+        a, b, scaling = lora
+        logits = logits + scaling * F.linear(F.linear(hidden, a.to(accumulate)), b.to(accumulate))
+    logits = logits * logit_scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -97,13 +111,14 @@ def linear_logprobs(
     softcap: float | None = None,
     ignore_index: int = -100,
     stats: tuple[str, ...] = (),
+    lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> LinearLogprobs:
     """`token_logprobs` of a head's logits, as `fastpo.linear_logprobs` documents it."""
     many = targets.dim() == hidden.dim()
     row = ((targets if many else targets.unsqueeze(-1)) != ignore_index).any(-1)
     # rows that nobody asks about may hold anything
     hidden = torch.where(row.unsqueeze(-1), hidden, 0)
-    logits = head_logits(hidden, weight, bias, logit_scale=logit_scale, softcap=softcap)
+    logits = head_logits(hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, lora=lora)
     rest = tuple(name for name in stats if name != "mean_logit")
     out = token_logprobs(logits, targets, temperature=temperature, ignore_index=ignore_index, stats=rest)
     mean = None

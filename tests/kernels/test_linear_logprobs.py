@@ -6,6 +6,7 @@ log-probs have to be as good as those of token_logprobs from the same logits, by
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import subprocess
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 import fastpo
+from fastpo.kernels import _tiles
 from fastpo.kernels.linear_logprobs import STATISTICS
 from fastpo.reference import vocabulary
 from tests.kernels.test_token_logprobs import exact, upstream
@@ -29,10 +31,24 @@ DIFFERENTIABLE = ("logprobs", "entropy", "logsumexp")
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
+LEAVES = ("hidden", "weight", "bias", "lora_a", "lora_b")
+SCALING = 0.5
+
+
+def small_tiles(monkeypatch, rows: int, bytes: int) -> None:
+    monkeypatch.setitem(_tiles.TILINGS, "cpu", _tiles.Tiling(rows, bytes))
+
+
 def make(
-    *rows: int, vocab: int, size: int = 32, dtype: torch.dtype = torch.float32, ids: int = 0, bias: bool = False
+    *rows: int,
+    vocab: int,
+    size: int = 32,
+    dtype: torch.dtype = torch.float32,
+    ids: int = 0,
+    bias: bool = False,
+    rank: int = 0,
 ) -> dict[str, Tensor]:
-    """Logits are multiples of 1/32 of at most 5: eight bits, which bf16 has too."""
+    """Logits are multiples of 1/32 of less than 8: eight bits, which bf16 has too."""
     g = torch.Generator().manual_seed(0)
     count = torch.Size(rows)
     hidden = torch.randint(-2, 3, (*rows, size), generator=g) / 4
@@ -43,14 +59,47 @@ def make(
     found["targets"] = torch.randint(vocab, (*count, *([ids] if ids else [])), generator=g)
     if bias:
         found["bias"] = (torch.randint(-8, 9, (vocab,), generator=g) / 32).to(dtype)
+    if rank:
+        a = torch.randint(-1, 2, (rank, size), generator=g) * (torch.rand(rank, size, generator=g) < 0.1)
+        found["lora_a"] = a.to(dtype)
+        found["lora_b"] = (torch.randint(-1, 2, (vocab, rank), generator=g) / 4).to(dtype)
+    logits = logits_of(found)
+    assert torch.equal(logits.bfloat16().double(), logits)
     return found
+
+
+@contextlib.contextmanager
+def counted_products(monkeypatch):
+    """The sizes of the matrix products that the driver makes."""
+    sizes = []
+
+    def counted(function):
+        def run(out, *args):
+            if out.numel():
+                sizes.append(tuple(out.shape))
+            return function(out, *args)
+
+        return run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_tiles, "add_product", counted(_tiles.add_product))
+        fill = counted(lambda out, p, *rest: original(p, out, *rest))
+        original = _tiles.Problem.fill
+        patch.setattr(_tiles.Problem, "fill", lambda p, out, *rest: fill(out, p, *rest))
+        yield sizes
+
+
+def call(given: dict[str, Tensor], **options):
+    rest = {n: t for n, t in given.items() if not n.startswith("lora")}
+    lora = (given["lora_a"], given["lora_b"], SCALING) if "lora_a" in given else None
+    return fastpo.linear_logprobs(**rest, lora=lora, **options)
 
 
 def evaluate(given: dict[str, Tensor], backend: str = "native", stats=STATISTICS, **options) -> dict[str, Tensor]:
     """All outputs, and the gradients for random upstream gradients of the differentiable ones."""
-    leaves = {n: given[n].detach().requires_grad_() for n in ("hidden", "weight", "bias") if n in given}
+    leaves = {n: given[n].detach().requires_grad_() for n in LEAVES if n in given}
     with fastpo.use_backend(backend):
-        out = fastpo.linear_logprobs(**leaves, targets=given["targets"], stats=stats, **options)
+        out = call(leaves | {"targets": given["targets"]}, stats=stats, **options)
     named = {"logprobs": out} if isinstance(out, Tensor) else out._asdict()
     outputs = {name: t for name, t in named.items() if t is not None}
     used = [n for n in DIFFERENTIABLE if n in outputs]
@@ -61,6 +110,8 @@ def evaluate(given: dict[str, Tensor], backend: str = "native", stats=STATISTICS
 
 def logits_of(given: dict[str, Tensor]) -> Tensor:
     logits = given["hidden"].double() @ given["weight"].double().t()
+    if "lora_a" in given:
+        logits += SCALING * given["hidden"].double() @ given["lora_a"].double().t() @ given["lora_b"].double().t()
     return logits + given["bias"].double() if "bias" in given else logits
 
 
@@ -95,11 +146,13 @@ def gradient_terms(given: dict[str, Tensor], stats, options) -> dict[str, Tensor
     relative = 1 + logp.abs()
     d = terms / t * slope * (relative + (p * relative).sum(-1, keepdim=True))
     d = torch.where(valid.any(-1, keepdim=True), d, 0)
-    return {
-        "d_hidden": (d @ weight.abs()).view(given["hidden"].shape),
-        "d_weight": d.t() @ hidden.abs(),
-        "d_bias": d.sum(0),
-    }
+    found = {"d_hidden": d @ weight.abs(), "d_weight": d.t() @ hidden.abs(), "d_bias": d.sum(0)}
+    if "lora_a" in given:
+        a, b = SCALING * given["lora_a"].double().abs(), given["lora_b"].double().abs()
+        found["d_hidden"] += d @ b @ a
+        found["d_lora_a"] = SCALING * (d @ b).t() @ hidden.abs()
+        found["d_lora_b"] = d.t() @ (hidden.abs() @ a.t())
+    return found | {"d_hidden": found["d_hidden"].view(given["hidden"].shape)}
 
 
 def compare(given: dict[str, Tensor], stats=STATISTICS, **options) -> dict[str, Tensor]:
@@ -163,8 +216,7 @@ class TestValues:
         """Tiles of a few rows and columns give what one tile gives."""
         given = make(29, vocab=500, dtype=dtype, bias=True)
         whole = compare(given)
-        monkeypatch.setattr(module, "_TILE_ROWS", 7)
-        monkeypatch.setattr(module, "_TILE_BYTES", 1)
+        small_tiles(monkeypatch, 7, 1)
         tiled = compare(given)
         assert torch.equal(whole["top1"], tiled["top1"])
 
@@ -213,9 +265,9 @@ class TestIgnored:
         """Zeros, and no product is made."""
         given = make(5, vocab=60, dtype=dtype, bias=True)
         given["targets"][:] = 7
-        monkeypatch.setattr(torch, "mm", lambda *_, **__: pytest.fail("a product"))
-        monkeypatch.setattr(torch, "addmm", lambda *_, **__: pytest.fail("a product"))
-        ours = evaluate(given, ignore_index=7)
+        with counted_products(monkeypatch) as products:
+            ours = evaluate(given, ignore_index=7)
+        assert not products
         assert all((t == (-1 if n == "top1" else 0)).all() for n, t in ours.items())
 
     def test_no_rows(self, dtype):
@@ -255,6 +307,184 @@ def test_float32_tiles():
     ]
     # 64 products of two eight-bit numbers, summed in fp32; logits of about 30 rounded to eight bits
     assert errors[0] < 1e-4 < errors[1] < 0.3
+
+
+@by_dtype
+class TestLora:
+    @pytest.mark.parametrize("rank", [1, 4])
+    def test_adapter(self, dtype, rank, monkeypatch):
+        given = make(33, vocab=300, dtype=dtype, bias=True, rank=rank, ids=2)
+        given["targets"][3] = -100
+        compare(given)
+        small_tiles(monkeypatch, 8, 1)
+        compare(given, temperature=0.7, softcap=3.0, logit_scale=1.5)
+
+    def test_is_the_merged_weight(self, dtype):
+        given = make(9, vocab=70, dtype=dtype, rank=2)
+        a, b = given["lora_a"].double(), given["lora_b"].double()
+        merged = {n: given[n] for n in ("hidden", "targets")}
+        merged["weight"] = (given["weight"].double() + SCALING * b @ a).to(dtype)
+        assert torch.equal(call(given), call(merged))
+
+    def test_ignored_rows_may_hold_anything(self, dtype):
+        given = make(9, vocab=70, dtype=dtype, rank=2)
+        given["targets"][4] = -100
+        clean = evaluate(given)
+        given["hidden"][4] = torch.nan
+        assert all(torch.equal(t, clean[n]) for n, t in evaluate(given).items())
+
+    def test_only_the_adapter_learns(self, dtype):
+        given = make(9, vocab=70, dtype=dtype, rank=2)
+        whole = evaluate(given, stats=())
+        leaves = {n: t.requires_grad_() if n.startswith("lora") else t for n, t in given.items()}
+        out = call(leaves)
+        out.backward(upstream("logprobs", out))
+        assert leaves["hidden"].grad is None and leaves["weight"].grad is None
+        for name in ("lora_a", "lora_b"):
+            assert torch.equal(leaves[name].grad, whole[f"d_{name}"])
+
+
+class TestKept:
+    """Logits that are kept for the backward, and those that it computes again."""
+
+    @by_dtype
+    @pytest.mark.parametrize("stats", [(), STATISTICS], ids=["plain", "stats"])
+    def test_the_same_bits(self, dtype, stats, monkeypatch):
+        small_tiles(monkeypatch, 16, 4096)
+        given = make(45, vocab=300, dtype=dtype, bias=True, rank=2)
+        given["targets"][::4] = -100
+        kept, again = (evaluate(given, stats=stats, memory_budget=b) for b in (1 << 30, 0))
+        assert all(torch.equal(t, again[n]) for n, t in kept.items())
+
+    def test_products(self, monkeypatch):
+        """Three where the logits of the rows that count fit, four where they do not."""
+        given = make(10, vocab=60)
+        given["targets"][5:] = -100
+        fits = 5 * 60 * 4
+        for budget, wanted in ((fits, 3), (fits - 1, 4), (0, 4), (None, 3)):
+            with counted_products(monkeypatch) as products:
+                evaluate(given, stats=("entropy",), memory_budget=budget)
+            assert len(products) == wanted
+        with counted_products(monkeypatch) as products:
+            call(given, stats=STATISTICS)
+        assert len(products) == 1
+
+    def test_second_backward(self):
+        given = make(5, vocab=60)
+        hidden, weight = given["hidden"].requires_grad_(), given["weight"].requires_grad_()
+        out = call(given, stats=("entropy",))
+        grads = [torch.autograd.grad(o.sum(), (hidden, weight), retain_graph=True) for o in (*out[:2], *out[:2])]
+        for first, again in zip(grads[:2], grads[2:], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+class TestRows:
+    """The rows that are computed may be named."""
+
+    @by_dtype
+    def test_named(self, dtype):
+        given = make(4, 5, vocab=60, dtype=dtype, ids=2)
+        rows = torch.tensor([3, 11, 7, 19])
+        given["targets"].view(20, 2)[7, 1] = -100
+        ours = evaluate(given, rows=rows)
+        ignored = given["targets"].clone().view(20, 2)
+        ignored[[i for i in range(20) if i not in rows]] = -100
+        want = evaluate({**given, "targets": ignored.view(4, 5, 2)})
+        for name, value in ours.items():
+            if name.startswith("d_"):  # summed in another order
+                assert torch.allclose(value, want[name], rtol=0, atol=64 * torch.finfo(dtype).eps)
+            else:
+                assert torch.equal(value, want[name])
+
+    def test_frozen_head_and_reference(self):
+        given = make(20, vocab=60)
+        rows = torch.tensor([3, 11, 7])
+        grads = []
+        for backend in ("native", "reference"):
+            hidden = given["hidden"].clone().requires_grad_()
+            with fastpo.use_backend(backend):
+                out = call({**given, "hidden": hidden}, rows=rows)
+            assert (out != 0).nonzero()[:, 0].tolist() == [3, 7, 11]
+            grads.append(torch.autograd.grad(out.sum(), hidden)[0])
+        assert torch.allclose(*grads, atol=1e-6)
+
+    def test_no_rows(self):
+        out = evaluate(make(20, vocab=60), rows=torch.empty(0, dtype=torch.int64))
+        assert all((t == (-1 if n == "top1" else 0)).all() for n, t in out.items())
+
+
+class TestSkipping:
+    """Tiles whose gradient is nothing are left out of the backward."""
+
+    # a vocabulary of which one part has all the probability
+    def given(self, dtype=torch.float32) -> dict[str, Tensor]:
+        given = make(40, vocab=640, dtype=dtype, bias=True)
+        given["bias"][:128] += 16
+        given["targets"] = given["targets"] % 128
+        return given
+
+    @pytest.mark.parametrize("stats", [(), ("entropy", "logsumexp")], ids=["plain", "stats"])
+    @pytest.mark.parametrize("softcap", [None, 30.0])
+    def test_error_is_within_the_bound(self, stats, softcap, monkeypatch):
+        small_tiles(monkeypatch, 16, 1)
+        given = {n: t.double() if t.is_floating_point() else t for n, t in self.given().items()}
+        for budget in (0, 1 << 30):
+            for threshold in (0.0, 1e-7, 1e-5, 1e-3):
+                with counted_products(monkeypatch) as products:
+                    options = {"stats": stats, "softcap": softcap, "logit_scale": 1.5, "memory_budget": budget}
+                    ours = evaluate(given, skip_below=threshold, **options)
+                if threshold == 0:
+                    exact, most = ours, len(products)
+                    continue
+                assert all(torch.equal(ours[n], exact[n]) for n in ("logprobs", *stats))
+                error = {n: (ours[n] - exact[n]).abs() for n in ("d_hidden", "d_weight", "d_bias")}
+                assert (error["d_hidden"] <= threshold * given["weight"].abs().sum(0)).all()
+                assert (error["d_weight"] <= threshold * given["hidden"].abs().sum(0)).all()
+                assert (error["d_bias"] <= threshold * len(given["hidden"])).all()
+                if threshold == 1e-3:
+                    # 8 of the 10 slices: their products are not made, nor are their logits, and it shows
+                    assert len(products) < most * 0.6 and error["d_hidden"].max() > 0
+            assert len(products) <= most
+
+    def test_a_target_keeps_its_tile(self, monkeypatch):
+        small_tiles(monkeypatch, 16, 1)
+        given = self.given()
+        given["targets"][20] = 600
+        ours, exact = (evaluate(given, stats=(), skip_below=t) for t in (1e-2, 0.0))
+        assert torch.allclose(ours["d_weight"][600], exact["d_weight"][600], atol=1e-2) and exact["d_weight"][600].any()
+
+    def test_nan_is_not_skipped(self, monkeypatch):
+        small_tiles(monkeypatch, 16, 1)
+        given = self.given()
+        given["hidden"][3] = torch.nan
+        assert evaluate(given, stats=(), skip_below=1.0)["d_weight"].isnan().any(1).all()
+
+
+class TestTemperatureGradient:
+    def test_gradcheck(self):
+        g = torch.Generator().manual_seed(0)
+        hidden, weight = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((4, 3), (7, 3)))
+        temperature = (torch.rand(4, generator=g, dtype=torch.float64) + 0.5).requires_grad_()
+        targets = torch.tensor([[0, 6], [3, 3], [-100, -100], [5, -100]])
+        for needs in (False, True):
+            hidden.requires_grad_(needs)
+            for options in ({"logit_scale": 1.7}, {"softcap": 3.0, "logit_scale": 1.7}):
+
+                def function(hidden, t, options=options):
+                    out = fastpo.linear_logprobs(
+                        hidden, weight, targets, temperature=t, stats=("logsumexp",), **options
+                    )
+                    return out.logprobs, out.logsumexp
+
+                assert torch.autograd.gradcheck(function, (hidden, temperature))
+                assert torch.autograd.gradgradcheck(function, (hidden, temperature))
+
+    def test_of_the_entropy_is_refused(self):
+        given = make(4, vocab=60)
+        temperature = torch.ones(4, requires_grad=True)
+        out = call(given, temperature=temperature, stats=("entropy",))
+        with pytest.raises(RuntimeError, match="the entropy has no gradient with respect to temperature"):
+            out.entropy.sum().backward()
 
 
 class TestAutograd:
@@ -341,8 +571,7 @@ class TestFrozenHead:
         ids=["plain", "scaled", "capped"],
     )
     def test_as_with_a_head_that_learns(self, dtype, options, monkeypatch):
-        monkeypatch.setattr(module, "_TILE_ROWS", 16)
-        monkeypatch.setattr(module, "_TILE_BYTES", 4096)
+        small_tiles(monkeypatch, 16, 4096)
         for ids, bias in ((0, False), (3, True)):
             given = make(37, vocab=700, dtype=dtype, ids=ids, bias=bias)
             given["targets"][::5] = -100
@@ -357,19 +586,32 @@ class TestFrozenHead:
             assert (ours["d_hidden"][::5] == 0).all()
 
     def test_number_of_products(self, monkeypatch):
-        counts = {"mm": 0, "addmm_": 0}
+        given = make(5, vocab=60)
+        with counted_products(monkeypatch) as products:
+            self.run(given)
+        assert len(products) == 2
+        # the entropy's gradient, from logits that are kept, or computed again
+        for used in ("logprobs", "entropy"):
+            for budget, wanted in ((1 << 20, 2), (0, 2 if used == "logprobs" else 4)):
+                with counted_products(monkeypatch) as products:
+                    hidden = given["hidden"].detach().requires_grad_()
+                    out = call({**given, "hidden": hidden}, stats=("entropy",), memory_budget=budget)
+                    getattr(out, used).sum().backward()
+                assert len(products) == wanted, (used, budget)
 
-        def counted(name, function):
-            def call(*args, **kwargs):
-                counts[name] += 1
-                return function(*args, **kwargs)
-
-            return call
-
-        monkeypatch.setattr(torch, "mm", counted("mm", torch.mm))
-        monkeypatch.setattr(Tensor, "addmm_", counted("addmm_", Tensor.addmm_))
-        self.run(make(5, vocab=60))
-        assert counts == {"mm": 1, "addmm_": 1}
+    def test_nearly_certain_targets(self):
+        """What the target's own term cancels is not left to rounding: bf16 has 3 digits, and 1 - p is 1e-4 here."""
+        g = torch.Generator().manual_seed(0)
+        hidden = torch.full((4, 8), 0.5).bfloat16().requires_grad_()
+        weight = torch.randint(-4, 5, (50, 8), generator=g).bfloat16() / 8
+        bias = torch.zeros(50).bfloat16()
+        bias[7] = 14
+        grads = []
+        for dtype in (torch.bfloat16, torch.float64):
+            leaf = hidden.detach().to(dtype).requires_grad_()
+            out = fastpo.linear_logprobs(leaf, weight.to(dtype), torch.full((4,), 7), bias.to(dtype))
+            grads.append(torch.autograd.grad(out.sum(), leaf)[0].double())
+        assert (grads[0] - grads[1]).abs().max() < 2**-6 * grads[1].abs().max() < 1e-3
 
     def test_gradcheck(self):
         g = torch.Generator().manual_seed(0)
@@ -418,14 +660,17 @@ class TestCompile:
         given["targets"][0] = -100
         like = torch.promote_types(dtype, torch.float32)
         temperatures = torch.rand(5) + 0.5
-        options = (temperatures, 1.0, 0.5, 3.0, -100)
-        for expected in (False, True):
-            arguments = (h, w, t, b, *options, 31, False, expected)
-            torch.library.opcheck(torch.ops.fastpo.linear_logprobs.default, arguments)
-        out = torch.ops.fastpo.linear_logprobs(*arguments)
-        up = (torch.randn(5, 2, dtype=like), torch.randn(5, dtype=like), None)
-        arguments = (h, w, t, b, out[1], out[3], *options, *up, False, 7)
-        torch.library.opcheck(torch.ops.fastpo.linear_logprobs_backward.default, arguments)
+        options = (temperatures, 1.0, 0.5, 3.0, SCALING, -100)
+        lora = torch.rand(2, 32).to(dtype), torch.rand(40, 2).to(dtype)
+        rows = torch.tensor([1, 3])
+        common = (h, w, t, b, *lora, rows, *options, None, False)
+        for rest in ((31, False, 0, 0.0), (31, True, 0, 0.0), (31, True, 1 << 20, 1e-3), (0, False, 1 << 20, 0.0)):
+            torch.library.opcheck(torch.ops.fastpo.linear_logprobs.default, (*common, *rest))
+        for rest in ((31, False, 0, 0.0), (31, False, 1 << 20, 1e-3)):
+            out = torch.ops.fastpo.linear_logprobs(*common, *rest)
+            up = (torch.randn(5, 2, dtype=like), torch.randn(5, dtype=like), None)
+            arguments = (*common, out[1], out[2], out[4], out[5], out[6], *up, rest[-1], 31)
+            torch.library.opcheck(torch.ops.fastpo.linear_logprobs_backward.default, arguments)
 
 
 def test_memory():
@@ -455,7 +700,7 @@ class TestBadInput:
             ({"hidden": h.long()}, TypeError, "hidden must have dtype"),
             ({"weight": w.double()}, TypeError, "weight has dtype torch.float64, hidden torch.float32"),
             ({"weight": torch.zeros(5, 3)}, ValueError, r"weight has shape \(5, 3\), expected \(V, 4\)"),
-            ({"weight": torch.zeros(0)}, ValueError, "a shard that has to be gathered first"),
+            ({"weight": torch.zeros(0)}, ValueError, "a shard of FSDP or ZeRO that has to be gathered first"),
             ({"weight": torch.zeros(0, 4)}, ValueError, "the vocabulary .* is empty"),
             ({"hidden": torch.tensor(1.0)}, ValueError, "0-dimensional"),
             ({"bias": torch.zeros(4)}, ValueError, r"bias has shape \(4,\), expected \(5,\)"),
@@ -467,7 +712,6 @@ class TestBadInput:
             ({"temperature": 0.0}, ValueError, "temperature must be positive"),
             ({"temperature": torch.zeros(3)}, ValueError, "temperature must be positive and finite for every token"),
             ({"temperature": torch.ones(2)}, ValueError, "temperature has shape"),
-            ({"temperature": torch.ones(3, requires_grad=True)}, ValueError, "temperature requires grad"),
             ({"logit_scale": 0.0}, ValueError, "logit_scale must be positive"),
             ({"logit_scale": "1"}, TypeError, "logit_scale must be a number"),
             ({"softcap": 0}, ValueError, "softcap must be positive and finite, or None, got 0"),
@@ -475,6 +719,17 @@ class TestBadInput:
             ({"stats": ("entropie",)}, ValueError, "stats may hold .*mean_logit; got 'entropie'"),
             ({"ignore_index": 1.0}, TypeError, "ignore_index must be an int"),
             ({"logits_dtype": "bfloat16"}, ValueError, "logits_dtype must be 'auto' or 'float32'"),
+            ({"lora": (w, w)}, TypeError, r"lora must be a tuple \(A, B, scaling\)"),
+            ({"lora": (torch.zeros(2, 3), torch.zeros(5, 2), 1.0)}, ValueError, r"lora\[0\] has shape \(2, 3\)"),
+            ({"lora": (torch.zeros(2, 4), torch.zeros(5, 3), 1.0)}, ValueError, r"lora\[1\] has shape \(5, 3\)"),
+            ({"lora": (torch.zeros(2, 4), torch.zeros(5, 2).half(), 1.0)}, TypeError, r"lora\[1\] has dtype"),
+            ({"lora": (torch.zeros(2, 4), torch.zeros(5, 2), math.inf)}, ValueError, r"lora\[2\], the scaling"),
+            ({"rows": torch.tensor([0, 0])}, ValueError, r"rows must be different numbers in \[0, 3\)"),
+            ({"rows": torch.tensor([3])}, ValueError, "rows must be different numbers"),
+            ({"rows": torch.tensor([True, False, True])}, TypeError, "rows must have dtype int64"),
+            ({"memory_budget": -1}, ValueError, "memory_budget must not be negative"),
+            ({"memory_budget": 1e9}, TypeError, "memory_budget must be a number of bytes"),
+            ({"skip_below": -1e-3}, ValueError, "skip_below must be at least 0"),
             ({"weight": w.to("meta")}, ValueError, "weight is on meta, hidden on cpu"),
         ):
             for backend in ("native", "reference"):

@@ -1,0 +1,470 @@
+"""The driver of `linear_logprobs`: the head's logits one tile at a time, by the vendor's matrix product.
+
+A tile is a block of rows x a slice of the vocabulary. The forward fills it and `fold_tile` adds it to the rows' sums.
+The backward fills it again, or finds it kept; `dlogits_tile` turns it into its gradient, which two products consume.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LN2 = math.log(2)
+
+
+class Tiling(NamedTuple):
+    """Rows of a tile, and bytes of the buffer that holds one."""
+
+    rows: int
+    bytes: int
+
+
+# On a CPU a tile stays in a core's second-level cache between the product and the kernel. On a GPU it is large enough
+# for the product to run at full speed
+TILINGS = {"cpu": Tiling(512, 1 << 20), "cuda": Tiling(8192, 256 << 20)}
+
+
+class Found(NamedTuple):
+    """What the forward returns. What was not asked for has no elements.
+
+    `state` (2, N): the largest number under the softmax, and the sum of the exponentials relative to it. `shard`: the
+    id of the weight's first row, on the CPU. `expected` (N, H): the gradient with respect to hidden of the logarithm
+    of that sum, without the targets' own terms. `kept`: the logits of the rows that count, tile after tile. `peaks`:
+    per slice and row, the largest number under the softmax.
+    """
+
+    logprobs: Tensor
+    state: Tensor
+    shard: Tensor
+    expected: Tensor
+    kept: Tensor
+    peaks: Tensor
+    entropy: Tensor
+    logsumexp: Tensor
+    log_sum_p2: Tensor
+    top1: Tensor
+    mean_logit: Tensor
+
+
+class Slice(NamedTuple):
+    """A part of the vocabulary; `first` counts from the weight's first row."""
+
+    first: int
+    weight: Tensor
+    bias: Tensor | None
+    lora_b: Tensor | None
+
+    @property
+    def columns(self) -> int:
+        return self.weight.shape[0]
+
+
+class Tile(NamedTuple):
+    """A block of rows of a slice, and where its logits begin among all that are kept."""
+
+    rows: slice
+    start: int
+    shape: tuple[int, int]
+
+    def within(self, storage: Tensor, start: int = 0) -> Tensor:
+        return storage[start : start + self.shape[0] * self.shape[1]].view(self.shape)
+
+
+class Problem:
+    """The rows that somebody asks about, compacted, and their tiles."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        rows: Tensor | None,
+        temperatures: Tensor | None,
+        temperature: float,
+        logit_scale: float,
+        cap: float,
+        lora_scale: float,
+        ignore_index: int,
+        group: str | None,
+        wide: bool,
+        *,
+        first: int,
+    ):
+        cpu = hidden.device.type == "cpu"
+        self.count = hidden.shape[0]
+        self.accumulate = torch.promote_types(hidden.dtype, torch.float32)
+        # of the products' operands: a GPU multiplies narrow numbers exactly, into wide ones
+        self.narrow = self.accumulate if wide and cpu else hidden.dtype
+        self.tile_dtype = self.narrow if cpu else self.accumulate
+        self.group = group
+        self.weight, self.bias, self.logit_scale, self.cap = weight, bias, logit_scale, cap
+        valid = targets != ignore_index
+        if rows is None:
+            # no arithmetic is spent on the other rows
+            keep = valid.any(-1)
+            rows = None if bool(keep.all()) else keep.nonzero().squeeze(-1)
+        self.index = rows
+        self.valid = self.take(valid)
+        self.hidden = self.take(hidden).to(self.narrow).contiguous()
+        self.targets = torch.where(self.valid, self.take(targets).long() - first, -1).contiguous()
+        self.rows = self.hidden.shape[0]
+        inverse = torch.full((self.rows,), temperature, dtype=torch.float64, device=hidden.device)
+        if temperatures is not None:
+            inverse = self.take(temperatures).double()
+        # with a cap the scale is inside of it
+        self.inverse = (1.0 if cap else logit_scale) / inverse
+        self.lora_a, self.lora_b, self.lora_scale = lora_a, lora_b, lora_scale
+        self.low = None
+        if lora_a is not None:
+            self.low = (self.hidden @ lora_a.to(self.narrow).t()) * lora_scale
+        self.tiling = TILINGS[hidden.device.type]
+        self.height = min(self.rows, self.tiling.rows)
+        width = self.tiling.bytes // (max(self.height, 1) * self.tile_dtype.itemsize)
+        # whole vectors, and rows that begin at multiples of them
+        self.width = max(64, width // 64 * 64)
+        self.buffer = hidden.new_empty(self.height * min(self.width, weight.shape[0]), dtype=self.tile_dtype)
+        self.gradient = None
+        if self.tile_dtype != self.narrow:
+            self.gradient = torch.empty_like(self.buffer, dtype=self.narrow)
+
+    def take(self, t: Tensor) -> Tensor:
+        return t if self.index is None else t.index_select(0, self.index)
+
+    def put(self, t: Tensor, fill: float = 0, dtype: torch.dtype | None = None) -> Tensor:
+        """The rows back among those that were left out."""
+        t = t.to(dtype or t.dtype)
+        if self.index is None:
+            return t
+        return t.new_full((self.count, *t.shape[1:]), fill).index_copy_(0, self.index, t)
+
+    def slices(self) -> Iterator[Slice]:
+        for first in range(0, self.weight.shape[0], self.width):
+            part = slice(first, first + self.width)
+            yield Slice(
+                first,
+                self.weight[part].to(self.narrow),
+                None if self.bias is None else self.bias[part].to(self.tile_dtype),
+                None if self.lora_b is None else self.lora_b[part].to(self.narrow),
+            )
+
+    def tiles(self, s: Slice) -> Iterator[Tile]:
+        for row in range(0, self.rows, max(self.height, 1)):
+            height = min(self.height, self.rows - row)
+            yield Tile(slice(row, row + height), s.first * self.rows + row * s.columns, (height, s.columns))
+
+    def fill(self, out: Tensor, s: Slice, rows: slice) -> None:
+        """The logits of a tile, without scale and cap."""
+        hidden = self.hidden[rows]
+        if out.dtype == self.narrow:
+            if s.bias is None:
+                torch.mm(hidden, s.weight.t(), out=out)
+            else:
+                torch.addmm(s.bias, hidden, s.weight.t(), out=out)
+        else:
+            torch.mm(hidden, s.weight.t(), out_dtype=out.dtype, out=out)
+            if s.bias is not None:
+                out.add_(s.bias)
+        if self.low is not None and s.lora_b is not None:
+            add_product(out, self.low[rows], s.lora_b.t())
+
+    def layout(self, s: Slice, rows: slice) -> tuple[Any, ...]:
+        """What both tile kernels take beside the tile."""
+        return s.first, self.targets[rows], self.inverse[rows], self.logit_scale, self.cap
+
+    def capped(self, logits: Tensor) -> Tensor:
+        logits = logits.double()
+        return self.cap * torch.tanh(self.logit_scale / self.cap * logits) if self.cap else logits
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b, where out may be wider than a and b."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.add_(a @ b)
+
+
+def resolve(group: str) -> Any:
+    """The process group of a name."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(group)  # type: ignore[arg-type]
+
+
+def all_reduce(t: Tensor, group: str | None) -> Tensor:
+    """The sum over the group, in place."""
+    if group is not None:
+        torch.distributed.all_reduce(t, group=resolve(group))
+    return t
+
+
+def gather(t: Tensor, group: str) -> Tensor:
+    """(ranks, ...) of every rank's tensor of one shape."""
+    ranks = resolve(group)
+    out = t.new_empty(ranks.size() * t.numel())
+    torch.distributed.all_gather_into_tensor(out, t.contiguous().view(-1), group=ranks)
+    return out.view(ranks.size(), *t.shape)
+
+
+def shard_of(weight: Tensor, targets: Tensor, group: str | None) -> tuple[int, int]:
+    """The id of this rank's first row of the weight, and the size of the whole vocabulary.
+
+    Raises on every rank if their rows are not the same: then the weight is sharded for another reason.
+    """
+    if group is None:
+        return 0, weight.shape[0]
+    # depends on the order of the targets; wraps around
+    place = torch.arange(1, targets.numel() + 1, device=targets.device)
+    checksum = (targets.reshape(-1).long() * (place * 0x9E3779B1)).sum()
+    mine = torch.tensor([weight.shape[0], *targets.shape], device=targets.device)
+    ranks = gather(torch.cat([mine, checksum[None]]), group).tolist()
+    if any(r[1:] != ranks[0][1:] for r in ranks):
+        raise ValueError(
+            "process_group: its ranks hold different targets. With a weight sharded over the vocabulary every rank "
+            "has the same rows; a weight sharded by FSDP or ZeRO has to be gathered first, as it is inside the "
+            "forward of the module that was wrapped"
+        )
+    sizes = [r[0] for r in ranks]
+    return sum(sizes[: resolve(group).rank()]), sum(sizes)
+
+
+def forward(
+    p: Problem, first: int, vocabulary: int, stats: int, expected: bool, budget: int, skip: float
+) -> tuple[Tensor, ...]:
+    device = p.hidden.device
+    states = [p.inverse.new_zeros((4, min(p.height, p.rows - r))) for r in range(0, p.rows, max(p.height, 1))]
+    for state in states:
+        state[0] = -math.inf
+    # a target that no rank has gives NaN
+    taken = torch.full(p.targets.shape, math.nan, dtype=torch.float64, device=device)
+    top1 = p.targets.new_zeros(p.rows) if stats & 8 else None
+    total = p.inverse.new_zeros(p.rows) if stats & 16 else None
+    logits = p.rows * p.weight.shape[0]
+    kept = p.buffer.new_empty(logits if 0 < logits * p.tile_dtype.itemsize <= budget else 0)
+    expected = expected and not kept.numel()
+    sums = torch.zeros((p.rows if expected else 0, p.hidden.shape[1]), dtype=p.accumulate, device=device)
+    peaks = []
+    for s in p.slices():
+        if skip:
+            peaks.append(p.inverse.new_empty(p.rows))
+        for tile, state in zip(p.tiles(s), states, strict=True):
+            rows = tile.rows
+            data = tile.within(kept, tile.start) if kept.numel() else tile.within(p.buffer)
+            p.fill(data, s, rows)
+            if skip:
+                peaks[-1][rows] = p.capped(data.amax(1))
+            before = state[0].clone() if expected else state[0]
+            torch.ops.fastpo.fold_tile(
+                data,
+                *p.layout(s, rows),
+                state,
+                taken[rows],
+                None if top1 is None else top1[rows],
+                None if total is None else total[rows],
+                bool(stats & 1),
+                bool(stats & 4),
+            )
+            if expected:
+                _add_expected(p, s, tile, data, before, state, sums[rows])
+    state = torch.cat([*states, p.inverse.new_empty(4, 0)], 1)
+    found = (p.targets >= 0) & (p.targets < p.weight.shape[0])
+    if p.group is not None:
+        state, taken, top1, total = _merge(p, first, state, taken, found, top1, total)
+    largest, s, weighted, squared = state
+    log_sum = s.log()
+    logprobs = (taken - largest[:, None]) * p.inverse[:, None] - log_sum[:, None]
+    statistics: list[Tensor | None] = [
+        log_sum - LN2 * weighted / s,
+        largest * p.inverse + log_sum,
+        squared.log() - 2 * log_sum,
+        top1,
+        None if total is None else total * p.inverse / vocabulary,
+    ]
+    dtypes = [torch.int64 if bit == 3 else p.accumulate for bit in range(len(statistics))]
+    return Found(
+        p.put(torch.where(p.valid, logprobs, 0), dtype=p.accumulate),
+        p.put(torch.stack([largest, s], 1)).t().contiguous(),
+        torch.tensor([first]),
+        p.put(sums * (p.inverse / s)[:, None].to(p.accumulate)) if expected else sums,
+        kept,
+        torch.stack(peaks) if peaks else p.inverse.new_empty((0, 0)),
+        *(
+            p.put(t, -1 if bit == 3 else 0, dtypes[bit])
+            if stats >> bit & 1 and t is not None
+            else torch.empty(0, dtype=dtypes[bit], device=device)
+            for bit, t in enumerate(statistics)
+        ),
+    )
+
+
+def _add_expected(p: Problem, s: Slice, tile: Tile, data: Tensor, before: Tensor, state: Tensor, sums: Tensor) -> None:
+    """Add Σ exp · weight of a folded tile, relative to the largest number so far, to which the sums are brought."""
+    rows = tile.rows
+    targets = p.targets[rows]
+    one, zero = torch.ones_like(before), torch.zeros(targets.shape, dtype=torch.float64, device=data.device)
+    data = _dlogits(p, s, tile, data, state, one, None, zero)
+    # The targets' own terms are added where they can be exact: of a token that is nearly certain, they cancel all but
+    # the last digits
+    column = targets - s.first
+    inside = (column >= 0) & (column < s.columns)
+    column = torch.where(inside, column, 0)
+    data.scatter_(1, column, torch.where(inside, 0, data.gather(1, column)))
+    factor = torch.where(before == state[0], 1.0, torch.exp((before - state[0]) * p.inverse[rows]))
+    sums *= factor[:, None].to(sums.dtype)
+    add_product(sums, data, s.weight)
+
+
+def _dlogits(
+    p: Problem, s: Slice, tile: Tile, data: Tensor, state: Tensor, at: Tensor, slope: Tensor | None, grads: Tensor
+) -> Tensor:
+    """A tile's gradient in the dtype of the products, in the tile's own place if it fits there."""
+    out = None if p.gradient is None else tile.within(p.gradient)
+    torch.ops.fastpo.dlogits_tile(data, *p.layout(s, tile.rows), state, at, slope, grads, out)
+    return data if out is None else out
+
+
+def _merge(
+    p: Problem, first: int, state: Tensor, taken: Tensor, found: Tensor, top1: Tensor | None, total: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The rows' sums over the whole vocabulary, from those over each rank's part. One collective."""
+    assert p.group is not None
+    parts = [*state, *taken.t(), *found.t().double()]
+    parts += [] if top1 is None else [(top1 + first).double()]
+    parts += [] if total is None else [total]
+    every = gather(torch.stack(parts), p.group)
+    m, s, w, q = every[:, :4].unbind(1)
+    largest = m.max(0).values
+    delta = torch.where(m == largest, 0, (m - largest) * p.inverse / LN2)
+    factor = torch.exp2(delta)
+    # a rank all of whose logits are -inf adds 0, not 0 · inf; one with a NaN adds that
+    s, w, q = (
+        torch.where(factor == 0, t * 0, factor * moved).sum(0)
+        for t, moved in ((s, s), (w, w + delta * s), (q, factor * q))
+    )
+    ids = taken.shape[1]
+    there = every[:, 4 + ids : 4 + 2 * ids] > 0
+    values = torch.where(there, every[:, 4 : 4 + ids], 0).sum(0)
+    taken = torch.where(there.any(0), values, math.nan).t().contiguous()
+    at = 4 + 2 * ids
+    if top1 is not None:
+        # the lowest id of equals; a NaN comes first
+        winner = torch.where(every[:, 1].isnan(), math.inf, m).argmax(0)
+        top1 = every[:, at].gather(0, winner[None])[0].long()
+        at += 1
+    if total is not None:
+        total = every[:, at].sum(0)
+    return torch.stack([largest, s, w, q]), taken, top1, total
+
+
+def backward(
+    p: Problem,
+    state: Tensor,
+    kept: Tensor,
+    peaks: Tensor,
+    entropy: Tensor | None,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    skip: float,
+    needed: int,
+) -> tuple[Tensor, ...]:
+    """The gradients of hidden, weight, bias, lora_a and lora_b: those of which a bit of `needed` is set."""
+    device = p.hidden.device
+    largest_and_sum = p.take(state.t())
+    s = largest_and_sum[:, 1]
+    grads = torch.zeros(p.targets.shape, dtype=torch.float64, device=device)
+    if grad_logprobs is not None:
+        grads = torch.where(p.valid, p.take(grad_logprobs).double(), 0)
+    at = -grads.sum(-1)
+    if grad_logsumexp is not None:
+        at = at + p.take(grad_logsumexp).double()
+    slope = None
+    if grad_entropy is not None:
+        assert entropy is not None
+        # p (at - g (log p + H)) / T with log p = t ln 2 - log S
+        g = p.take(grad_entropy).double()
+        at = at - g * (p.take(entropy).double() - s.log())
+        slope = -LN2 * g * p.inverse / s
+    at = at * p.inverse / s
+    grads = grads * p.inverse[:, None]
+    skipped = _skipped(p, largest_and_sum[:, 0], peaks, at, slope, skip) if skip and peaks.numel() else None
+
+    def zeros(wanted: int, like: Tensor | None) -> Tensor:
+        shape = like.shape if needed & wanted and like is not None else (0,)
+        return torch.zeros(shape, dtype=p.accumulate, device=device)
+
+    low = p.low is not None and bool(needed & 25)
+    d_hidden, d_bias = zeros(1, p.hidden), zeros(4, p.bias)
+    d_low = torch.zeros_like(p.low, dtype=p.accumulate) if low and p.low is not None else None
+    d_weight, d_lora_b = (
+        t.new_empty(t.shape if needed & bit else 0)
+        for t, bit in ((p.weight, 2), (p.weight if p.lora_b is None else p.lora_b, 16))
+    )
+    states = [largest_and_sum[r : r + p.height].t() for r in range(0, p.rows, max(p.height, 1))]
+    states = [torch.cat([t, torch.zeros_like(t)]).contiguous() for t in states]
+    for n, part in enumerate(p.slices()):
+        columns = slice(part.first, part.first + part.columns)
+        # over the blocks of rows, in fp32 whatever the weight's dtype
+        d_slice, d_slice_b = zeros(2, part.weight), zeros(16, part.lora_b)
+        for m, (tile, block) in enumerate(zip(p.tiles(part), states, strict=True)):
+            if skipped is not None and skipped[n][m]:
+                continue
+            rows, data = tile.rows, tile.within(p.buffer)
+            if kept.numel():
+                # a copy: there may be a second backward
+                data.copy_(tile.within(kept, tile.start))
+            else:
+                p.fill(data, part, rows)
+            bend = None if slope is None else slope[rows]
+            data = _dlogits(p, part, tile, data, block, at[rows], bend, grads[rows])
+            if needed & 1:
+                add_product(d_hidden[rows], data, part.weight)
+            if needed & 2:
+                add_product(d_slice, data.t(), p.hidden[rows])
+            if needed & 4:
+                d_bias[columns] += data.sum(0, dtype=p.accumulate)
+            if d_low is not None and part.lora_b is not None:
+                add_product(d_low[rows], data, part.lora_b)
+            if needed & 16 and p.low is not None:
+                add_product(d_slice_b, data.t(), p.low[rows])
+        if needed & 2:
+            d_weight[columns] = d_slice
+        if needed & 16:
+            d_lora_b[columns] = d_slice_b
+    d_lora_a = zeros(8, p.lora_a)
+    if d_low is not None and p.lora_a is not None:
+        d_low = all_reduce(d_low, p.group) * p.lora_scale
+        if needed & 8:
+            d_lora_a = d_low.t() @ p.hidden.to(p.accumulate)
+    if needed & 1:
+        d_hidden = all_reduce(d_hidden, p.group)
+        if d_low is not None and p.lora_a is not None:
+            d_hidden.addmm_(d_low, p.lora_a.to(p.accumulate))
+        d_hidden = p.put(d_hidden, dtype=p.weight.dtype)
+    return d_hidden, d_weight, d_bias.to(p.weight.dtype), d_lora_a.to(p.weight.dtype), d_lora_b
+
+
+def _skipped(p: Problem, largest: Tensor, peaks: Tensor, at: Tensor, slope: Tensor | None, skip: float) -> list[Any]:
+    """Per slice and block of rows, whether no element of the gradient is larger than `skip`."""
+    t = (peaks - largest) * (p.inverse / LN2)
+    bound = torch.exp2(t) * at.abs()
+    if slope is not None:
+        # 2^t |t| grows up to t = -1/ln 2
+        bound += torch.where(t < -1 / LN2, torch.exp2(t) * t.abs(), 1 / (math.e * LN2)) * slope.abs()
+    if p.cap:
+        bound *= p.logit_scale
+    small = bound <= skip
+    slices = torch.arange(len(peaks), device=peaks.device)[:, None, None]
+    own = (torch.div(p.targets, p.width, rounding_mode="floor") == slices) & p.valid
+    small &= ~own.any(-1)
+    blocks = small.split(max(p.height, 1), 1)
+    return torch.stack([b.all(1) for b in blocks], 1).tolist()
