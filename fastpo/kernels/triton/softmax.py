@@ -80,10 +80,11 @@ def whole_vectors(start, columns, E: tl.constexpr, EDGES: tl.constexpr):
 
 
 @triton.jit
-def edge_columns(lane, head, vectors, columns, E: tl.constexpr):
-    """The columns of the edges, one for each lane of the first 2 E, and which lanes have one."""
+def edge_columns(lane, head, vectors, columns, lanes, E: tl.constexpr):
+    """The columns of the edges, one for each lane of the first 2 E, and which of the first `lanes` have one."""
     column = tl.where(lane < E, lane, head + vectors * E + lane - E)
-    return column, (lane < head) | ((lane >= E) & (lane < 2 * E) & (column < columns))
+    mask = (lane < head) | ((lane >= E) & (column < columns))
+    return column, mask & (lane < lanes)
 
 
 @triton.jit

@@ -220,8 +220,7 @@ def forward_kernel(
     x = tl.load(body + whole * E + at_tile, mask=(whole + lane < end)[:, None], other=-INFINITY).to(tl.float32)
     m, s, w, q, best = accumulate(m, s, w, q, best, x, head + (whole + lane) * E, scale, ENTROPY, P2, TOP1)
     if EDGES:
-        column, mask = edge_columns(lane, head, vectors, width, E)
-        mask &= part == 0
+        column, mask = edge_columns(lane, head, vectors, width, tl.where(part == 0, 2 * E, 0), E)
         x = tl.load(base + column, mask=mask, other=-INFINITY).to(tl.float32)
         if TOP1:
             best = tl.where((x == m) & (column < best), column, best)
@@ -447,8 +446,8 @@ def backward_kernel(
                 g = add_at_ids(g, low, low, low + TILE * E, own_targets, own_grads, ids, ignore_index, inverse)
         tl.store(out_body + i * E + at_tile, g.to(gradient.dtype.element_ty), mask=(i + lane < end)[:, None])
     if EDGES:
-        column, mask = edge_columns(lane[:, None], head, vectors, columns, E)
-        mask &= chunk == 0
+        lanes = tl.where(chunk == 0, 2 * E, 0)
+        column, mask = edge_columns(lane[:, None], head, vectors, columns, lanes, E)
         x = tl.load(base + column, mask=mask & (column < tl.where(keep, columns, 0)), other=0.0).to(tl.float32)
         g = common_gradient(x, m, scale, at, slope, grad_entropy is not None)
         if grad_logprobs is not None:
