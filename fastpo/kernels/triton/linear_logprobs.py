@@ -131,8 +131,8 @@ def fold_kernel(
     # in this tile's columns, of which an id that is not valid, -1, is none
     place = tl.load(targets + at, mask=k < ids, other=-1) - first_column
     inside = (k < ids) & (place >= 0) & (place < columns)
-    x = tl.load(base + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(taken + at, _capped(x, cap, inner).to(tl.float64), mask=inside)
+    x_at_ids = tl.load(base + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(taken + at, _capped(x_at_ids, cap, inner).to(tl.float64), mask=inside)
 
     largest = tl.load(state + row)
     s_before = tl.load(state + rows + row)
