@@ -434,7 +434,7 @@ class TestSoftcap:
         carried = fold(kernels.fold_tile, [x], ids, one, scale_and_cap=(1.0, 1.0))
         exact = x.double().tanh()
         near = exact.isfinite() & (exact != 0)
-        assert ((carried["taken"] - exact).abs()[near] <= 2.1e-7 * exact.abs()[near]).all()
+        assert ((carried["taken"] - exact).abs()[near] <= 2.3e-7 * exact.abs()[near]).all()
         assert torch.equal(carried["taken"][~near].nan_to_num(7), exact[~near].nan_to_num(7))
         # T = inf and at = 1 leave the derivative; beyond 40 it is below what fp32 holds
         state, inside, gradient = torch.zeros(4, 1, dtype=torch.float64), x.abs() < 40, x.clone()
