@@ -77,6 +77,20 @@ def _fake_tile(*_: Any) -> None:
     return None
 
 
+@torch.library.impl("fastpo::fold_tile", "CUDA")
+def _cuda_fold_tile(*args: Any) -> None:
+    from fastpo.kernels.triton import linear_logprobs as kernels
+
+    kernels.fold_tile(*args)
+
+
+@torch.library.impl("fastpo::dlogits_tile", "CUDA")
+def _cuda_dlogits_tile(*args: Any) -> None:
+    from fastpo.kernels.triton import linear_logprobs as kernels
+
+    kernels.dlogits_tile(*args)
+
+
 @torch.library.register_fake("fastpo::linear_logprobs")
 def _fake(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     stats, expected, budget, skip = rest[-4:]

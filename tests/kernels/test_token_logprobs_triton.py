@@ -196,7 +196,7 @@ class TestLayouts(cases.TestLayouts):
     def test_which_loads_and_stores_are_vectors(self, monkeypatch):
         """EDGES only where a row begins or ends inside a vector; ALIKE unless the gradient begins elsewhere in one."""
         launched = []
-        monkeypatch.setattr(kernels, "_launch", lambda kernel, *_, **constants: launched.append(constants))
+        monkeypatch.setattr(kernels, "launch", lambda kernel, *_, **constants: launched.append(constants))
 
         def constants(logits: Tensor, inplace: bool = False) -> tuple[bool, ...]:
             launched.clear()

@@ -19,17 +19,31 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from fastpo.kernels.triton import linear_logprobs as tiles
 from fastpo.kernels.triton import token_logprobs as kernels
 
-DEFAULT = {"forward": kernels.FORWARD_CONFIGS[0], "backward": kernels.BACKWARD_CONFIGS[0]}
+DEFAULT = {
+    "forward": kernels.FORWARD_CONFIGS[0],
+    "backward": kernels.BACKWARD_CONFIGS[0],
+    "fold": tiles.FOLD_CONFIGS[0],
+    "gradient": tiles.GRADIENT_CONFIGS[0],
+}
 STATS = {"none": (), "entropy": ("ENTROPY",), "all": ("ENTROPY", "LOGSUMEXP", "P2", "TOP1")}
 POINTERS = {"targets": "*i64", "top1": "*i64"}
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
-FRACTIONS = ("inverse", "scale")
+FRACTIONS = {"forward": ("inverse", "scale"), "fold": ("cap", "inner")}
+FRACTIONS |= {"combine": FRACTIONS["forward"], "backward": FRACTIONS["forward"], "gradient": FRACTIONS["fold"]}
+# those whose main loop writes
+WRITING = ("backward", "gradient")
+NUMBERS = {"forward": kernels._FORWARD_NUMBERS, "combine": kernels._FORWARD_NUMBERS}
+NUMBERS |= {"backward": kernels._BACKWARD_NUMBERS, "fold": tiles._FOLD_NUMBERS, "gradient": tiles._GRADIENT_NUMBERS}
 
 
 class Case(NamedTuple):
     """One compilation: `stats` of the forward; in the backward "none" stands for the gradient of the log-probs alone.
+
+    "fold" and "gradient" are the tile kernels of linear_logprobs, as "forward" and "backward" are those of
+    token_logprobs; `out` is the gradient's dtype where it has its own tensor.
 
     `aligned` says whether rows begin and end at multiples of 16 bytes ("yes"), anywhere ("edges"), in the backward
     anywhere and elsewhere than the gradient's ("unlike"), or whether nothing is known of the pointers ("unknown").
@@ -42,12 +56,15 @@ class Case(NamedTuple):
     aligned: str = "edges"
     config: Any = None
     parts: bool = False
+    capped: bool = False
+    out: str = ""
     options: tuple[tuple[str, int], ...] = ()
 
     @property
     def name(self) -> str:
         cut = "x".join(map(str, self.config or DEFAULT.get(self.kernel, ())))
-        return " ".join([self.kernel, self.arch, self.dtype, self.stats, self.aligned, cut, "parts" * self.parts])
+        rest = ["parts" * self.parts, "capped" * self.capped, self.out]
+        return " ".join([self.kernel, self.arch, self.dtype, self.stats, self.aligned, cut, *rest])
 
 
 def cases(vendor: str) -> Iterator[Case]:
@@ -69,6 +86,26 @@ def cases(vendor: str) -> Iterator[Case]:
         yield from (Case("forward", arch), Case("backward", arch))
 
 
+def tile_cases(vendor: str) -> Iterator[Case]:
+    """As `cases`, of the tile kernels: fp32 tiles, with gradients in bf16, are the usual ones on a GPU."""
+    main, others = ("sm_90", ("sm_80", "sm_100")) if vendor == "nvidia" else ("gfx942", ())
+    for aligned in ("yes", "edges"):
+        for stats in ("none", "all") if vendor == "nvidia" else ("all",):
+            for capped in (False, True):
+                yield Case("fold", main, "fp32", stats, aligned, capped=capped)
+                for out in ("", "bf16"):
+                    yield Case("gradient", main, "fp32", stats, aligned, capped=capped, out=out)
+    for dtype in ("bf16", "fp16"):
+        yield from (Case(kernel, main, dtype, capped=True) for kernel in ("fold", "gradient"))
+    yield from (Case("fold", main, "fp32", config=config, capped=True) for config in tiles.FOLD_CONFIGS[1:])
+    for config in tiles.GRADIENT_CONFIGS[1:]:
+        yield Case("gradient", main, "fp32", config=config, capped=True, out="bf16")
+    yield Case("gradient", main, "fp32", aligned="unlike", out="bf16")
+    for arch in others:
+        yield Case("fold", arch, "fp32", capped=True)
+        yield from (Case("gradient", arch, "fp32", capped=True, out=out) for out in ("", "bf16"))
+
+
 def defects(vendor: str) -> Iterator[Case]:
     """Kernels in which the checks have to find something: fewer registers than are needed, and no vectors."""
     main, few = ("sm_90", ("maxnreg", 24)) if vendor == "nvidia" else ("gfx942", ("waves_per_eu", 8))
@@ -78,42 +115,68 @@ def defects(vendor: str) -> Iterator[Case]:
     yield Case("backward", main, aligned="unknown")
 
 
+def tile_defects(vendor: str) -> Iterator[Case]:
+    """As `defects`, of the tile kernels: no vectors."""
+    main = "sm_90" if vendor == "nvidia" else "gfx942"
+    yield Case("fold", main, "fp32", aligned="unknown")
+    yield Case("gradient", main, "fp32", aligned="unknown")
+
+
 def arguments(case: Case) -> tuple[Any, dict[str, Any], set[str], int, int]:
-    """Kernel, constants, arguments that are None, warps, and the vectors that a loop iteration of a thread handles."""
+    """Kernel, constants, arguments that are None, warps, and the rows of E elements that a thread handles at a time."""
     config = case.config or DEFAULT.get(case.kernel, DEFAULT["forward"])
     flags = {name: name in STATS[case.stats] for name in STATS["all"]}
-    constants = {"E": 16 // ELEMENT[case.dtype], "TILE": config.tile, "IDS": 1 if case.stats == "none" else 4}
+    constants = {"E": 16 // ELEMENT[case.out or case.dtype], "TILE": config.tile}
+    constants["IDS"] = 1 if case.stats == "none" else 4
+    edges, alike = {"EDGES": case.aligned != "yes"}, {"ALIKE": case.aligned != "unlike"}
     absent: set[str] = set()
     if case.kernel == "forward":
-        constants |= {"EDGES": case.aligned != "yes", "STAGES": config.stages, **flags}
+        constants |= edges | {"STAGES": config.stages} | flags
         absent = {"temperatures"} if case.stats == "none" else set()
         absent |= set() if case.parts else {"sums"}
         function = kernels.forward_kernel
     elif case.kernel == "combine":
         constants |= {"PARTS": 16, **flags}
         function = kernels.combine_kernel
-    else:
-        constants |= {"EDGES": case.aligned != "yes", "ALIKE": case.aligned != "unlike", "TILES": config.tiles}
+    elif case.kernel == "backward":
+        constants |= edges | alike | {"TILES": config.tiles}
         if case.stats == "none":
             absent = {"temperatures", "entropy", "grad_entropy", "grad_logsumexp"}
         function = kernels.backward_kernel
+    elif case.kernel == "fold":
+        constants |= edges | {"WEIGHTED": flags["ENTROPY"], "SQUARED": flags["P2"]}
+        absent = {"top1", "total"} if case.stats == "none" else set()
+        function = tiles.fold_kernel
+    else:
+        constants |= edges | alike | {"TILES": config.tiles}
+        absent = {"slope"} if case.stats == "none" else set()
+        function = tiles.gradient_kernel
+    if case.kernel in ("fold", "gradient") and not case.capped:
+        absent |= {"cap", "inner"}
     lanes = config.warps * (64 if case.arch.startswith("gfx") else 32)
     return function, constants, absent, config.warps, config.tile // lanes
+
+
+def type_of(case: Case, name: str) -> str:
+    """The type of an argument."""
+    if name in NUMBERS[case.kernel]:
+        return "fp32" if name in FRACTIONS[case.kernel] else "i32"
+    if name in ("logits", "gradient", "tile"):
+        return f"*{case.dtype}"
+    if name == "out":
+        return f"*{case.out or case.dtype}"
+    return POINTERS.get(name, "*fp64" if case.kernel in ("fold", "gradient") else "*fp32")
 
 
 def build(case: Case) -> tuple[Any, int]:
     function, constants, absent, warps, vectors = arguments(case)
     signature, values, attributes = {}, {}, {}
-    numbers = {*kernels._FORWARD_NUMBERS, *kernels._BACKWARD_NUMBERS}
     for i, name in enumerate(function.arg_names):
         if name in constants or name in absent:
             signature[name], values[(i,)] = "constexpr", constants.get(name)
-        elif name in numbers:
-            signature[name] = "fp32" if name in FRACTIONS else "i32"
         else:
-            logits = name in ("logits", "gradient")
-            signature[name] = f"*{case.dtype}" if logits else POINTERS.get(name, "*fp32")
-            if case.aligned != "unknown":
+            signature[name] = type_of(case, name)
+            if signature[name][0] == "*" and case.aligned != "unknown":
                 attributes[(i,)] = [["tt.divisibility", 16]]
     if case.arch.startswith("gfx"):
         target = GPUTarget("hip", case.arch, 64)
@@ -192,29 +255,34 @@ def main_loop(text: str, dialect: Dialect) -> str:
 
 
 def facts(case: Case) -> dict[str, Any]:
-    """What the tests judge. `loads` and `stores` are those of the main loop: vectors of 16 bytes, single elements."""
+    """What the tests judge.
+
+    `loads` and `stores` are those of the main loop: vectors of 16 bytes, single elements. `vectors` are those that a
+    thread should load and store at a time; the latter are none in a kernel that only sums.
+    """
     kernel, vectors = build(case)
     amd = case.arch.startswith("gfx")
     dialect, text = (AMDGCN, kernel.asm["amdgcn"]) if amd else (PTX, kernel.asm["ptx"])
     report = text if amd else ptxas_report(text, case.arch)
     loop = main_loop(text, dialect)
 
-    def count(access: str) -> list[int]:
-        return [len(re.findall(access + p, loop)) for p in (dialect.vector, dialect.single[ELEMENT[case.dtype]])]
+    def count(access: str, dtype: str) -> list[int]:
+        return [len(re.findall(access + p, loop)) for p in (dialect.vector, dialect.single[ELEMENT[dtype]])]
 
+    out = case.out or case.dtype
     return {
         **case._asdict(),
         "registers": int(re.findall(dialect.registers, report)[0]),
         "spilled": [int(n) for n in re.findall(dialect.spilled, report)],
         "shared": kernel.metadata.shared,
-        "vectors": vectors,
-        "loads": count(dialect.load),
-        "stores": count(dialect.store),
+        "vectors": [vectors * ELEMENT[case.dtype] // ELEMENT[out], vectors * (case.kernel in WRITING)],
+        "loads": count(dialect.load, case.dtype),
+        "stores": count(dialect.store, out),
         "barriers": loop.count(dialect.barrier),
         "tf32": "tf32" in text,
     }
 
 
 if __name__ == "__main__":
-    chosen = {"cases": cases, "defects": defects}[sys.argv[1]]
+    chosen = {"cases": cases, "defects": defects, "tiles": tile_cases, "tile defects": tile_defects}[sys.argv[1]]
     print(json.dumps({case.name: facts(case) for case in chosen(sys.argv[2])}))

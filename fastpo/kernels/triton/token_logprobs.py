@@ -1,33 +1,37 @@
 # mypy: allow-untyped-defs
 """`token_logprobs` in Triton: rows of logits, read from memory once. See fastpo/kernels/token_logprobs.py.
 
-A tile is (TILE, E), where E elements are 16 bytes: one thread loads a row of it as one vector, and reductions along
-it need no other thread. Each of the TILE accumulators has its own running maximum; they meet after the loop. In units
-of log 2, with t = (x - maximum) / (T ln 2), the sums are S = Σ 2^t, W = Σ t 2^t (for the entropy) and Q = Σ 4^t (for
-Σ p²).
-
-A row need not begin or end at a multiple of 16 bytes: the fewer than E elements before the first whole vector and
-after the last are its edges, read one by one.
+How a row is cut and summed is in softmax.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
-# below this 2^t is nothing next to the row's largest term 1
-_LOWEST_POWER = tl.constexpr(-126.0)
-_LOWEST_FLOAT = tl.constexpr(-3.4028234663852886e38)
-_INFINITY = tl.constexpr(float("inf"))
-_NO_COLUMN = tl.constexpr(2**31 - 1)
+from fastpo.kernels.triton.softmax import (
+    INFINITY,
+    LN_2,
+    LOG2_E,
+    NO_COLUMN,
+    accumulate,
+    add_at_ids,
+    choose,
+    common_gradient,
+    edge_columns,
+    first_nan,
+    launch,
+    lead_of,
+    merge,
+    on_device,
+    vector_of,
+    whole_vectors,
+)
 
 
 class Forward(NamedTuple):
@@ -58,66 +62,8 @@ _MOST_PARTS = 128
 
 
 @triton.jit
-def _accumulate(m, s, w, q, best, x, column, scale, ENTROPY: tl.constexpr, P2: tl.constexpr, TOP1: tl.constexpr):
-    """Add x[i, :], whose first element is in `column[i]`, to accumulator i.
-
-    A NaN is passed over by the maxima and shows in the sums, as does +inf (inf - inf).
-    """
-    largest = tl.max(x, 1)
-    if TOP1:
-        best = tl.where(largest > m, column, best)
-    new = tl.maximum(m, largest)
-    # nothing but -inf so far: any finite number gives 2^-inf
-    t = (x - tl.maximum(new, _LOWEST_FLOAT)[:, None]) * scale
-    e = tl.exp2(t)
-    # -inf - -inf is clamped too: the sums are 0 then
-    shift = tl.maximum((m - new) * scale, _LOWEST_POWER)
-    factor = tl.exp2(shift)
-    if ENTROPY:
-        # where e is 0, t may be -inf: an impossible token adds nothing
-        w = factor * (shift * s + w) + tl.sum(e * tl.maximum(t, _LOWEST_POWER), 1)
-    if P2:
-        q = factor * factor * q + tl.sum(e * e, 1)
-    s = factor * s + tl.sum(e, 1)
-    return new, s, w, q, best
-
-
-@triton.jit
-def _merge(m, s, w, q, best, scale):
-    """One accumulator from a vector of them."""
-    top = tl.max(m, 0)
-    shift = tl.maximum((m - top) * scale, _LOWEST_POWER)
-    factor = tl.exp2(shift)
-    w = tl.sum(factor * (shift * s + w), 0)
-    q = tl.sum(factor * factor * q, 0)
-    s = tl.sum(factor * s, 0)
-    best = tl.min(tl.where(m == top, best, _NO_COLUMN), 0)
-    return top, s, w, q, best
-
-
-@triton.jit
 def _row_start(row, lead, outer_stride, inner_stride, inner):
     return lead + (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
-
-
-@triton.jit
-def _body(start, columns, E: tl.constexpr, EDGES: tl.constexpr):
-    """First whole vector of a row (counted from the aligned base), elements before it, number of whole vectors."""
-    if EDGES:
-        first = (start + (E - 1)) // E
-        head = tl.minimum((first * E - start).to(tl.int32), columns)
-    else:
-        first = start // E
-        head = columns * 0
-    return first, head, (columns - head) // E
-
-
-@triton.jit
-def _edge_columns(lane, head, vectors, columns, part, E: tl.constexpr):
-    """The columns of the edges, one for each lane of the first 2 E, and which lanes have one: those of part 0."""
-    column = tl.where(lane < E, lane, head + vectors * E + lane - E)
-    mask = (lane < head) | ((lane >= E) & (column < columns))
-    return column, mask & (lane < tl.where(part == 0, 2 * E, 0))
 
 
 @triton.jit
@@ -135,7 +81,7 @@ def _row_scale(temperatures, row, keep, inverse, scale):
     if temperatures is not None:
         temperature = tl.load(temperatures + row, mask=keep, other=1.0).to(tl.float64)
         inverse = (tl.full((), 1.0, tl.float64) / temperature).to(tl.float32)
-        scale = (tl.full((), _LOG2_E, tl.float64) / temperature).to(tl.float32)
+        scale = (tl.full((), LOG2_E, tl.float64) / temperature).to(tl.float32)
     return inverse, scale
 
 
@@ -144,16 +90,6 @@ def _at_ids(base, id, valid, columns):
     """Logits at the ids; NaN for an id out of range, which is not read."""
     inside = valid & (id >= 0) & (id < columns)
     return tl.load(base + tl.where(inside, id, 0), mask=inside, other=float("nan")).to(tl.float32)
-
-
-@triton.jit
-def _first_nan(base, columns, WIDTH: tl.constexpr):
-    found = tl.full((WIDTH,), _NO_COLUMN, tl.int32)
-    lane = tl.arange(0, WIDTH)
-    for c in range(0, columns, WIDTH):
-        x = tl.load(base + c + lane, mask=c + lane < columns, other=0.0).to(tl.float32)
-        found = tl.minimum(found, tl.where(x != x, c + lane, _NO_COLUMN))
-    return tl.min(found, 0)
 
 
 @triton.jit
@@ -194,24 +130,24 @@ def _finish(
     tl.store(state + row, tl.where(keep, m, 0.0))
     tl.store(state + rows + row, tl.where(keep, s, 0.0))
     if ENTROPY:
-        tl.store(entropy + row, tl.where(keep, log_sum - _LN_2 * (w / s), 0.0))
+        tl.store(entropy + row, tl.where(keep, log_sum - LN_2 * (w / s), 0.0))
     if P2:
         tl.store(log_sum_p2 + row, tl.where(keep, tl.log(q) - 2 * log_sum, 0.0))
     if LOGSUMEXP or TOP1:
-        nan = columns * 0 + _NO_COLUMN
+        nan = columns * 0 + NO_COLUMN
         if s != s:
-            nan = _first_nan(base, columns, TILE)
+            nan = first_nan(base, columns, TILE)
         if LOGSUMEXP:
             value = m * inverse + log_sum
-            value = tl.where((s != s) & (nan == _NO_COLUMN), _INFINITY, value)
+            value = tl.where((s != s) & (nan == NO_COLUMN), INFINITY, value)
             tl.store(logsumexp + row, tl.where(keep, value, 0.0))
         if TOP1:
             # of the vector that begins at `best`, the first element that is the maximum; 0 where all are -inf
-            place = tl.where(m == -_INFINITY, 0, best) + tl.arange(0, E)
-            x = tl.load(base + place, mask=place < tl.where(keep, columns, 0), other=-_INFINITY).to(tl.float32)
-            column = tl.min(tl.where(x == m, place, _NO_COLUMN), 0)
-            column = tl.where(m == -_INFINITY, 0, column)
-            column = tl.where(nan == _NO_COLUMN, column, nan)
+            place = tl.where(m == -INFINITY, 0, best) + tl.arange(0, E)
+            x = tl.load(base + place, mask=place < tl.where(keep, columns, 0), other=-INFINITY).to(tl.float32)
+            column = tl.min(tl.where(x == m, place, NO_COLUMN), 0)
+            column = tl.where(m == -INFINITY, 0, column)
+            column = tl.where(nan == NO_COLUMN, column, nan)
             tl.store(top1 + row, tl.where(keep, column, -1).to(tl.int64))
 
 
@@ -263,7 +199,7 @@ def forward_kernel(
 
     # a row that nobody asks about has no columns
     width = tl.where(keep, columns, 0)
-    first, head, vectors = _body(start, width, E, EDGES)
+    first, head, vectors = whole_vectors(start, width, E, EDGES)
     body = logits + first * E
     span = tl.cdiv(tl.cdiv(vectors, parts), TILE) * TILE
     begin = tl.minimum(part * span, vectors)
@@ -271,26 +207,26 @@ def forward_kernel(
 
     lane = tl.arange(0, TILE)
     element = tl.arange(0, E)
-    m = tl.full((TILE,), -_INFINITY, tl.float32)
+    m = tl.full((TILE,), -INFINITY, tl.float32)
     s = tl.zeros((TILE,), tl.float32)
     w = tl.zeros((TILE,), tl.float32)
     q = tl.zeros((TILE,), tl.float32)
-    best = tl.full((TILE,), _NO_COLUMN, tl.int32)
+    best = tl.full((TILE,), NO_COLUMN, tl.int32)
     at_tile = (lane * E)[:, None] + element[None, :]
     whole = begin + (end - begin) // TILE * TILE
     for i in tl.range(begin, whole, TILE, num_stages=STAGES):
         x = tl.load(body + i * E + at_tile).to(tl.float32)
-        m, s, w, q, best = _accumulate(m, s, w, q, best, x, head + (i + lane) * E, scale, ENTROPY, P2, TOP1)
-    x = tl.load(body + whole * E + at_tile, mask=(whole + lane < end)[:, None], other=-_INFINITY).to(tl.float32)
-    m, s, w, q, best = _accumulate(m, s, w, q, best, x, head + (whole + lane) * E, scale, ENTROPY, P2, TOP1)
+        m, s, w, q, best = accumulate(m, s, w, q, best, x, head + (i + lane) * E, scale, ENTROPY, P2, TOP1)
+    x = tl.load(body + whole * E + at_tile, mask=(whole + lane < end)[:, None], other=-INFINITY).to(tl.float32)
+    m, s, w, q, best = accumulate(m, s, w, q, best, x, head + (whole + lane) * E, scale, ENTROPY, P2, TOP1)
     if EDGES:
-        column, mask = _edge_columns(lane, head, vectors, width, part, E)
-        x = tl.load(base + column, mask=mask, other=-_INFINITY).to(tl.float32)
+        column, mask = edge_columns(lane, head, vectors, width, tl.where(part == 0, 2 * E, 0), E)
+        x = tl.load(base + column, mask=mask, other=-INFINITY).to(tl.float32)
         if TOP1:
             best = tl.where((x == m) & (column < best), column, best)
-        m, s, w, q, best = _accumulate(m, s, w, q, best, x[:, None], column, scale, ENTROPY, P2, TOP1)
+        m, s, w, q, best = accumulate(m, s, w, q, best, x[:, None], column, scale, ENTROPY, P2, TOP1)
 
-    m, s, w, q, best = _merge(m, s, w, q, best, scale)
+    m, s, w, q, best = merge(m, s, w, q, best, scale)
     if sums is not None:
         at = sums + tl.program_id(0) * 5
         tl.store(at, m)
@@ -371,12 +307,12 @@ def combine_kernel(
     part = tl.arange(0, PARTS)
     at = sums + (row * parts + part) * 5
     mask = part < parts
-    m = tl.load(at, mask=mask, other=-_INFINITY)
+    m = tl.load(at, mask=mask, other=-INFINITY)
     s = tl.load(at + 1, mask=mask, other=0.0)
     w = tl.load(at + 2, mask=mask, other=0.0)
     q = tl.load(at + 3, mask=mask, other=0.0)
     best = tl.load(at + 4, mask=mask, other=0.0).to(tl.int32, bitcast=True)
-    m, s, w, q, best = _merge(m, s, w, q, best, scale)
+    m, s, w, q, best = merge(m, s, w, q, best, scale)
     _finish(
         m,
         s,
@@ -410,30 +346,6 @@ def combine_kernel(
 
 _BACKWARD_NUMBERS = ["inverse", "scale", "ignore_index", "lead", "outer_stride", "inner_stride"]
 _BACKWARD_NUMBERS += ["out_lead", "out_outer_stride", "out_inner_stride", "inner", "rows", "columns", "ids", "chunks"]
-
-
-@triton.jit
-def _common_gradient(x, m, scale, at, slope, ENTROPY: tl.constexpr):
-    """2^t (at + slope t): the part of the gradient that every column has."""
-    t = (x - m) * scale
-    if ENTROPY:
-        at += slope * tl.maximum(t, _LOWEST_POWER)
-    return tl.exp2(t) * at
-
-
-@triton.jit
-def _add_at_ids(g, origin, low, high, targets, grads, ids, ignore_index, inverse):
-    """Add the upstream gradients of the ids in low ... high to their columns, of which g holds those from `origin`."""
-    E: tl.constexpr = g.shape[1]
-    lane = tl.arange(0, g.shape[0])[:, None]
-    element = tl.arange(0, E)[None, :]
-    for j in range(ids):
-        id = tl.load(targets + j).to(tl.int64)
-        if (id >= low) & (id < high) & (id != ignore_index):
-            place = (id - origin).to(tl.int32)
-            here = (lane == place // E) & (element == place % E)
-            g += tl.where(here, tl.load(grads + j) * inverse, 0.0)
-    return g
 
 
 @triton.jit(do_not_specialize=_BACKWARD_NUMBERS)
@@ -481,7 +393,7 @@ def backward_kernel(
     base = logits + start
     out_start = _row_start(row, out_lead, out_outer_stride, out_inner_stride, inner)
     out = gradient + out_start
-    first, head, vectors = _body(out_start, columns, E, EDGES)
+    first, head, vectors = whole_vectors(out_start, columns, E, EDGES)
 
     m = tl.load(state + row)
     s = tl.load(state + rows + row)
@@ -498,7 +410,7 @@ def backward_kernel(
         # p (total - grad_entropy (log p + H)) / T with log p = t ln 2 - log S
         weight = tl.load(grad_entropy + row)
         at = total - weight * (tl.load(entropy + row) - tl.log(s))
-        slope = -_LN_2 * weight * inverse / s
+        slope = -LN_2 * weight * inverse / s
     at = at * inverse / s
     # rows that are not to be read are all 0, which gives 2^0 (0 + 0 · 0)
     at = tl.where(keep, at, 0.0)
@@ -527,21 +439,22 @@ def backward_kernel(
     readable = tl.where(keep, end, 0)
     for i in range(begin, end, TILE):
         x = tl.load(body + i * E + at_tile, mask=(i + lane < readable)[:, None], other=0.0).to(tl.float32)
-        g = _common_gradient(x, m, scale, at, slope, grad_entropy is not None)
+        g = common_gradient(x, m, scale, at, slope, grad_entropy is not None)
         if grad_logprobs is not None:
             if near:
                 low = head + i * E
-                g = _add_at_ids(g, low, low, low + TILE * E, own_targets, own_grads, ids, ignore_index, inverse)
+                g = add_at_ids(g, low, low, low + TILE * E, own_targets, own_grads, ids, ignore_index, inverse)
         tl.store(out_body + i * E + at_tile, g.to(gradient.dtype.element_ty), mask=(i + lane < end)[:, None])
     if EDGES:
-        column, mask = _edge_columns(lane[:, None], head, vectors, columns, chunk, E)
+        lanes = tl.where(chunk == 0, 2 * E, 0)
+        column, mask = edge_columns(lane[:, None], head, vectors, columns, lanes, E)
         x = tl.load(base + column, mask=mask & (column < tl.where(keep, columns, 0)), other=0.0).to(tl.float32)
-        g = _common_gradient(x, m, scale, at, slope, grad_entropy is not None)
+        g = common_gradient(x, m, scale, at, slope, grad_entropy is not None)
         if grad_logprobs is not None:
             if near:
                 tail = head + vectors * E
-                g = _add_at_ids(g, 0, 0, head, own_targets, own_grads, ids, ignore_index, inverse)
-                g = _add_at_ids(g, tail - E, tail, columns, own_targets, own_grads, ids, ignore_index, inverse)
+                g = add_at_ids(g, 0, 0, head, own_targets, own_grads, ids, ignore_index, inverse)
+                g = add_at_ids(g, tail - E, tail, columns, own_targets, own_grads, ids, ignore_index, inverse)
         tl.store(out + column, g.to(gradient.dtype.element_ty), mask=mask)
 
 
@@ -557,10 +470,6 @@ class _Rows(NamedTuple):
     def starts(self, vector: int) -> tuple[int, int, int]:
         """How far rows may begin from a multiple of `vector` elements: the first row, and what each stride adds."""
         return self.lead % vector, self.outer_stride % vector, self.inner_stride % vector
-
-
-def _vector(t: Tensor) -> int:
-    return 16 // t.element_size()
 
 
 def _rows(t: Tensor) -> _Rows | None:
@@ -580,9 +489,7 @@ def _rows(t: Tensor) -> _Rows | None:
     if len(dims) > 2:
         return None
     (_, outer_stride), (inner, inner_stride) = [(1, 0), (1, 0), *dims][-2:]
-    lead = t.data_ptr() % 16 // t.element_size()
-    if lead > t.storage_offset():
-        lead = 0
+    lead = lead_of(t)
     base = t.as_strided((1,), (1,), t.storage_offset() - lead)
     return _Rows(base, lead, outer_stride, inner_stride, inner)
 
@@ -602,22 +509,10 @@ def parts_of_a_row(rows: int, vectors: int, processors: int, tile: int) -> int:
     return max(1, min(wanted, vectors // (_TILES_PER_PROGRAM * tile), _MOST_PARTS))
 
 
-def _choose(configs: tuple[Any, ...], vectors: int) -> Any:
-    return configs[-1] if vectors <= configs[-1].tile else configs[0]
-
-
-def _on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
-
-
 def _scales(temperatures: Tensor | None, temperature: float) -> tuple[Tensor | None, float, float]:
     if temperatures is None:
-        return None, 1 / temperature, _LOG2_E.value / temperature
+        return None, 1 / temperature, LOG2_E.value / temperature
     return temperatures.to(torch.float32).contiguous(), 1.0, 1.0
-
-
-def _launch(kernel: Any, programs: int, warps: int, *arguments: Any, **constants: Any) -> None:
-    kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=1, enable_fp_fusion=True)
 
 
 def forward(
@@ -650,8 +545,8 @@ def forward(
         return outputs
     rows = _rows(logits) or _rows(logits.contiguous())
     assert rows is not None
-    vector = _vector(logits)
-    config = config or _choose(FORWARD_CONFIGS, columns // vector)
+    vector = vector_of(logits)
+    config = config or choose(FORWARD_CONFIGS, columns // vector)
     if parts is None:
         processors = _processors(logits.get_device()) if logits.is_cuda else 1
         parts = parts_of_a_row(count, columns // vector, processors, config.tile)
@@ -678,11 +573,11 @@ def forward(
         **{name: bool(stats >> bit & 1) for bit, name in enumerate(("ENTROPY", "LOGSUMEXP", "P2", "TOP1"))},
     )
     edges = any((*rows.starts(vector), columns % vector))
-    with _on_device(logits):
+    with on_device(logits):
         stages = config.stages
-        _launch(forward_kernel, count * parts, config.warps, *arguments, EDGES=edges, STAGES=stages, **constants)
+        launch(forward_kernel, count * parts, config.warps, *arguments, EDGES=edges, STAGES=stages, **constants)
         if parts > 1:
-            _launch(combine_kernel, count, config.warps, *arguments, PARTS=triton.next_power_of_2(parts), **constants)
+            launch(combine_kernel, count, config.warps, *arguments, PARTS=triton.next_power_of_2(parts), **constants)
     return outputs
 
 
@@ -708,13 +603,13 @@ def _write_gradient(
     out = rows
     if gradient is not logits:
         out = _Rows(gradient, 0, rows.inner * columns if count > rows.inner else 0, columns, rows.inner)
-    vector = _vector(logits)
-    config = config or _choose(BACKWARD_CONFIGS, columns // vector)
+    vector = vector_of(logits)
+    config = config or choose(BACKWARD_CONFIGS, columns // vector)
     chunks = max(1, triton.cdiv(columns // vector, config.tile * config.tiles))
     temperatures, inverse, scale = _scales(temperatures, temperature)
     grad_logprobs, grad_entropy, grad_logsumexp = (None if g is None else g.contiguous() for g in upstream)
-    with _on_device(logits):
-        _launch(
+    with on_device(logits):
+        launch(
             backward_kernel,
             count * chunks,
             config.warps,
