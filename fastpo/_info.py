@@ -11,6 +11,7 @@ import torch
 
 from fastpo import losses
 from fastpo.kernels import _native
+from fastpo.kernels.linear_logprobs import linear_logprobs
 from fastpo.kernels.packing import pack
 from fastpo.kernels.token_logprobs import token_logprobs
 
@@ -69,6 +70,12 @@ def _probe_vocabulary(device: torch.device) -> bool:
     return abs(token_logprobs(logits, target).item() - logits.log_softmax(-1)[0, 2].item()) < 1e-6
 
 
+def _probe_linear(device: torch.device) -> bool:
+    hidden, weight = torch.tensor([[0.5, -1.0]], device=device), torch.eye(2, device=device)
+    found = linear_logprobs(hidden, weight, torch.tensor([1], device=device)).item()
+    return abs(found + 1.7014133) < 1e-6
+
+
 def _probe_objective(device: torch.device) -> bool:
     one = torch.zeros(1, device=device)
     return abs(losses.dpo(one, one, one, one).loss.item() - 0.6931472) < 1e-6
@@ -81,7 +88,8 @@ def _probe_packing() -> bool:
 def _services() -> list[Service]:
     """Each kernel is run, not merely looked for: what loads may still fail."""
     services = []
-    for name, probe in (("token_logprobs", _probe_vocabulary), ("objective", _probe_objective)):
+    probes = {"token_logprobs": _probe_vocabulary, "linear_logprobs": _probe_linear, "objective": _probe_objective}
+    for name, probe in probes.items():
         for device in (torch.device("cpu"), torch.device("cuda")):
             reason = _native.why_not(name, device, torch.float32)
             server = _native.server(name, device)

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import importlib
+import importlib.util
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -204,6 +205,20 @@ _CUDA: dict[str, tuple[Callable[..., str | None], str]] = {}
 def on_cuda(op: str, why_not: Callable[..., str | None], by: str = "compiled") -> None:
     """Say that `by` serves `op` on CUDA devices, unless `why_not(device, *dtypes)` gives a reason in words."""
     _CUDA[op] = why_not, by
+
+
+# imported when the first of its kernels runs
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def why_not_triton(_: torch.device, *dtypes: torch.dtype) -> str | None:
+    """For `on_cuda`, of kernels in Triton, on CUDA and HIP devices."""
+    if not _HAS_TRITON:
+        return "Triton is not installed"
+    for dtype in dtypes:
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"no Triton kernel for {dtype}"
+    return None
 
 
 def server(op: str, device: torch.device) -> str:

@@ -97,12 +97,12 @@ class Problem:
         *,
         first: int,
     ):
-        cpu = hidden.device.type == "cpu"
         self.count = hidden.shape[0]
         self.accumulate = torch.promote_types(hidden.dtype, torch.float32)
-        # of the products' operands: a GPU multiplies narrow numbers exactly, into wide ones
-        self.narrow = self.accumulate if wide and cpu else hidden.dtype
-        self.tile_dtype = self.narrow if cpu else self.accumulate
+        mixed = multiplies_into_wide(hidden)
+        # of the products' operands
+        self.narrow = self.accumulate if wide and not mixed else hidden.dtype
+        self.tile_dtype = self.accumulate if mixed else self.narrow
         self.group = group
         self.weight, self.bias, self.logit_scale, self.cap = weight, bias, logit_scale, cap
         valid = targets != ignore_index
@@ -183,11 +183,16 @@ class Problem:
         return self.cap * torch.tanh(self.logit_scale / self.cap * logits) if self.cap else logits
 
 
+def multiplies_into_wide(t: Tensor) -> bool:
+    """Whether there are products of narrow matrices with an fp32 result, so that logits are not rounded."""
+    return t.is_cuda
+
+
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a b, where out may be wider than a and b."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
-    elif a.is_cuda:
+    elif multiplies_into_wide(a):
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         out.add_(a @ b)

@@ -129,6 +129,9 @@ def _fake_backward(
     )
 
 
+_native.on_cuda("linear_logprobs", _native.why_not_triton, by="Triton")
+
+
 @torch.library.impl("fastpo::linear_logprobs", ("CPU", "CUDA"))
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     *problem, stats, expected, budget, skip = args

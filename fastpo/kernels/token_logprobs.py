@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterable
 from typing import Any, Literal, overload
@@ -67,20 +66,7 @@ def _fake_backward_inplace(logits: Tensor, *_: Any) -> None:
     return None
 
 
-# on CUDA and HIP devices the kernels are in Triton, which is imported when the first one runs
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-def _why_not_on_cuda(_: torch.device, *dtypes: torch.dtype) -> str | None:
-    if not _HAS_TRITON:
-        return "Triton is not installed"
-    for dtype in dtypes:
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"no Triton kernel for {dtype}"
-    return None
-
-
-_native.on_cuda("token_logprobs", _why_not_on_cuda, by="Triton")
+_native.on_cuda("token_logprobs", _native.why_not_triton, by="Triton")
 
 
 @torch.library.impl("fastpo::token_logprobs", "CUDA")

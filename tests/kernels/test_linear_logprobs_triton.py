@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import fastpo
+from fastpo.kernels import _tiles
 from tests.emulator.harness import in_place_of_cpu
 from tests.kernels import test_linear_logprobs as cases
 from tests.kernels.test_token_logprobs import make
@@ -524,8 +525,27 @@ class TestDriver:
     @pytest.fixture
     def small_tiles(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Three columns of tiles for 150 tokens, two of rows for five."""
-        monkeypatch.setattr(cases.module, "_TILE_ROWS", 3)
-        monkeypatch.setattr(cases.module, "_TILE_BYTES", 1)
+        cases.small_tiles(monkeypatch, 3, 1)
+
+    @pytest.mark.parametrize("options", [{}, {"temperature": 0.6, "logit_scale": 1.7, "softcap": 3.0}], ids=str)
+    def test_products_with_wide_results(self, options, small_tiles, monkeypatch):
+        """As on a GPU: bf16 operands, fp32 tiles, gradients in a buffer of their own. A CPU's products are widened."""
+
+        def mm(a, b, *, out_dtype=None, out=None):
+            return out.copy_(a.to(out_dtype or a.dtype) @ b.to(out_dtype or b.dtype))
+
+        def addmm(c, a, b, *, out_dtype=None, out=None):
+            return out.copy_(c + a.to(out_dtype or a.dtype) @ b.to(out_dtype or b.dtype))
+
+        monkeypatch.setattr(_tiles, "multiplies_into_wide", lambda t: True)
+        monkeypatch.setattr(torch, "mm", mm)
+        monkeypatch.setattr(torch, "addmm", addmm)
+        for budget in (0, 1 << 20):
+            given = cases.make(5, vocab=150, ids=2, dtype=torch.bfloat16, bias=True, rank=2)
+            cases.compare(given, memory_budget=budget, **options)
+        given = cases.make(5, vocab=150, dtype=torch.bfloat16)
+        ours, same = cases.TestFrozenHead().run(given, **options), cases.evaluate(given, stats=(), **options)
+        assert torch.equal(ours["logprobs"], same["logprobs"])
 
     def test_the_kernels_run(self, triton):
         cases.evaluate(cases.make(3, vocab=40))
