@@ -4,7 +4,17 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fastpo import losses
 from fastpo._info import info
-from fastpo.kernels import LinearLogprobs, TokenLogprobs, balance, linear_logprobs, pack, token_logprobs, use_backend
+from fastpo.kernels import (
+    LinearLogprobs,
+    TokenLogprobs,
+    balance,
+    completion_logprobs,
+    linear_logprobs,
+    pack,
+    sequence_logprobs,
+    token_logprobs,
+    use_backend,
+)
 from fastpo.losses.formula import formula
 
 try:
@@ -17,11 +27,13 @@ __all__ = [
     "TokenLogprobs",
     "__version__",
     "balance",
+    "completion_logprobs",
     "formula",
     "info",
     "linear_logprobs",
     "losses",
     "pack",
+    "sequence_logprobs",
     "token_logprobs",
     "use_backend",
 ]

@@ -1,8 +1,19 @@
 """The kernels: one module each, from the public function with its checks down to the op."""
 
 from fastpo.kernels._native import use_backend
+from fastpo.kernels.completions import completion_logprobs, sequence_logprobs
 from fastpo.kernels.linear_logprobs import LinearLogprobs, linear_logprobs
 from fastpo.kernels.packing import balance, pack
 from fastpo.kernels.token_logprobs import TokenLogprobs, token_logprobs
 
-__all__ = ["LinearLogprobs", "TokenLogprobs", "balance", "linear_logprobs", "pack", "token_logprobs", "use_backend"]
+__all__ = [
+    "LinearLogprobs",
+    "TokenLogprobs",
+    "balance",
+    "completion_logprobs",
+    "linear_logprobs",
+    "pack",
+    "sequence_logprobs",
+    "token_logprobs",
+    "use_backend",
+]

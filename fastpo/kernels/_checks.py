@@ -84,6 +84,22 @@ def values(targets: Tensor, temperature: object, ignore_index: int, vocabulary: 
         raise ValueError("temperature must be positive and finite for every token")
 
 
+def cu_seqlens(name: str, value: object, other_name: str, other: Tensor) -> None:
+    """Boundaries of packed sequences, int32 (B + 1,)."""
+    boundaries = tensor(name, value, (torch.int32,))
+    same_device(name, boundaries, other_name, other)
+    if boundaries.dim() != 1 or boundaries.shape[0] < 1:
+        raise ValueError(f"{name} has shape {tuple(boundaries.shape)}, expected (B + 1,)")
+
+
+def rising(name: str, cu_seqlens: Tensor | None, tokens: int) -> None:
+    """Boundaries in order, where values may be looked at."""
+    if cu_seqlens is None or not readable(cu_seqlens):
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] > tokens or (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"{name} must rise from 0 to at most {tokens}, the number of tokens")
+
+
 def readable(value: Tensor) -> bool:
     """Whether the values of a tensor may be looked at: on the CPU; on other devices, where reading waits for all work
     queued there, only with FASTPO_DEBUG=1; never while a graph is traced or captured."""

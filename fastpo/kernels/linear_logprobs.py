@@ -139,13 +139,15 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     first, vocabulary = _tiles.shard_of(weight, targets, group)
     # in a graph nobody has looked at them yet, and of a shard nobody knew the size of the whole
     _checks.values(targets, temperatures, ignore_index, vocabulary)
-    return _tiles.forward(_tiles.Problem(*problem, first=first), first, vocabulary, stats, expected, budget, skip)
+    with torch.autocast(weight.device.type, enabled=False):
+        return _tiles.forward(_tiles.Problem(*problem, first=first), first, vocabulary, stats, expected, budget, skip)
 
 
 @torch.library.impl("fastpo::linear_logprobs_backward", ("CPU", "CUDA"))
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     problem, (state, shard, *rest) = args[:-10], args[-10:]
-    return _tiles.backward(_tiles.Problem(*problem, first=int(shard)), state, *rest)
+    with torch.autocast(state.device.type, enabled=False):
+        return _tiles.backward(_tiles.Problem(*problem, first=int(shard)), state, *rest)
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -417,6 +419,11 @@ def _default_budget(device: torch.device) -> int:
     return int(memory * _BUDGET)
 
 
+def _cast(t: Any, dtype: torch.dtype) -> Any:
+    cast = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+    return t.to(dtype) if cast else t
+
+
 def _is_dtensor(t: object) -> bool:
     # without an import of torch.distributed
     return isinstance(t, Tensor) and hasattr(t, "placements")
@@ -514,7 +521,7 @@ def linear_logprobs(
     frozen head; in the backward n·H·a for hidden's gradient and, for the weight's, H·a per column of the buffer.
 
     Args:
-        hidden: (..., H), fp32, bf16, fp16 or fp64.
+        hidden: (..., H), fp32, bf16, fp16 or fp64. Under torch.autocast it and the head are cast, as by a linear layer.
         weight: (V, H), of the dtype of `hidden`, as in a transformers lm_head. Over a process group: this rank's rows,
             in the order of the ranks; or a DTensor sharded on its first dimension, which brings its group.
         targets: (...) one id per row, or (..., K) several; int64 or int32, in [0, V) or `ignore_index`.
@@ -568,6 +575,12 @@ def linear_logprobs(
             bias, _ = _local("bias", bias, True)
         if lora is not None:
             lora = (_local("lora[0]", lora[0], False)[0], _local("lora[1]", lora[1], True)[0], lora[2])
+    if isinstance(hidden, Tensor) and torch.is_autocast_enabled(hidden.device.type):
+        # what torch.nn.functional.linear would do
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = _cast(hidden, dtype), _cast(weight, dtype), _cast(bias, dtype)
+        if isinstance(lora, tuple):
+            lora = tuple(_cast(part, dtype) for part in lora)  # type: ignore[assignment]
     _check(hidden, weight, targets, bias, temperature, logit_scale, softcap, ignore_index, stats, lora, rows, sharded)
     _check_budget(memory_budget, skip_below)
     if logits_dtype not in ("auto", "float32"):
