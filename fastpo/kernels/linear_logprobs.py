@@ -516,9 +516,10 @@ def linear_logprobs(
 
     Memory beside inputs, results and their gradients, with n the rows that count, b the bytes of an element of
     `hidden` and a those of an accumulator (4, or 8 for fp64): a buffer of 1 MiB on a CPU, 256 MiB on a GPU (half as
-    much again for bf16 and fp16); n·H·b for the rows that count, unless all do; 64 bytes and 17·K for each of them;
-    kept from the forward to the backward: n·V·b (on a GPU n·V·a) if that is at most `memory_budget`, or N·H·a for a
-    frozen head; in the backward n·H·a for hidden's gradient and, for the weight's, H·a per column of the buffer.
+    much again for bf16 and fp16); n·H·b for the rows that count, unless all do; about 130 + 34·K bytes for each; kept
+    from the forward to the backward n·V·b (on a GPU n·V·a) if that is at most `memory_budget`, or N·H·a for a frozen
+    head; in the backward n·H·a for hidden's gradient and, for the weight's, H·a per column of the buffer. On a CPU
+    products of bf16 and fp16 take up to one more buffer.
 
     Args:
         hidden: (..., H), fp32, bf16, fp16 or fp64. Under torch.autocast it and the head are cast, as by a linear layer.
@@ -580,7 +581,7 @@ def linear_logprobs(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = _cast(hidden, dtype), _cast(weight, dtype), _cast(bias, dtype)
         if isinstance(lora, tuple):
-            lora = tuple(_cast(part, dtype) for part in lora)  # type: ignore[assignment]
+            lora = tuple(_cast(part, dtype) for part in lora)
     _check(hidden, weight, targets, bias, temperature, logit_scale, softcap, ignore_index, stats, lora, rows, sharded)
     _check_budget(memory_budget, skip_below)
     if logits_dtype not in ("auto", "float32"):
