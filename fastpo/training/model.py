@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastpo.kernels import token_logprobs
+from fastpo.kernels import linear_logprobs, token_logprobs
+from fastpo.kernels.completions import head_of
+from fastpo.reference.vocabulary import head_logits
 from fastpo.training.batches import MicroBatch
 from fastpo.training.errors import UserError
 
@@ -76,23 +79,89 @@ def check_same_vocabulary(model: str, reference: str) -> None:
 class Policy(nn.Module):
     """A causal language model that answers with the packed log-probs (n,) of completion tokens.
 
-    The whole computation, head included, is in `forward`, where DDP and FSDP see it.
+    The whole computation, head included, is in `forward`, where DDP and FSDP see it. Logits are made a tile at a time,
+    unless the model makes something else of its hidden states than `head_scale` finds: then by the model itself.
     """
 
     def __init__(self, model: Any, layout: Layout | None = None) -> None:
         super().__init__()
         self.model = model
         self.layout: Layout = layout or ("packed" if _separates_packed(model) else "padded")
+        self.scale = head_scale(model)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, predictors: Tensor, targets: Tensor) -> Tensor:
-        run = _packed_logits if self.layout == "packed" else _padded_logits
-        logits = run(self.model, input_ids, position_ids, predictors)
-        # nobody else reads the logits, so their gradient may take their place
-        return token_logprobs(logits, targets, inplace_backward=logits.requires_grad)
+        run = _packed if self.layout == "packed" else _padded
+        if self.scale is None:
+            logits = run(self.model, input_ids, position_ids, predictors)
+            # nobody else reads the logits, so their gradient may take their place
+            return token_logprobs(logits, targets, inplace_backward=logits.requires_grad)
+        hidden = run(_backbone(self.model), input_ids, position_ids, predictors)
+        weight, bias, lora = head_of(self.model.get_output_embeddings())
+        return linear_logprobs(
+            hidden,
+            weight,
+            targets,
+            bias,
+            lora=lora,
+            logit_scale=self.scale.factor,
+            softcap=self.scale.softcap,
+            memory_budget=0,
+        )
 
     def logprobs(self, batch: MicroBatch) -> Tensor:
         """The log-probs of a micro-batch, without the wrappers that train the policy."""
         return self(*policy_inputs(batch))
+
+
+class HeadScale(NamedTuple):
+    """What a model does to the logits of its head."""
+
+    factor: float = 1.0
+    softcap: float | None = None
+
+
+def _backbone(model: Any) -> Any:
+    """What makes the last hidden states; PEFT's adapters are inside."""
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return whole.base_model
+
+
+@torch.no_grad()
+def head_scale(model: Any) -> HeadScale | None:
+    """How the model's logits come from its last hidden states and its head; None if in another way than those known.
+
+    Asked of the model itself, with a few tokens: configurations name the factors differently, and not all of them.
+    """
+    device = next(model.parameters()).device
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(vocabulary, (1, 7), generator=torch.Generator().manual_seed(0)).to(device)
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+        hidden = _last(_backbone(model)(input_ids=ids, use_cache=False))
+        weight, bias, lora = head_of(model.get_output_embeddings())
+        for scale in _scales(model.config.get_text_config()):
+            ours = head_logits(hidden, weight, bias, logit_scale=scale.factor, softcap=scale.softcap, lora=lora)
+            if ours.shape == logits.shape and _close(ours, logits):
+                return scale
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return None
+    return None
+
+
+def _scales(config: Any) -> Iterator[HeadScale]:
+    """What the configuration may mean, as Gemma, Cohere and Granite name it."""
+    caps = [getattr(config, "final_logit_softcapping", None), None]
+    factor, divisor = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))
+    for cap in caps:
+        for value in (factor, divisor and 1 / divisor, 1.0):
+            if isinstance(value, (int, float)) and value > 0:
+                yield HeadScale(float(value), cap)
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    error = F.mse_loss(ours.float(), theirs.float()).sqrt() / theirs.float().std()
+    # a model in half precision has rounded its logits
+    return bool(error < (1e-4 if theirs.dtype in (torch.float32, torch.float64) else 1e-2))
 
 
 def policy_inputs(batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -100,26 +169,31 @@ def policy_inputs(batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return batch.input_ids, batch.position_ids, batch.predictors, batch.targets
 
 
-def _packed_logits(model: Any, input_ids: Tensor, position_ids: Tensor, keep: Tensor) -> Tensor:
-    """Logits (n, V) at the positions `keep` of one row of sequences, each attending to itself alone.
+def _last(out: Any) -> Tensor:
+    """The logits of a language model, or the last hidden states of what is below its head."""
+    return out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+
+def _packed(model: Any, input_ids: Tensor, position_ids: Tensor, keep: Tensor) -> Tensor:
+    """Logits or hidden states (n, ...) at the positions `keep` of one row of sequences, each attending to itself alone.
 
     transformers makes the block-diagonal mask where position ids restart and no attention mask is given.
     """
     row = {"input_ids": input_ids[None], "position_ids": position_ids[None], "use_cache": False}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return model(**row, logits_to_keep=keep).logits[0]
-    return model(**row).logits[0, keep]
+        return _last(model(**row, logits_to_keep=keep))[0]
+    return _last(model(**row))[0, keep]
 
 
-def _padded_logits(model: Any, input_ids: Tensor, position_ids: Tensor, keep: Tensor) -> Tensor:
+def _padded(model: Any, input_ids: Tensor, position_ids: Tensor, keep: Tensor) -> Tensor:
     """The same from a rectangle (sequences, longest), for models that cannot tell packed sequences apart."""
     sequence = (position_ids == 0).cumsum(0) - 1
     shape = (int(sequence[-1]) + 1, int(position_ids.max()) + 1)
     padded, mask = input_ids.new_zeros(shape), input_ids.new_zeros(shape)
     padded[sequence, position_ids] = input_ids
     mask[sequence, position_ids] = 1
-    logits = model(input_ids=padded, attention_mask=mask, use_cache=False).logits
-    return logits[sequence[keep], position_ids[keep]]
+    out = _last(model(input_ids=padded, attention_mask=mask, use_cache=False))
+    return out[sequence[keep], position_ids[keep]]
 
 
 @torch.no_grad()
@@ -135,9 +209,8 @@ def _separates_packed(model: Any) -> bool:
     positions = torch.cat([torch.arange(len(p), device=device) for p in parts])
     everything = torch.arange(len(positions), device=device)
     try:
-        together = _packed_logits(model, torch.cat(parts), positions, everything)
+        together = _packed(model, torch.cat(parts), positions, everything)
     except (TypeError, ValueError, RuntimeError):
         return False
     alone = torch.cat([model(input_ids=p[None], use_cache=False).logits[0] for p in parts])
-    error = F.mse_loss(together, alone).sqrt() / alone.std()
-    return bool(error < 1e-4)
+    return _close(together, alone)

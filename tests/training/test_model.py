@@ -8,6 +8,7 @@ import torch
 from fastpo.training.batches import collate
 from fastpo.training.data import Example
 from fastpo.training.model import Policy, policy_inputs
+from tests.memory import peak_allocated
 
 from .conftest import tiny_model
 
@@ -78,3 +79,100 @@ def test_gradients_too(layout):
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+def scaled_heads():
+    from transformers import (
+        CohereConfig,
+        CohereForCausalLM,
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        GraniteConfig,
+        GraniteForCausalLM,
+        PhiConfig,
+        PhiForCausalLM,
+    )
+
+    size = dict(vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    grouped = size | {"num_key_value_heads": 2}
+    for name, scale, config, model in (
+        ("gemma2", (1.0, 3.0), Gemma2Config(**grouped, head_dim=8, final_logit_softcapping=3.0), Gemma2ForCausalLM),
+        ("cohere", (0.25, None), CohereConfig(**grouped, logit_scale=0.25), CohereForCausalLM),
+        ("granite", (0.125, None), GraniteConfig(**grouped, logits_scaling=8.0), GraniteForCausalLM),
+        ("neox", (1.0, None), GPTNeoXConfig(**size), GPTNeoXForCausalLM),
+        # a head with a bias
+        ("phi", (1.0, None), PhiConfig(**grouped), PhiForCausalLM),
+    ):
+        config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+        yield pytest.param(scale, lambda config=config, model=model: model(config), id=name)
+
+
+def check_policy(model, scale):
+    policy = Policy(model.eval())
+    assert policy.scale == scale
+    torch.nn.init.normal_(model.get_output_embeddings().weight)
+    batch = policy_inputs(collate(EXAMPLES, torch.device("cpu")))
+    found, expected = policy(*batch), one_by_one(model, EXAMPLES)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    weights = torch.randn(12, generator=torch.Generator().manual_seed(0))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    grads = [torch.autograd.grad(out @ weights, parameters, allow_unused=True) for out in (found, expected)]
+    for ours, theirs in zip(*grads, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("scale, build", scaled_heads())
+def test_what_models_do_to_their_logits(scale, build):
+    torch.manual_seed(0)
+    check_policy(build(), scale)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_no_logits(tied):
+    """A model with a large vocabulary: the head adds its gradient and the driver's buffer to what is below it."""
+    model = tiny_model(20_000, tied=tied)
+    batch = collate([Example([1] * 20, ([2] * 40, [3] * 40))] * 8, torch.device("cpu"))
+    policy, inputs = Policy(model), policy_inputs(batch)
+    policy(*inputs).sum().backward()
+
+    def step():
+        model.zero_grad()
+        policy(*inputs).sum().backward()
+
+    def without_head():
+        model.zero_grad()
+        ids, positions = inputs[:2]
+        out = model.base_model(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+        out.last_hidden_state.sum().backward()
+
+    head = model.get_output_embeddings().weight.numel() * 4
+    logits = len(batch.targets) * 20_000 * 4
+    added = peak_allocated(step) - peak_allocated(without_head)
+    # the buffer, hidden states and their gradient, a few numbers per row
+    assert added < head + (1 << 20) + len(batch.targets) * (4 * 16 * 4 + 200) < logits / 10
+
+
+def test_unknown_heads_take_the_logits():
+    """What comes after the head is not guessed."""
+
+    class Odd(type(tiny_model(20))):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits - out.logits.abs()
+            return out
+
+    torch.manual_seed(0)
+    check_policy(Odd(tiny_model(20).config), None)
+
+
+@pytest.mark.parametrize("target", [["q_proj", "lm_head"], ["q_proj"]], ids=["adapted head", "plain head"])
+def test_adapters(target):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=target, init_lora_weights=False)
+    check_policy(get_peft_model(tiny_model(20), config), (1.0, None))

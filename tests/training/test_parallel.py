@@ -1,0 +1,121 @@
+"""The policy under DDP and FSDP2, two gloo processes: the gradients of one."""
+
+from __future__ import annotations
+
+import os
+import traceback
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastpo.training.batches import MicroBatch, collate
+from fastpo.training.data import Example
+from fastpo.training.model import Policy, policy_inputs
+
+from .conftest import tiny_model
+
+RANKS = 2
+EXAMPLES = [
+    Example([1, 2, 3], ([4, 5], [6])),
+    Example([7], ([8], [9, 10, 11, 12])),
+    Example([3, 2], ([1, 0, 5], [4])),
+    Example([5, 5, 5, 5], ([2, 7, 1], [13, 4, 4])),
+]
+
+
+def batch_of(examples: list[Example]) -> MicroBatch:
+    return collate(examples, torch.device("cpu"))
+
+
+def loss_of(policy: torch.nn.Module, batch: MicroBatch) -> Tensor:
+    """Not symmetric in the tokens, and the same function of an example wherever it is."""
+    return (policy(*policy_inputs(batch)) * (batch.targets + 1)).sum()
+
+
+def build(tied: bool, adapted: bool) -> Policy:
+    model = tiny_model(20, tied=tied)
+    if adapted:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+    return Policy(model)
+
+
+def one_process(tied: bool, adapted: bool) -> dict[str, Tensor]:
+    policy = build(tied, adapted)
+    loss_of(policy, batch_of(EXAMPLES)).backward()
+    return {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+
+
+def wrapped(policy: Policy, how: str) -> torch.nn.Module:
+    if how == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(policy)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (RANKS,))
+    layers = policy.model.get_base_model() if hasattr(policy.model, "get_base_model") else policy.model
+    for layer in layers.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(policy, mesh=mesh)
+
+
+def check(how: str, tied: bool, adapted: bool) -> None:
+    want = one_process(tied, adapted)
+    policy = build(tied, adapted)
+    runs = wrapped(policy, how)
+    rank = dist.get_rank()
+    for _ in range(2):  # the second time after a forward and a backward of the wrapper
+        runs.zero_grad()
+        # the gradients of the ranks are averaged
+        (loss_of(runs, batch_of(EXAMPLES[rank::RANKS])) * RANKS).backward()
+        found = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+        assert found.keys() == want.keys()
+        for name, grad in found.items():
+            full = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+            assert torch.allclose(full, want[name], rtol=1e-4, atol=1e-5 * want[name].abs().max()), (how, name)
+
+
+def sharded_outside_the_forward() -> None:
+    """A head that FSDP2 has sharded is not taken for one whose vocabulary is: the ranks have different rows."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    import fastpo
+
+    head = fully_shard(torch.nn.Linear(16, 20, bias=False), mesh=init_device_mesh("cpu", (RANKS,)))
+    try:
+        fastpo.linear_logprobs(torch.zeros(3, 16), head.weight, torch.tensor([1, 2, 3]) + dist.get_rank())
+    except ValueError as error:
+        assert "inside the forward of the module that was wrapped" in str(error)
+    else:
+        raise AssertionError("no error")
+
+
+CASES = [
+    (how, tied, adapted) for how in ("ddp", "fsdp2") for tied, adapted in ((False, False), (True, False), (False, True))
+]
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    try:
+        for case in CASES:
+            check(*case)
+        sharded_outside_the_forward()
+        with open(f"{folder}/{rank}", "w") as done:
+            done.write("all")
+    except BaseException:
+        traceback.print_exc()
+        # the other rank may be waiting for this one
+        os._exit(1)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes_as_one(tmp_path):
+    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=RANKS)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(RANKS)] == ["all"] * RANKS
