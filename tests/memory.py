@@ -8,7 +8,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_allocated(function: Callable[[], object]) -> int:
-    """The most bytes of tensors on the CPU that were alive at once, beside those alive before."""
+    """The most bytes of tensors on the CPU that were alive at once, beside those alive before.
+
+    `function` should free nothing that was there before.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         result = function()
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
