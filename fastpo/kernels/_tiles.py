@@ -17,14 +17,14 @@ LN2 = math.log(2)
 
 
 class Tiling(NamedTuple):
-    """Rows of a tile, and bytes of the buffer that holds one."""
+    """Rows of a tile, and bytes of the buffer that holds one: on a CPU for each thread."""
 
     rows: int
     bytes: int
 
 
-# On a CPU a tile stays in a core's second-level cache between the product and the kernel. On a GPU it is large enough
-# for the product to run at full speed
+# On a CPU each core's share of a tile stays in its second-level cache between the product and the kernel. On a GPU a
+# tile is large enough for the product to run at full speed
 TILINGS = {"cpu": Tiling(512, 1 << 20), "cuda": Tiling(8192, 256 << 20)}
 
 
@@ -126,7 +126,8 @@ class Problem:
             self.low = (self.hidden @ lora_a.to(self.narrow).t()) * lora_scale
         self.tiling = TILINGS[hidden.device.type]
         self.height = min(self.rows, self.tiling.rows)
-        width = self.tiling.bytes // (max(self.height, 1) * self.tile_dtype.itemsize)
+        threads = torch.get_num_threads() if hidden.device.type == "cpu" else 1
+        width = self.tiling.bytes * threads // (max(self.height, 1) * self.tile_dtype.itemsize)
         # whole vectors, and rows that begin at multiples of them
         self.width = max(64, width // 64 * 64)
         self.buffer = hidden.new_empty(self.height * min(self.width, weight.shape[0]), dtype=self.tile_dtype)

@@ -515,11 +515,11 @@ def linear_logprobs(
     with kept logits, else four.
 
     Memory beside inputs, results and their gradients, with n the rows that count, b the bytes of an element of
-    `hidden` and a those of an accumulator (4, or 8 for fp64): a buffer of 1 MiB on a CPU, 256 MiB on a GPU (half as
-    much again for bf16 and fp16); n·H·b for the rows that count, unless all do; about 130 + 34·K bytes for each; kept
-    from the forward to the backward n·V·b (on a GPU n·V·a) if that is at most `memory_budget`, or N·H·a for a frozen
-    head; in the backward n·H·a for hidden's gradient and, for the weight's, H·a per column of the buffer. On a CPU
-    products of bf16 and fp16 take up to one more buffer.
+    `hidden` and a those of an accumulator (4, or 8 for fp64): a buffer of 1 MiB per thread on a CPU, 256 MiB on a GPU
+    (half as much again for bf16 and fp16); n·H·b for the rows that count, unless all do; about 130 + 34·K bytes for
+    each; kept from the forward to the backward n·V·b (on a GPU n·V·a) if that is at most `memory_budget`, or N·H·a for
+    a frozen head; in the backward n·H·a for hidden's gradient and, for the weight's, H·a per column of the buffer. On a
+    CPU products of bf16 and fp16 take up to one more buffer.
 
     Args:
         hidden: (..., H), fp32, bf16, fp16 or fp64. Under torch.autocast it and the head are cast, as by a linear layer.
@@ -541,7 +541,7 @@ def linear_logprobs(
             is the sum over the shards.
         memory_budget: bytes of logits that the forward may keep for the backward; by default 1/32 of the device's
             memory. Results and gradients are the same bits, kept or not.
-        skip_below: leave tiles (512 rows x 512 columns or so on a CPU) out of the backward in which no element of the
+        skip_below: leave tiles (512 rows x some 1,000 columns on a CPU) out of the backward in which no element of the
             logits' gradient is larger than this; off by default. The error of hidden's gradient is then at most
             skip_below · Σ_v |weight[v, h]| over the skipped columns v, that of the weight's gradient at most
             skip_below · Σ_n |hidden[n, h]| over the rows n.

@@ -692,9 +692,10 @@ class TestMemory:
 
         run()
         n, a, b = int((targets != -100).sum()), max(4, dtype.itemsize), dtype.itemsize
-        columns = (1 << 20) // (min(n, 512) * b) // 64 * 64
+        buffer = torch.get_num_threads() << 20
+        columns = buffer // (min(n, 512) * b) // 64 * 64
         parts = {
-            "buffer": 1 << 20,
+            "buffer": buffer,
             "compacted": n * self.SIZE * b,
             "rows": n * (128 + 34) + self.ROWS * (16 + a),
             "logits": n * self.VOCAB * b,
@@ -712,7 +713,7 @@ class TestMemory:
         extra = 0 if dtype != torch.bfloat16 else parts["buffer"]
         assert 0.97 * want < peak < 1.03 * want + extra, (peak, want)
         if "logits" not in names:
-            assert peak < parts["logits"] / 2
+            assert peak - parts["results"] < parts["logits"] / 2
 
     @by_dtype
     def test_forward_alone(self, dtype):
