@@ -128,7 +128,7 @@ def plot(kernel: str, summaries: list[dict[str, Any]], where: dict[str, Any], fo
     speed.invert_yaxis()
     speed.margins(x=0.15)
     memory.set_xlabel("peak memory of one call, MB")
-    figure.legend(list(bars.values()), list(bars), loc="outside lower center", ncols=len(bars), fontsize=8)
+    figure.legend(list(bars.values()), list(bars), loc="outside lower center", ncols=min(len(bars), 5), fontsize=8)
     figure.suptitle(
         f"{where['cpu']}, {where['cores']} cores, torch {where['torch']}, fastpo {where['fastpo_kernels']}",
         fontsize=9,
