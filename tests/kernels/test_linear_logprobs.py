@@ -20,6 +20,7 @@ import fastpo
 from fastpo.kernels import _tiles
 from fastpo.kernels.linear_logprobs import STATISTICS
 from fastpo.reference import vocabulary
+from tests.device import to_device
 from tests.kernels.test_token_logprobs import exact, upstream
 from tests.memory import peak_allocated
 from tests.tolerance import assert_within
@@ -36,7 +37,8 @@ SCALING = 0.5
 
 
 def small_tiles(monkeypatch, rows: int, bytes: int) -> None:
-    monkeypatch.setitem(_tiles.TILINGS, "cpu", _tiles.Tiling(rows, bytes))
+    for device in _tiles.TILINGS:
+        monkeypatch.setitem(_tiles.TILINGS, device, _tiles.Tiling(rows, bytes))
 
 
 def make(
@@ -97,15 +99,17 @@ def call(given: dict[str, Tensor], **options):
 
 def evaluate(given: dict[str, Tensor], backend: str = "native", stats=STATISTICS, **options) -> dict[str, Tensor]:
     """All outputs, and the gradients for random upstream gradients of the differentiable ones."""
-    leaves = {n: given[n].detach().requires_grad_() for n in LEAVES if n in given}
+    leaves = {n: to_device(given[n]).detach().requires_grad_() for n in LEAVES if n in given}
+    options = {n: to_device(value) for n, value in options.items()}
     with fastpo.use_backend(backend):
-        out = call(leaves | {"targets": given["targets"]}, stats=stats, **options)
+        out = call(leaves | {"targets": to_device(given["targets"])}, stats=stats, **options)
     named = {"logprobs": out} if isinstance(out, Tensor) else out._asdict()
     outputs = {name: t for name, t in named.items() if t is not None}
     used = [n for n in DIFFERENTIABLE if n in outputs]
-    up = [upstream(n, outputs[n]) for n in used]
+    up = [to_device(upstream(n, outputs[n])) for n in used]
     grads = torch.autograd.grad([outputs[n] for n in used], list(leaves.values()), up)
-    return {n: t.detach() for n, t in outputs.items()} | {f"d_{n}": g for n, g in zip(leaves, grads, strict=True)}
+    found = {n: t.detach().cpu() for n, t in outputs.items()}
+    return found | {f"d_{n}": g.cpu() for n, g in zip(leaves, grads, strict=True)}
 
 
 def logits_of(given: dict[str, Tensor]) -> Tensor:
@@ -557,12 +561,13 @@ class TestFrozenHead:
     """Only hidden needs a gradient, as under LoRA or with a reference's head: two products in all."""
 
     def run(self, given: dict[str, Tensor], **options) -> dict[str, Tensor]:
+        given = {n: to_device(t) for n, t in given.items()}
         hidden = given["hidden"].detach().requires_grad_()
         out = fastpo.linear_logprobs(**{**given, "hidden": hidden}, stats=("logsumexp",), **options)
         used = {"logprobs": out.logprobs, "logsumexp": out.logsumexp}
-        up = [upstream(n, t) for n, t in used.items()]
+        up = [to_device(upstream(n, t)) for n, t in used.items()]
         (grad,) = torch.autograd.grad(list(used.values()), hidden, up)
-        return {"logprobs": out.logprobs.detach(), "logsumexp": out.logsumexp.detach(), "d_hidden": grad}
+        return {n: t.detach().cpu() for n, t in used.items()} | {"d_hidden": grad.cpu()}
 
     @by_dtype
     @pytest.mark.parametrize(
