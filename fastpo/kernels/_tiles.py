@@ -31,9 +31,10 @@ TILINGS = {"cpu": Tiling(512, 1 << 20), "cuda": Tiling(8192, 256 << 20)}
 class Found(NamedTuple):
     """What the forward returns. What was not asked for has no elements.
 
-    `state` (2, N): the largest number under the softmax, and the sum of the exponentials relative to it. `shard`: the
-    id of the weight's first row, on the CPU. `expected` (N, H): the gradient with respect to hidden of the logarithm
-    of that sum, without the targets' own terms. `kept`: the logits of the rows that count, tile after tile. `peaks`:
+    `state` (2, N): the largest number under the softmax, and the sum of the exponentials relative to it. `shard`, on
+    the CPU: the id of the weight's first row, and the columns of a slice. `expected` (N, H): the gradient with respect
+    to hidden of the logarithm of that sum, without the targets' own terms. `slopes` (N, K): the derivative by the logit
+    of what is under the softmax, at the targets. `kept`: the logits of the rows that count, tile after tile. `peaks`:
     per slice and row, the largest number under the softmax.
     """
 
@@ -41,6 +42,7 @@ class Found(NamedTuple):
     state: Tensor
     shard: Tensor
     expected: Tensor
+    slopes: Tensor
     kept: Tensor
     peaks: Tensor
     entropy: Tensor
@@ -96,6 +98,7 @@ class Problem:
         wide: bool,
         *,
         first: int,
+        width: int | None = None,
     ):
         self.count = hidden.shape[0]
         self.accumulate = torch.promote_types(hidden.dtype, torch.float32)
@@ -105,6 +108,7 @@ class Problem:
         self.tile_dtype = self.accumulate if mixed else self.narrow
         self.group = group
         self.weight, self.bias, self.logit_scale, self.cap = weight, bias, logit_scale, cap
+        targets = targets.contiguous()
         valid = targets != ignore_index
         if rows is None:
             # no arithmetic is spent on the other rows
@@ -127,9 +131,12 @@ class Problem:
         self.tiling = TILINGS[hidden.device.type]
         self.height = min(self.rows, self.tiling.rows)
         threads = torch.get_num_threads() if hidden.device.type == "cpu" else 1
-        width = self.tiling.bytes * threads // (max(self.height, 1) * self.tile_dtype.itemsize)
-        # whole vectors, and rows that begin at multiples of them
-        self.width = max(64, width // 64 * 64)
+        if width is None:
+            width = self.tiling.bytes * threads // (max(self.height, 1) * self.tile_dtype.itemsize)
+            # whole vectors, and rows that begin at multiples of them
+            width = max(64, width // 64 * 64)
+        # the backward has the forward's, whose logits may be kept, whatever the number of threads has become
+        self.width = width
         self.buffer = hidden.new_empty(self.height * min(self.width, weight.shape[0]), dtype=self.tile_dtype)
         self.gradient = None
         if self.tile_dtype != self.narrow:
@@ -221,23 +228,33 @@ def gather(t: Tensor, group: str) -> Tensor:
     return out.view(ranks.size(), *t.shape)
 
 
-def shard_of(weight: Tensor, targets: Tensor, group: str | None) -> tuple[int, int]:
+def _checksum(t: Tensor | None) -> Tensor | int:
+    """A number that depends on every bit and on the order; it wraps around."""
+    if t is None:
+        return 0
+    bits = t.double().view(torch.int64) if t.is_floating_point() else t.long()
+    place = torch.arange(1, t.numel() + 1, device=t.device)
+    return (bits.reshape(-1) * (place * 0x9E3779B1)).sum()
+
+
+def shard_of(
+    weight: Tensor, targets: Tensor, rows: Tensor | None, temperatures: Tensor | None, options: int, group: str | None
+) -> tuple[int, int]:
     """The id of this rank's first row of the weight, and the size of the whole vocabulary.
 
-    Raises on every rank if their rows are not the same: then the weight is sharded for another reason.
+    Raises on every rank if their rows or options (of which `options` is a hash) are not the same: then the weight is
+    sharded for another reason.
     """
     if group is None:
         return 0, weight.shape[0]
-    # depends on the order of the targets; wraps around
-    place = torch.arange(1, targets.numel() + 1, device=targets.device)
-    checksum = (targets.reshape(-1).long() * (place * 0x9E3779B1)).sum()
-    mine = torch.tensor([weight.shape[0], *targets.shape], device=targets.device)
-    ranks = gather(torch.cat([mine, checksum[None]]), group).tolist()
+    mine: list[Any] = [weight.shape[0], *targets.shape, 0 if rows is None else len(rows), options]
+    mine += [_checksum(t) for t in (targets, rows, temperatures)]
+    ranks = gather(torch.stack([torch.as_tensor(n, device=targets.device) for n in mine]), group).tolist()
     if any(r[1:] != ranks[0][1:] for r in ranks):
         raise ValueError(
-            "process_group: its ranks hold different targets. With a weight sharded over the vocabulary every rank "
-            "has the same rows; a weight sharded by FSDP or ZeRO has to be gathered first, as it is inside the "
-            "forward of the module that was wrapped"
+            "process_group: its ranks hold different targets, rows, temperatures or options. With a weight sharded "
+            "over the vocabulary every rank has the same; a weight sharded by FSDP or ZeRO has to be gathered first, "
+            "as it is inside the forward of the module that was wrapped"
         )
     sizes = [r[0] for r in ranks]
     return sum(sizes[: resolve(group).rank()]), sum(sizes)
@@ -287,6 +304,9 @@ def forward(
         state, taken, top1, total = _merge(p, first, state, taken, found, top1, total)
     largest, s, weighted, squared = state
     log_sum = s.log()
+    slopes = p.inverse[:, None].expand(p.targets.shape) if expected else taken[:0]
+    if p.cap and expected:
+        slopes = slopes * p.logit_scale * (1 - (taken / p.cap) ** 2)
     logprobs = (taken - largest[:, None]) * p.inverse[:, None] - log_sum[:, None]
     statistics: list[Tensor | None] = [
         log_sum - LN2 * weighted / s,
@@ -299,8 +319,9 @@ def forward(
     return Found(
         p.put(torch.where(p.valid, logprobs, 0), dtype=p.accumulate),
         p.put(torch.stack([largest, s], 1)).t().contiguous(),
-        torch.tensor([first]),
+        torch.tensor([first, p.width]),
         p.put(sums * (p.inverse / s)[:, None].to(p.accumulate)) if expected else sums,
+        p.put(slopes) if expected else slopes,
         kept,
         torch.stack(peaks) if peaks else p.inverse.new_empty((0, 0)),
         *(
@@ -317,13 +338,17 @@ def _add_expected(p: Problem, s: Slice, tile: Tile, data: Tensor, before: Tensor
     rows = tile.rows
     targets = p.targets[rows]
     one, zero = torch.ones_like(before), torch.zeros(targets.shape, dtype=torch.float64, device=data.device)
-    data = _dlogits(p, s, tile, data, state, one, None, zero)
+    # nothing but -inf so far: any finite number gives 0
+    relative = state.clone()
+    relative[0].clamp_(min=torch.finfo(torch.float32).min)
+    data = _dlogits(p, s, tile, data, relative, one, None, zero)
     # The targets' own terms are added where they can be exact: of a token that is nearly certain, they cancel all but
     # the last digits
     column = targets - s.first
     inside = (column >= 0) & (column < s.columns)
-    column = torch.where(inside, column, 0)
-    data.scatter_(1, column, torch.where(inside, 0, data.gather(1, column)))
+    # the least of what is there and 0, or, for an id of another slice, infinity
+    least = torch.where(inside, 0.0, math.inf).to(data.dtype)
+    data.scatter_reduce_(1, torch.where(inside, column, 0), least, "amin")
     factor = torch.where(before == state[0], 1.0, torch.exp((before - state[0]) * p.inverse[rows]))
     sums *= factor[:, None].to(sums.dtype)
     add_product(sums, data, s.weight)
@@ -389,7 +414,7 @@ def backward(
     s = largest_and_sum[:, 1]
     grads = torch.zeros(p.targets.shape, dtype=torch.float64, device=device)
     if grad_logprobs is not None:
-        grads = torch.where(p.valid, p.take(grad_logprobs).double(), 0)
+        grads = torch.where(p.valid, p.take(grad_logprobs).double(), 0).contiguous()
     at = -grads.sum(-1)
     if grad_logsumexp is not None:
         at = at + p.take(grad_logsumexp).double()
@@ -455,8 +480,9 @@ def backward(
         d_hidden = all_reduce(d_hidden, p.group)
         if d_low is not None and p.lora_a is not None:
             d_hidden.addmm_(d_low, p.lora_a.to(p.accumulate))
-        d_hidden = p.put(d_hidden, dtype=p.weight.dtype)
-    return d_hidden, d_weight, d_bias.to(p.weight.dtype), d_lora_a.to(p.weight.dtype), d_lora_b
+        d_hidden = p.put(d_hidden)
+    dtype = p.weight.dtype
+    return d_hidden.to(dtype), d_weight, d_bias.to(dtype), d_lora_a.to(dtype), d_lora_b
 
 
 def _skipped(p: Problem, largest: Tensor, peaks: Tensor, at: Tensor, slope: Tensor | None, skip: float) -> list[Any]:
