@@ -406,6 +406,7 @@ def _check_input(row: Objective, given: Input, value: object, sides: tuple[Side,
         _check_domain(given.name, tensor, given.domain, row.name)
     if not tensor.dtype.is_floating_point:
         tensor = tensor.to(torch.float32 if given.boolean else torch.float64)
+    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     return tensor if given.gradient else tensor.detach()
 
 

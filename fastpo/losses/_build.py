@@ -196,6 +196,16 @@ from torch import Tensor
 from fastpo.kernels.objective import PairwiseOutput as PairwiseOutput
 from fastpo.kernels.objective import PolicyOutput as PolicyOutput
 from fastpo.kernels.objective import UnpairedOutput as UnpairedOutput
+from fastpo.losses.composed import diffusion_dpo as diffusion_dpo
+from fastpo.losses.composed import hypo as hypo
+from fastpo.losses.composed import mixture as mixture
+from fastpo.losses.statistics import BetaDPOStatistics as BetaDPOStatistics
+from fastpo.losses.statistics import Moments as Moments
+from fastpo.losses.statistics import alpha_dpo_statistics as alpha_dpo_statistics
+from fastpo.losses.statistics import bco_delta as bco_delta
+from fastpo.losses.statistics import beta_dpo_statistics as beta_dpo_statistics
+from fastpo.losses.statistics import kto_kl as kto_kl
+from fastpo.losses.statistics import sampo_sample as sampo_sample
 
 """
 

@@ -183,7 +183,7 @@ derive(
     title="Direct Nash Optimization, practical form",
     paper="arXiv:2404.03715",
     equation="Eq. 13",
-    theory="step",
+    theory="property",
     online=True,
     about="""-log σ(β h) on pairs with a large margin of win rates; the reference is the previous iterate.
 
@@ -741,6 +741,30 @@ transport between them. The batch is what one call sees; the method wants the gl
 )
 
 
+def _rematched(sides: Sides, given: Given, hyper: Hyper) -> Prepared:
+    chosen, rejected = sides
+    (policy_w, reference_w), (policy_l, reference_l) = map(_sums, sides)
+    rank = (policy_w - reference_w).argsort(stable=True).argsort()
+    partner = (policy_l - reference_l).argsort(stable=True)[rank]
+    return (chosen, Side(rejected.sums()[0][partner], reference_l[partner])), ()
+
+
+derive(
+    "aot_unpaired",
+    "cdpo",
+    title="Alignment via Optimal Transport, unpaired",
+    paper="arXiv:2406.05882",
+    equation="the unpaired loss",
+    defaults={"beta": 0.01},
+    prepare=_rematched,
+    aliases={"trl": "aot_unpaired"},
+    about="""-(1-ε) log σ(β d) - ε log σ(-β d), d the i-th smallest chosen minus the i-th smallest rejected log-ratio.
+
+Chosen and rejected responses need not belong together, but are as many. Each chosen one is compared with the rejected
+one of its rank, whose reward stands at its place in rejected_rewards. The batch is what one call sees.""",
+)
+
+
 @register(
     "pairwise",
     title="DiscoPOP (log-ratio modulated loss)",
@@ -1177,19 +1201,24 @@ def r_dpo(pair: Pair, *, beta: float = 0.1, alpha: float = 0.05) -> Tensor:
 # on tokens
 
 
+def _wide(tokens: Tensor) -> Tensor:
+    """At least fp32: what is computed from tokens is not rounded to their dtype."""
+    return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+
+
 def _tdpo1(sides: Sides, given: Given, hyper: Hyper) -> Prepared:
     chosen, rejected = sides
     return (
-        chosen._replace(policy=chosen.policy + given["chosen_kl"]),
-        rejected._replace(policy=rejected.policy + given["rejected_kl"]),
+        chosen._replace(policy=_wide(chosen.policy) + given["chosen_kl"]),
+        rejected._replace(policy=_wide(rejected.policy) + given["rejected_kl"]),
     ), ()
 
 
 def _tdpo2(sides: Sides, given: Given, hyper: Hyper) -> Prepared:
     chosen, rejected = sides
     return (
-        chosen._replace(policy=chosen.policy + hyper["alpha"] * given["chosen_kl"].detach()),
-        rejected._replace(policy=rejected.policy + hyper["alpha"] * given["rejected_kl"]),
+        chosen._replace(policy=_wide(chosen.policy) + hyper["alpha"] * given["chosen_kl"].detach()),
+        rejected._replace(policy=_wide(rejected.policy) + hyper["alpha"] * given["rejected_kl"]),
     ), ()
 
 
@@ -1225,9 +1254,11 @@ def _shortened(sides: Sides, given: Given, hyper: Hyper) -> Prepared:
     shared = torch.minimum(*counts)
     out = []
     for side, (rank, row) in zip(sides, ranks, strict=True):
-        factor = torch.where(rank <= shared[row], 1.0, hyper["alpha"])
         assert side.reference is not None
-        out.append(side._replace(policy=side.policy * factor, reference=side.reference * factor))
+        within = rank <= shared[row]
+        models = _wide(side.policy), _wide(side.reference)
+        policy, reference = (torch.where(within, values, hyper["alpha"] * values) for values in models)
+        out.append(side._replace(policy=policy, reference=reference))
     return tuple(out), ()
 
 
