@@ -111,7 +111,7 @@ def bco(row: Single, labels: Tensor, delta: Tensor, weight: Tensor, *, beta: flo
 )
 def npo(row: Single, *, beta: float = 0.1) -> Tensor:
     """(2/β) softplus(βr) on data to be unlearned, r the log-ratio to the reference. Not verified."""
-    return 2 / beta * F.softplus(beta * row.logratio, threshold=100)
+    return -2 / beta * F.logsigmoid(-beta * row.logratio)
 
 
 _WIN = Input("win_probability", "P(completion preferred to the opponent's)", PROBABILITY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -210,6 +211,32 @@ class TestKernel:
         for name in case.row.options:
             with pytest.raises(ValueError, match=f"{name} must be one of .* for {case.row.name}, got 'other'"):
                 call(case, given, **{name: "other"})
+
+
+# not those that are sampled, cut or sorted: that is dpo or cdpo behind it
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if not c.row.tokens and not c.row.name.startswith("aot")], ids=lambda case: case.id
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_extreme_rows(case, dtype):
+    """Log-ratios of every size alone in their row, judged by themselves; NaN gives NaN."""
+    values = (0.0, 1e-30, -1e-30, 1.0, 50.0, -50.0, 300.0, -300.0, 1e4, -1e4, math.nan)
+    row = case.row
+    sides = [f"{row.scores}_{side}" if side else row.scores for side in row.sides]
+    grid = torch.tensor(list(itertools.product(values, repeat=len(sides)))).to(dtype)
+    given = arguments(case, "summed", len(grid), 3, dtype)
+    for name, column in zip(sides, grid.unbind(1), strict=True):
+        others = [name.replace(row.scores, model) for model in row.models]
+        # a log-prob itself is not above 0
+        given |= {name: torch.zeros_like(column) for name in others}
+        given[name] = column.clone() if row.reference_model else -column.abs()
+    ours, same = (evaluate(case, given, backend, reduction="none") for backend in ("native", "reference"))
+    known = grid.isfinite().all(1)
+    eps = torch.finfo(dtype).eps
+    for name, value in ours.items():
+        # exponents of size z lose z eps, and none is above 300 where its exponential is not 0 or clamped
+        torch.testing.assert_close(value[known], same[name][known], rtol=2000 * eps, atol=2000 * eps)
+    assert ours["loss"][~known].isnan().all() and same["loss"][~known].isnan().all()
 
 
 def test_every_formula_has_a_case():
