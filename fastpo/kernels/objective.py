@@ -448,14 +448,23 @@ def _mean(loss: Tensor, denominator: float | None) -> Tensor:
 
 def _choose(row: Objective, chosen: Mapping[str, object]) -> tuple[Objective, Callable[..., Any], bool]:
     """The row of the variant that the options choose, its map of the hyper-parameters, and whether it averages."""
-    if not chosen:
-        return row, dict, False
     for name, value in chosen.items():
         if value not in row.options[name]:
             known = ", ".join(repr(v) for v in row.options[name])
             raise ValueError(f"{name} must be one of {known} for {row.name}, got {value!r}")
     variant = row.variants[tuple(chosen.values())]  # type: ignore[arg-type]
     return objective(variant.row), variant.hyper, variant.length_norm
+
+
+def _check_inputs(
+    row: Objective, taken: Objective, inputs: Mapping[str, object], sides: tuple[Side, ...], rows: int
+) -> dict[str, Tensor]:
+    """The tensors beside the log-probs, each by itself and all together."""
+    given = {i.name: _check_input(row, i, inputs[i.name], sides, rows) for i in row.inputs}
+    if taken.check is not None and all(_checks.readable(t) for t in given.values()):
+        if (problem := taken.check(given)) is not None:
+            raise ValueError(f"{row.name}: {problem}")
+    return given
 
 
 def evaluate(
@@ -470,10 +479,11 @@ def evaluate(
     num_items: float | Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Loss and rewards of each side of a registry row; the functions of `fastpo.losses` document the arguments."""
-    taken, translate, average = (row, dict, False) if not options else _choose(row, options)
+    taken, translate, average = _choose(row, options) if options else (row, None, False)
     length_norm = length_norm or average
-    each = {name: value for name, value in hyper.items() if name in row.per_row and isinstance(value, Tensor)}
-    values = _checks.hyper_parameters(row.name, {n: v for n, v in hyper.items() if n not in each}, row.domains)
+    each = next((name for name in row.per_row if isinstance(hyper[name], Tensor)), None)
+    numbers = hyper if each is None else {name: value for name, value in hyper.items() if name != each}
+    values = _checks.hyper_parameters(row.name, numbers, row.domains)
     if row.joint is not None and (problem := row.joint(values)) is not None:
         raise ValueError(f"{row.name}: {problem}")
     lengths_needed = length_norm or taken.lengths in ("average", "count")
@@ -483,31 +493,25 @@ def evaluate(
         names = [_of(row.scores, side) for side in row.sides]
         raise ValueError(f"{names[1]} has {other} rows, {names[0]} has {rows}: pairs need as many of both")
     denominator = _denominator(reduction, num_items, rows, first, _of(row.scores, row.sides[0]))
-    columns: tuple[Tensor, ...] = ()
-    for name, value in each.items():
-        taken = objective(row.per_row[name])
-        columns = (_check_input(row, Input(name, "", domain=row.domains[name]), value, sides, rows),)
-    device = first.device
-    if row.inputs:
-        given = {i.name: _check_input(row, i, inputs[i.name], sides, rows) for i in row.inputs}
-        if taken.check is not None and all(_checks.readable(t) for t in given.values()):
-            if (problem := taken.check(given)) is not None:
-                raise ValueError(f"{row.name}: {problem}")
-        columns = tuple(given.values())
-    translated = translate(values)
-    checked = False
-    if taken.prepare is not None:
+    given = _check_inputs(row, taken, inputs, sides, rows) if row.inputs else {}
+    columns = tuple(given.values())
+    if each is not None:
+        taken = objective(row.per_row[each])
+        columns = (_check_input(row, Input(each, "", domain=row.domains[each]), hyper[each], sides, rows),)
+    if translate is not None:
+        values = translate(values)
+    # the compiled CPU kernel looks at boundaries itself
+    if taken.prepare is not None or first.device.type != "cpu":
         _check_boundaries(row, sides)
-        checked = True
-        sides, columns = taken.prepare(sides, given if row.inputs else {}, translated)
-    values = taken.formula_hyper(translated)
+    if taken.prepare is not None:
+        sides, columns = taken.prepare(sides, given, values)
+    values = taken.formula_hyper(values)
     columns = tuple(c.expand(rows) if c.dim() == 0 else c for c in columns)
-    models = len(row.models)
     streams = [s.policy for s in sides]
     streams += [s.reference.detach() for s in sides if s.reference is not None]
     streams += [s.previous.detach() for s in sides if s.previous is not None]
-    formula = _kernel_of(taken, device, *(s.dtype for s in streams))
-    if not checked and (formula is None or device.type != "cpu"):  # the compiled CPU kernel looks itself
+    formula = _kernel_of(taken, first.device, *(s.dtype for s in streams))
+    if formula is None and taken.prepare is None and first.device.type == "cpu":
         _check_boundaries(row, sides)
     if formula is not None:
         known: Sequence[str] = _native.CPU.hyper_parameters
@@ -528,7 +532,7 @@ def evaluate(
             reduction != "none",
             denominator,
             len(sides),
-            models,
+            len(row.models),
             *streams,
             *(s.mask for s in sides),
             *(s.cu_seqlens for s in sides),

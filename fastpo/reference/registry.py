@@ -172,8 +172,7 @@ class Objective:
 
     def formula_hyper(self, given: Mapping[str, float]) -> dict[str, float]:
         """The hyper-parameters of the formula from the public ones."""
-        values = dict(given) if self.hyper is None else self.hyper(dict(given))
-        return {**values, **self.fixed}
+        return {**(given if self.hyper is None else self.hyper(dict(given))), **self.fixed}
 
 
 _ROWS: dict[str, Objective] = {}

@@ -12,6 +12,7 @@ from torch import Tensor
 import fastpo
 from fastpo import losses
 from fastpo.reference.registry import Domain, Input, Objective, objective, objectives
+from tests.device import to_device
 
 # no hyper-parameter is at a special value; log-ratios below are of order 1
 HYPER = {
@@ -144,14 +145,15 @@ def call(case: Case, given: dict[str, Tensor], backend: str = "native", **more: 
 def evaluate(case: Case, given: dict[str, Tensor], backend: str = "native", **more: Any) -> dict[str, Tensor]:
     """Outputs, and the gradients of what is differentiable under an upstream gradient of both signs."""
     names = policies(case)
+    given = {name: to_device(value) for name, value in given.items()}
     leaves = {name: given[name].detach().clone().requires_grad_() for name in names}
     out = call(case, {**given, **leaves}, backend, **more)
-    upstream = torch.linspace(-1.5, 2.0, max(out.loss.numel(), 1)).to(out.loss.dtype).view_as(out.loss)
+    upstream = torch.linspace(-1.5, 2.0, max(out.loss.numel(), 1)).to(out.loss).view_as(out.loss)
     grads = torch.autograd.grad(out.loss, list(leaves.values()), upstream, allow_unused=True)
     found = dict(zip(out._fields, (value.detach() for value in out), strict=True))
     for name, grad in zip(names, grads, strict=True):
         found[f"grad of {name}"] = torch.zeros_like(given[name]) if grad is None else grad
-    return found
+    return {name: value.cpu() for name, value in found.items()}
 
 
 def as_double(given: dict[str, Tensor]) -> dict[str, Tensor]:

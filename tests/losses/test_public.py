@@ -35,6 +35,12 @@ def test_signature_and_docstring(row):
     assert function.__name__ == row.name and function.__module__ == "fastpo.losses"
 
 
+def test_the_readme_names_every_objective():
+    text = (Path(losses.__file__).parents[2] / "README.md").read_text()
+    functions = [name for name in losses.__all__ if name[0].islower()]
+    assert [name for name in functions if f"`{name}`" not in text] == []
+
+
 def test_unknown_objective():
     with pytest.raises(AttributeError, match="no objective 'dppo'; it has dpo, cdpo"):
         _ = losses.dppo
