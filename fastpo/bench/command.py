@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     add = kernels.add_parser("objective", parents=[backward, common], help=help_, description=help_)
     add.add_argument("--pairs", type=positive, default=ObjectiveCase.pairs)
     add.add_argument("--tokens", type=positive, default=0, help="per sequence; without, summed log-probs")
-    formulas = [row.name for row in objectives("pairwise")]
+    formulas = [row.name for row in objectives("pairwise") if ObjectiveCase.takes(row)]
     add.add_argument("--formula", choices=formulas, default=ObjectiveCase.formula)
     add.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     _providers(add, ObjectiveCase.PROVIDERS)
