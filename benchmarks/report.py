@@ -43,7 +43,7 @@ COLOURS = {
 }
 # in the sweep; and what a provider may take there: bytes beside its results, seconds of a call
 SWEPT = ("fastpo_kept", "compile", "core", "core_chunked", "trl")
-MOST_BYTES, MOST_SECONDS = 12e9, 60.0
+MOST_BYTES, MOST_SECONDS = 12e9, 20.0
 
 
 def commit() -> str | None:

@@ -209,10 +209,10 @@ def interleave(runs: dict[str, Run], repetitions: int, least_seconds: float = 5e
     """
     numbers = {}
     for name, run in runs.items():
-        run()
-        start = perf_counter()
-        run()
-        numbers[name] = max(1, math.ceil(least_seconds / (perf_counter() - start)))
+        seconds = _timed(run, 1)
+        # the first call of a short one says little
+        seconds = seconds if seconds > 1 else _timed(run, 1)
+        numbers[name] = max(1, math.ceil(least_seconds / seconds))
     samples: dict[str, list[float]] = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0).shuffle
     collecting = gc.isenabled()
@@ -222,15 +222,19 @@ def interleave(runs: dict[str, Run], repetitions: int, least_seconds: float = 5e
         for _ in range(repetitions):
             shuffle(order)
             for name in order:
-                run, number = runs[name], range(numbers[name])
-                start = perf_counter()
-                for _ in number:
-                    run()
-                samples[name].append((perf_counter() - start) / len(number))
+                samples[name].append(_timed(runs[name], numbers[name]))
     finally:
         if collecting:
             gc.enable()
     return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def _timed(run: Run, calls: int) -> float:
+    """Seconds of a call."""
+    start = perf_counter()
+    for _ in range(calls):
+        run()
+    return (perf_counter() - start) / calls
 
 
 def peak_bytes(run: Run) -> int | None:

@@ -191,14 +191,28 @@ class Problem:
         return self.cap * torch.tanh(self.logit_scale / self.cap * logits) if self.cap else logits
 
 
+def allocate(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory that may be large, on the device of `like` and by default of its dtype."""
+    out = like.new_empty(shape, dtype=dtype or like.dtype)
+    if not out.is_cuda:
+        torch.ops.fastpo.advise_huge_pages(out)
+    return out
+
+
 def multiplies_into_wide(t: Tensor) -> bool:
     """Whether there are products of narrow matrices with an fp32 result, so that logits are not rounded."""
     return t.is_cuda
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b, where out may be wider than a and b."""
-    if a.dtype == out.dtype:
+def add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool = False) -> None:
+    """out += a b, where out may be wider than a and b; or out = a b for the `first` one."""
+    if first and a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif first and multiplies_into_wide(a):
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif first:
+        out.copy_(a @ b)
+    elif a.dtype == out.dtype:
         out.addmm_(a, b)
     elif multiplies_into_wide(a):
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
@@ -272,7 +286,7 @@ def forward(
     top1 = p.targets.new_zeros(p.rows) if stats & 8 else None
     total = p.inverse.new_zeros(p.rows) if stats & 16 else None
     logits = p.rows * p.weight.shape[0]
-    kept = p.buffer.new_empty(logits if 0 < logits * p.tile_dtype.itemsize <= budget else 0)
+    kept = allocate(p.buffer, logits if 0 < logits * p.tile_dtype.itemsize <= budget else 0)
     expected = expected and not kept.numel()
     sums = torch.zeros((p.rows if expected else 0, p.hidden.shape[1]), dtype=p.accumulate, device=device)
     peaks = []
@@ -436,16 +450,13 @@ def backward(
     low = p.low is not None and bool(needed & 25)
     d_hidden, d_bias = zeros(1, p.hidden), zeros(4, p.bias)
     d_low = torch.zeros_like(p.low, dtype=p.accumulate) if low and p.low is not None else None
-    d_weight, d_lora_b = (
-        t.new_empty(t.shape if needed & bit else 0)
-        for t, bit in ((p.weight, 2), (p.weight if p.lora_b is None else p.lora_b, 16))
-    )
+    d_weight, d_lora_b = SliceGradient(p, p.weight, needed & 2), SliceGradient(p, p.lora_b, needed & 16)
     states = [largest_and_sum[r : r + p.height].t() for r in range(0, p.rows, max(p.height, 1))]
     states = [torch.cat([t, torch.zeros_like(t)]).contiguous() for t in states]
     for n, part in enumerate(p.slices()):
         columns = slice(part.first, part.first + part.columns)
-        # over the blocks of rows, in fp32 whatever the weight's dtype
-        d_slice, d_slice_b = zeros(2, part.weight), zeros(16, part.lora_b)
+        d_weight.begin(columns)
+        d_lora_b.begin(columns)
         for m, (tile, block) in enumerate(zip(p.tiles(part), states, strict=True)):
             if skipped is not None and skipped[n][m]:
                 continue
@@ -460,17 +471,15 @@ def backward(
             if needed & 1:
                 add_product(d_hidden[rows], data, part.weight)
             if needed & 2:
-                add_product(d_slice, data.t(), p.hidden[rows])
+                d_weight.add(data.t(), p.hidden[rows])
             if needed & 4:
                 d_bias[columns] += data.sum(0, dtype=p.accumulate)
             if d_low is not None and part.lora_b is not None:
                 add_product(d_low[rows], data, part.lora_b)
             if needed & 16 and p.low is not None:
-                add_product(d_slice_b, data.t(), p.low[rows])
-        if needed & 2:
-            d_weight[columns] = d_slice
-        if needed & 16:
-            d_lora_b[columns] = d_slice_b
+                d_lora_b.add(data.t(), p.low[rows])
+        d_weight.end()
+        d_lora_b.end()
     d_lora_a = zeros(8, p.lora_a)
     if d_low is not None and p.lora_a is not None:
         d_low = all_reduce(d_low, p.group) * p.lora_scale
@@ -482,7 +491,36 @@ def backward(
             d_hidden.addmm_(d_low, p.lora_a.to(p.accumulate))
         d_hidden = p.put(d_hidden)
     dtype = p.weight.dtype
-    return d_hidden.to(dtype), d_weight, d_bias.to(dtype), d_lora_a.to(dtype), d_lora_b
+    return d_hidden.to(dtype), d_weight.out, d_bias.to(dtype), d_lora_a.to(dtype), d_lora_b.out
+
+
+class SliceGradient:
+    """The gradient of a matrix with a row per token, slice by slice: summed in fp32 whatever its dtype.
+
+    A sum of that dtype, or of one block of rows, is made in its place. `wanted` 0: nothing is made, `out` is empty.
+    """
+
+    def __init__(self, p: Problem, like: Tensor | None, wanted: int):
+        self.wanted = bool(wanted) and like is not None
+        like = p.weight if like is None else like
+        self.out = allocate(like, *like.shape) if self.wanted else like.new_empty(0)
+        apart = self.wanted and like.dtype != p.accumulate and p.rows > p.height
+        self.sums = like.new_empty((min(p.width, len(like)), like.shape[1]) if apart else 0, dtype=p.accumulate)
+
+    def begin(self, columns: slice) -> None:
+        self.part = self.out[columns]
+        self.sum = self.sums[: len(self.part)] if self.sums.numel() else self.part
+        self.empty = True
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        add_product(self.sum, a, b, first=self.empty)
+        self.empty = False
+
+    def end(self) -> None:
+        if self.empty:
+            self.part.zero_()
+        elif self.sum is not self.part:
+            self.part.copy_(self.sum)
 
 
 def _skipped(p: Problem, largest: Tensor, peaks: Tensor, at: Tensor, slope: Tensor | None, skip: float) -> list[Any]:

@@ -37,6 +37,8 @@ torch.library.define(
     "(Tensor(a!) tile, int first, Tensor targets, Tensor inverse, float logit_scale, float cap, Tensor state, "
     "Tensor at, Tensor? slope, Tensor grads, Tensor(b!)? out=None) -> ()",
 )
+# of fresh memory on a CPU: its pages are to be large ones, which are faulted in many times faster
+torch.library.define("fastpo::advise_huge_pages", "(Tensor t) -> ()")
 # hidden (N, H), targets (N, K); cap 0 stands for none
 _PROBLEM = (
     "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? rows, "
@@ -533,8 +535,9 @@ def linear_logprobs(
     `hidden` and a those of an accumulator (4, or 8 for fp64): a buffer of 1 MiB per thread on a CPU, 256 MiB on a GPU
     (half as much again for bf16 and fp16); n·H·b for the rows that count, unless all do; about 130 + 34·K bytes for
     each; kept from the forward to the backward n·V·b (on a GPU n·V·a) if that is at most `memory_budget`, or N·H·a for
-    a frozen head; in the backward n·H·a for hidden's gradient and, for the weight's, H·a per column of the buffer. On a
-    CPU products of bf16 and fp16 take up to one more buffer.
+    a frozen head; in the backward n·H·a for hidden's gradient and, for a bf16 or fp16 weight's, H·a per column of the
+    buffer where the rows are more than the buffer's (512, on a GPU 8,192). On a CPU products of bf16 and fp16 take up
+    to one more buffer.
 
     Args:
         hidden: (..., H), fp32, bf16, fp16 or fp64. Under torch.autocast it and the head are cast, as by a linear layer.

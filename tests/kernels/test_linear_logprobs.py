@@ -76,10 +76,10 @@ def counted_products(monkeypatch):
     sizes = []
 
     def counted(function):
-        def run(out, *args):
+        def run(out, *args, **options):
             if out.numel():
                 sizes.append(tuple(out.shape))
-            return function(out, *args)
+            return function(out, *args, **options)
 
         return run
 
@@ -846,7 +846,9 @@ class TestMemory:
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
     def test_recomputed_and_kept(self, dtype):
-        both, names = ("hidden", "weight"), "buffer compacted rows d_hidden d_slice results"
+        both, names = ("hidden", "weight"), "buffer compacted rows d_hidden results"
+        # else it is summed where it belongs
+        names += " d_slice" if dtype == torch.bfloat16 else ""
         self.check(dtype, both, names, memory_budget=0)
         self.check(dtype, both, names + " logits", memory_budget=1 << 30)
 
