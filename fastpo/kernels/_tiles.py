@@ -191,14 +191,6 @@ class Problem:
         return self.cap * torch.tanh(self.logit_scale / self.cap * logits) if self.cap else logits
 
 
-def allocate(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory that may be large, on the device of `like` and by default of its dtype."""
-    out = like.new_empty(shape, dtype=dtype or like.dtype)
-    if not out.is_cuda:
-        torch.ops.fastpo.advise_huge_pages(out)
-    return out
-
-
 def multiplies_into_wide(t: Tensor) -> bool:
     """Whether there are products of narrow matrices with an fp32 result, so that logits are not rounded."""
     return t.is_cuda
@@ -286,7 +278,7 @@ def forward(
     top1 = p.targets.new_zeros(p.rows) if stats & 8 else None
     total = p.inverse.new_zeros(p.rows) if stats & 16 else None
     logits = p.rows * p.weight.shape[0]
-    kept = allocate(p.buffer, logits if 0 < logits * p.tile_dtype.itemsize <= budget else 0)
+    kept = p.buffer.new_empty(logits if 0 < logits * p.tile_dtype.itemsize <= budget else 0)
     expected = expected and not kept.numel()
     sums = torch.zeros((p.rows if expected else 0, p.hidden.shape[1]), dtype=p.accumulate, device=device)
     peaks = []
@@ -503,7 +495,7 @@ class SliceGradient:
     def __init__(self, p: Problem, like: Tensor | None, wanted: int):
         self.wanted = bool(wanted) and like is not None
         like = p.weight if like is None else like
-        self.out = allocate(like, *like.shape) if self.wanted else like.new_empty(0)
+        self.out = like.new_empty(like.shape if self.wanted else 0)
         apart = self.wanted and like.dtype != p.accumulate and p.rows > p.height
         self.sums = like.new_empty((min(p.width, len(like)), like.shape[1]) if apart else 0, dtype=p.accumulate)
 

@@ -37,8 +37,6 @@ torch.library.define(
     "(Tensor(a!) tile, int first, Tensor targets, Tensor inverse, float logit_scale, float cap, Tensor state, "
     "Tensor at, Tensor? slope, Tensor grads, Tensor(b!)? out=None) -> ()",
 )
-# of fresh memory on a CPU: its pages are to be large ones, which are faulted in many times faster
-torch.library.define("fastpo::advise_huge_pages", "(Tensor t) -> ()")
 # hidden (N, H), targets (N, K); cap 0 stands for none
 _PROBLEM = (
     "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? rows, "
