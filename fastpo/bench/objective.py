@@ -113,21 +113,21 @@ class ObjectiveCase:
         # a token has about -4 nats and the policy moved by 1/32; a sequence -100, moved by 2
         deepest, moved = (512, 4) if self.tokens else (12_800, 256)
         # odd, so that averages of chosen and rejected do not tie
-        lengths = torch.randint(
-            max(self.tokens, 64) // 8, max(self.tokens, 64) // 2, (self.pairs,), generator=generator
-        )
-        lengths = (2 * lengths + 1).clamp(max=self.tokens or math.inf)
+        longest = self.tokens or 128
+        lengths = 2 * torch.randint(longest // 8, (longest + 1) // 2, (self.pairs,), generator=generator) + 1
         # a log-prob is negative
         reference = -torch.randint(moved + 1, deepest, shape, generator=generator) / 64
 
         def model() -> Tensor:
             return (reference + torch.randint(-moved, moved + 1, shape, generator=generator) / 64).to(dtype)
 
+        taken, variant = _variant(row, self.options)
+        needed = not self.tokens and (variant.length_norm or taken.lengths in ("average", "count"))
         return Side(
             model(),
             reference.to(dtype) if row.reference_model else None,
             torch.arange(self.tokens) < lengths[:, None] if self.tokens else None,
-            lengths=lengths if not self.tokens and row.lengths in ("average", "count") else None,
+            lengths=lengths if needed else None,
             previous=model() if row.previous_model else None,
         )
 
@@ -190,7 +190,7 @@ def _eager(row: Objective, options: Options, sides: Sides, inputs: Inputs) -> Se
     sums = [_summed(side) for side in sides]
     averages = [per_token(s) for s in sums] if variant.length_norm or taken.lengths == "average" else sums
     pair = Pair(*(value for field in zip(*averages, strict=True) for value in field))
-    loss = taken.formula(pair, *columns, **hyper).mean()
+    loss = taken.formula(pair, *(c.to(pair.chosen.dtype) for c in columns), **hyper).mean()
     rewarded = averages if taken.lengths == "average" else sums
     chosen_rewards, rejected_rewards = (hyper.get("beta", 1.0) * s.logratio.detach() for s in rewarded)
     return [loss, chosen_rewards, rejected_rewards, (chosen_rewards > rejected_rewards).to(loss.dtype)]
@@ -241,6 +241,8 @@ def _expected(
     if upstream:
         gradients = torch.autograd.grad(values["loss"], leaves, upstream[0].double())
         for name, gradient in zip(("chosen_gradient", "rejected_gradient"), gradients, strict=True):
-            weight = gradient.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+            # the sigmoids of some formulas nearly cancel in it, and a sigmoid's own slope is what is rounded
+            slope = 0.25 * hyper.get("beta", 1.0) * upstream[0].item() / len(losses_)
+            weight = gradient.abs().max().clamp_min(slope)
             expected[name] = Expected(gradient, weight, largest, eps)
     return expected

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 LN2 = math.log(2)
+# elements of a tile that are handled in fp64 by torch at a time
+_WIDE = 1 << 20
 
 
 class Tiling(NamedTuple):
@@ -484,6 +486,28 @@ def backward(
         d_hidden = p.put(d_hidden)
     dtype = p.weight.dtype
     return d_hidden.to(dtype), d_weight.out, d_bias.to(dtype), d_lora_a.to(dtype), d_lora_b.out
+
+
+def variance(p: Problem, state: Tensor, entropy: Tensor) -> Tensor:
+    """Per row, the variance of what is under the softmax, in fp64, from logits that are computed again."""
+    largest, s = p.take(state.t()).unbind(1)
+    largest, log_sum = largest * p.inverse, s.log()
+    mean = largest + log_sum - p.take(entropy)
+    out = torch.zeros_like(mean)
+    for part in p.slices():
+        # in fp64 there are a few copies
+        height = max(1, _WIDE // part.columns)
+        for tile in p.tiles(part):
+            data = tile.within(p.buffer)
+            p.fill(data, part, tile.rows)
+            for r in range(0, len(data), height):
+                rows = slice(tile.rows.start + r, min(tile.rows.start + r + height, tile.rows.stop))
+                x = p.capped(data[r : r + height]) * p.inverse[rows, None]
+                probability = torch.exp(x - (largest[rows] + log_sum[rows])[:, None])
+                # an impossible token adds 0, not 0 · inf
+                off = torch.where(probability == 0, 0, x - mean[rows, None])
+                out[rows] += (probability * off.square()).sum(1)
+    return p.put(all_reduce(out, p.group))
 
 
 class SliceGradient:
