@@ -13,7 +13,7 @@ namespace fastpo {
   void token_logprobs_backward(const TokenLogprobs&, int64_t, int64_t); \
   void fold_tile(const LogitTile&, int64_t, int64_t);                   \
   void dlogits_tile(const LogitTile&, int64_t, int64_t);                \
-  void objective(const Objective&, int64_t, int64_t);                   \
+  void objective(const Objective&, int64_t, int64_t, int64_t);          \
   void spread(const Spread&, int64_t, int64_t);                         \
   }
 #define FASTPO_TABLE(set) \
