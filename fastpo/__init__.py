@@ -12,6 +12,7 @@ from fastpo.kernels import (
     linear_logprobs,
     pack,
     sequence_logprobs,
+    token_kl,
     token_logprobs,
     use_backend,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "losses",
     "pack",
     "sequence_logprobs",
+    "token_kl",
     "token_logprobs",
     "use_backend",
 ]

@@ -62,6 +62,37 @@ def token_logprobs(
     return TokenLogprobs(taken if many else taken.squeeze(-1), **found)
 
 
+def token_kl(
+    logits: Tensor,
+    reference_logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    direction: str = "forward",
+) -> Tensor:
+    """The Kullback-Leibler divergence of every row, as `fastpo.token_kl` documents it."""
+    accumulate = torch.promote_types(logits.dtype, torch.float32)
+    divisor = temperature.to(accumulate).unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+
+    def logprobs(x: Tensor) -> Tensor:
+        x = x.to(accumulate)
+        # rows that nobody asks about may hold anything: they are replaced, not multiplied away
+        x = x if mask is None else torch.where(mask.unsqueeze(-1), x, 0)
+        return (x / divisor).log_softmax(-1)
+
+    log_p, log_q = logprobs(reference_logits), logprobs(logits)
+    if direction == "reverse":
+        log_p, log_q = log_q, log_p
+    p = log_p.exp()
+    # 0 · (-inf - anything): what p cannot draw adds nothing
+    none = p == 0
+    kl = torch.where(none, 0, p * (torch.where(none, 0, log_p) - torch.where(none, 0, log_q))).sum(-1)
+    # but for what it can, though with less than the dtype's least number, where q cannot
+    impossible = (none & (log_p > -torch.inf) & (log_q == -torch.inf)).any(-1)
+    kl = kl + torch.where(impossible, torch.inf, 0.0)
+    return kl if mask is None else torch.where(mask, kl, 0)
+
+
 class LinearLogprobs(NamedTuple):
     """What `linear_logprobs` returns when statistics are asked for; those not asked for are None.
 
