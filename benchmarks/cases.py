@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastpo.bench import Case, ObjectiveCase, TokenLogprobsCase
+from fastpo.bench import Case, ObjectiveCase, TokenLogprobsCase, VocabDivergenceCase
 
 FORWARD = TokenLogprobsCase(512, 50_000)
 ENTROPY = TokenLogprobsCase(512, 50_000, stats=("entropy",))
@@ -13,12 +13,17 @@ BACKWARD = TokenLogprobsCase(512, 50_000, backward=True)
 BFLOAT16 = TokenLogprobsCase(512, 50_000, dtype="bfloat16")
 
 TOKEN_LOGPROBS = (FORWARD, ENTROPY, BACKWARD, BFLOAT16)
+VOCAB_DIVERGENCE = tuple(VocabDivergenceCase(backward=backward) for backward in (False, True))
 OBJECTIVE = tuple(
     ObjectiveCase(pairs, tokens, backward=backward)
     for pairs, tokens in ((8, 0), (65_536, 0), (1_048_576, 0), (64, 4096))
     for backward in (False, True)
 )
-GROUPS: dict[str, tuple[Case, ...]] = {"token_logprobs": TOKEN_LOGPROBS, "objective": OBJECTIVE}
+GROUPS: dict[str, tuple[Case, ...]] = {
+    "token_logprobs": TOKEN_LOGPROBS,
+    "vocab_divergence": VOCAB_DIVERGENCE,
+    "objective": OBJECTIVE,
+}
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from fastpo.bench import (
     Provider,
     TokenLogprobsCase,
     UnavailableError,
+    VocabDivergenceCase,
     main,
     measure,
     measure_in_processes,
@@ -170,6 +171,16 @@ def test_token_logprobs_passes_its_own_check(dtype: str, backward: bool) -> None
     assert ("fastpo_float32" in outcomes) == (not backward and dtype in ("bfloat16", "float16"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_vocab_divergence_passes_its_own_check(dtype: str, direction: str, backward: bool) -> None:
+    case = VocabDivergenceCase(7, 333, dtype, direction, backward)
+    outcomes = measure(case, only=("read",), repetitions=1).outcomes
+    assert set(outcomes) == {"fastpo", "eager", "read"}
+    assert set(outcomes["fastpo"].errors) == {"divergence", *["gradient"] * backward}
+
+
 @pytest.mark.parametrize("tokens", [0, 9])
 @pytest.mark.parametrize("formula", ["dpo", "cdpo", "robust_dpo", "ipo", "hinge"])
 def test_objective_passes_its_own_check(formula: str, tokens: int) -> None:
@@ -208,6 +219,7 @@ def test_command_prints_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFi
     assert eager["speed"]["min"] <= eager["speed"]["median"] <= eager["speed"]["max"]
     assert case["bar"]["floors"] == ["read", "cached"]
     assert main(["objective", "--pairs", "5", "--tokens", "4", "--processes", "1", "--providers"]) == 0
+    assert main(["vocab_divergence", "--rows", "3", "--vocab", "50", "--processes", "1", "--providers"]) == 0
 
 
 def test_command_refuses_when_fastpo_is_wrong(

@@ -16,6 +16,7 @@ from fastpo.bench.harness import (
 from fastpo.bench.objective import ObjectiveCase
 from fastpo.bench.processes import environment, measure_in_processes, summarise, table
 from fastpo.bench.token_logprobs import TokenLogprobsCase
+from fastpo.bench.vocab_divergence import VocabDivergenceCase
 
 __all__ = [
     "Case",
@@ -26,6 +27,7 @@ __all__ = [
     "Provider",
     "TokenLogprobsCase",
     "UnavailableError",
+    "VocabDivergenceCase",
     "environment",
     "main",
     "measure",

@@ -11,6 +11,7 @@ from fastpo.bench.harness import BASELINE, OWN, Case, CheckFailedError
 from fastpo.bench.objective import ObjectiveCase
 from fastpo.bench.processes import LEGEND, environment, heading, measure_in_processes, summarise, table
 from fastpo.bench.token_logprobs import TokenLogprobsCase
+from fastpo.bench.vocab_divergence import VocabDivergenceCase
 from fastpo.kernels.token_logprobs import STATISTICS
 from fastpo.reference.registry import objectives
 
@@ -41,8 +42,15 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--vocab", type=positive, default=TokenLogprobsCase.vocab)
     add.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
     add.add_argument("--stats", nargs="+", choices=STATISTICS, default=[], metavar="STAT", help=", ".join(STATISTICS))
-    help_ = "pairwise losses with their metrics, from log-probs"
     _providers(add, TokenLogprobsCase.PROVIDERS)
+    help_ = "KL between two models' next-token distributions, from logits"
+    add = kernels.add_parser("vocab_divergence", parents=[common], help=help_, description=help_)
+    add.add_argument("--rows", type=positive, default=VocabDivergenceCase.rows)
+    add.add_argument("--vocab", type=positive, default=VocabDivergenceCase.vocab)
+    add.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
+    add.add_argument("--direction", choices=("forward", "reverse"), default=VocabDivergenceCase.direction)
+    _providers(add, VocabDivergenceCase.PROVIDERS)
+    help_ = "pairwise losses with their metrics, from log-probs"
     add = kernels.add_parser("objective", parents=[common], help=help_, description=help_)
     add.add_argument("--pairs", type=positive, default=ObjectiveCase.pairs)
     add.add_argument("--tokens", type=positive, default=0, help="per sequence; without, summed log-probs")
@@ -69,6 +77,8 @@ def main(argv: list[str]) -> int:
     if args.kernel == "token_logprobs":
         stats = tuple(dict.fromkeys(args.stats))
         case = TokenLogprobsCase(args.rows, args.vocab, args.dtype, stats, args.backward)
+    elif args.kernel == "vocab_divergence":
+        case = VocabDivergenceCase(args.rows, args.vocab, args.dtype, args.direction, args.backward)
     else:
         case = ObjectiveCase(args.pairs, args.tokens, args.formula, args.dtype, args.backward)
     where = environment()

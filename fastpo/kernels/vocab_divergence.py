@@ -54,6 +54,23 @@ def _fake_backward(
     return gradient(to_logits), gradient(to_reference)
 
 
+_native.on_cuda("vocab_divergence", _native.why_not_triton, by="Triton")
+
+
+@torch.library.impl("fastpo::vocab_divergence", "CUDA")
+def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
+    from fastpo.kernels.triton import vocab_divergence as kernels
+
+    return kernels.forward(*args)
+
+
+@torch.library.impl("fastpo::vocab_divergence_backward", "CUDA")
+def _cuda_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    from fastpo.kernels.triton import vocab_divergence as kernels
+
+    return kernels.backward(*args)
+
+
 class _VocabDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
