@@ -64,9 +64,6 @@ struct TokenLogprobs {
   }
 };
 
-// Of p from q. The order is that of fastpo/kernels/vocab_divergence.py, and grows at its end only.
-enum class Divergence : int { kl, jsd };
-
 // Rows of two streams of logits, of the reference's p = softmax(reference / T) and the policy's q = softmax(logits /
 // T). Everything but them is contiguous; outputs are in the accumulator's type, gradients in that of the logits.
 struct VocabDivergence {
@@ -76,11 +73,8 @@ struct VocabDivergence {
   const bool* mask;          // per row, or null
   const void* temperatures;  // per row, in the accumulator's type, or null
   double temperature;
-  Divergence kind;
-  double beta;       // of jsd
   void* divergence;  // (rows,)
-  void* state;  // (4, rows), or (6, rows) for jsd: both largest logits, Σ e^((a - max) / T) of the reference, log of
-                // its ratio to q's; KL(p || m), KL(q || m)
+  void* state;       // (4, rows): both largest logits, Σ e^((a - max) / T) of the reference, log of its ratio to q's
   // backward
   const void* grad;
   void* grad_logits;  // null if not wanted
