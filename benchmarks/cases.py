@@ -5,12 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastpo.bench import Case, ObjectiveCase, TokenLogprobsCase, VocabDivergenceCase
+from fastpo.bench import (
+    Case,
+    LinearDpoCase,
+    LinearLogprobsCase,
+    ObjectiveCase,
+    TokenLogprobsCase,
+    VocabDivergenceCase,
+)
+from fastpo.bench.processes import spread
 
 FORWARD = TokenLogprobsCase(512, 50_000)
 ENTROPY = TokenLogprobsCase(512, 50_000, stats=("entropy",))
 BACKWARD = TokenLogprobsCase(512, 50_000, backward=True)
 BFLOAT16 = TokenLogprobsCase(512, 50_000, dtype="bfloat16")
+
+HALF = LinearLogprobsCase(backward=True)
+HALF_BFLOAT16 = LinearLogprobsCase(dtype="bfloat16", backward=True)
+HALF_FROZEN = LinearLogprobsCase(frozen=True, backward=True)
+WHOLE = LinearLogprobsCase(prompt=0.0, backward=True)
+DPO = LinearDpoCase()
 
 TOKEN_LOGPROBS = (FORWARD, ENTROPY, BACKWARD, BFLOAT16)
 VOCAB_DIVERGENCE = tuple(VocabDivergenceCase(backward=backward) for backward in (False, True))
@@ -19,49 +33,72 @@ OBJECTIVE = tuple(
     for pairs, tokens in ((8, 0), (65_536, 0), (1_048_576, 0), (64, 4096))
     for backward in (False, True)
 )
+LINEAR_LOGPROBS = (HALF, HALF_BFLOAT16, HALF_FROZEN, WHOLE)
+LINEAR_DPO = (DPO,)
 GROUPS: dict[str, tuple[Case, ...]] = {
     "token_logprobs": TOKEN_LOGPROBS,
     "vocab_divergence": VOCAB_DIVERGENCE,
     "objective": OBJECTIVE,
+    "linear_logprobs": LINEAR_LOGPROBS,
+    "linear_dpo": LINEAR_DPO,
 }
+# samples per process, fewer where a call takes a second
+REPETITIONS = {"token_logprobs": 9, "vocab_divergence": 9, "objective": 9, "linear_logprobs": 3, "linear_dpo": 3}
+
+# how time and memory grow with the vocabulary and the rows
+SWEEP = tuple(
+    LinearLogprobsCase(rows, vocab=vocab, prompt=0.0, backward=True)
+    for vocab in (32_768, 50_257, 131_072, 262_144)
+    for rows in (512, 2048, 8192)
+)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A number asked of fastpo in a case.
+    """A number asked of one of fastpo's providers in a case.
 
-    "speed": at least `asked` times as fast as the provider `against`; "bar": at most `asked` times the
-    longest of the case's floors; "error": the error of the log-probs at most `asked` times `against`'s.
+    "speed": at least `asked` times as fast as the provider `against`; "time": at most `asked` times its time;
+    "memory": at most `asked` times its memory beside the results; "error": the error of the log-probs at most
+    `asked` times its own; "bar": at most `asked` times the longest of the case's floors.
     """
 
     case: Case
-    kind: Literal["speed", "bar", "error"]
+    kind: Literal["speed", "time", "memory", "error", "bar"]
     asked: float
     against: str = ""
+    provider: str = "fastpo"
 
     def measured(self, summary: dict[str, Any]) -> dict[str, float] | None:
         """Median, min and max over the processes, or None if a provider that is needed did not run."""
-        providers = summary["providers"]
         if self.kind == "bar":
             return summary["bar"]
-        row = providers.get(self.against, {})
-        if self.kind == "speed":
-            return row.get("speed")
-        if "errors" not in row:
+        rows = [summary["providers"].get(name, {}) for name in (self.provider, self.against)]
+        if self.kind == "error":
+            values = [row["errors"]["logprobs"] for row in rows if "errors" in row]
+            return spread([values[0] / values[1]]) if len(values) == 2 else None
+        if any("seconds" not in row for row in rows):
             return None
-        ratio = providers["fastpo"]["errors"]["logprobs"] / row["errors"]["logprobs"]
-        return {"median": ratio, "min": ratio, "max": ratio}
+        if self.kind == "memory":
+            if any(row["peak_bytes"] is None for row in rows):
+                return None
+            own, other = (max(row["peak_bytes"] - row["result_bytes"], 1) for row in rows)
+            return spread([own / other])
+        pairs = zip(*(row["seconds_each"] for row in rows), strict=True)
+        return spread([other / own if self.kind == "speed" else own / other for own, other in pairs])
 
     def met(self, value: float) -> bool:
         return value >= self.asked if self.kind == "speed" else value <= self.asked
 
     @property
     def text(self) -> str:
-        return {
+        what = {
             "speed": f"speed over {self.against}",
-            "bar": "time over the longer floor",
+            "time": f"time over {self.against}",
+            "memory": f"memory over {self.against}'s",
             "error": f"error over {self.against}'s",
+            "bar": "time over the longer floor",
         }[self.kind]
+        return what if self.provider == "fastpo" else f"{self.provider}: {what}"
 
 
 TARGETS = (
@@ -74,4 +111,31 @@ TARGETS = (
     Target(BACKWARD, "speed", 4.0, "eager"),
     Target(BACKWARD, "speed", 1.5, "compile"),
     Target(BFLOAT16, "speed", 1.0, "fastpo_float32"),
+    Target(DPO, "speed", 1.8, "eager"),
+    Target(DPO, "speed", 1.45, "compile"),
+    Target(DPO, "speed", 1.6, "liger"),
+    Target(DPO, "memory", 1 / 8, "eager"),
+    Target(DPO, "bar", 1.15),
+    Target(DPO, "speed", 2.3, "eager", "fastpo_kept"),
+    Target(DPO, "speed", 1.9, "compile", "fastpo_kept"),
+    Target(DPO, "speed", 2.0, "liger", "fastpo_kept"),
+    Target(DPO, "memory", 1 / 4, "eager", "fastpo_kept"),
+    Target(DPO, "time", 1.15, "products_kept", "fastpo_kept"),
+    *(
+        Target(HALF, *asked, provider)
+        for provider in ("fastpo", "fastpo_kept")
+        for asked in (
+            ("speed", 1.5, "core"),
+            ("speed", 1.5, "trl"),
+            ("speed", 1.0, "core_gathered"),
+            ("speed", 1.0, "trl_gathered"),
+            ("memory", 1 / 2, "core_gathered"),
+            ("memory", 1 / 2, "trl_gathered"),
+        )
+    ),
+    Target(HALF_BFLOAT16, "speed", 1.6, "fastpo_float32"),
+    # 2.2 of one product
+    Target(HALF_FROZEN, "bar", 1.1),
+    Target(WHOLE, "speed", 1.0, "eager"),
+    Target(WHOLE, "memory", 1 / 10, "eager"),
 )

@@ -1,4 +1,4 @@
-"""`make gpu-check`'s benchmark: fastpo against eager torch, torch.compile, TRL and Liger on one GPU.
+"""`make gpu-check`'s benchmark: fastpo against eager torch, torch.compile and its peers on one GPU.
 
 Writes one JSON and one PNG under results/, named after the GPU, with driver, commit and date. All providers of a case
 take turns in one process; a call is timed by events on the stream, behind a kernel that keeps the GPU busy until the
@@ -53,8 +53,9 @@ class Provider:
 class Case:
     name: str
     providers: list[Provider]
-    bytes: int  # what has to move: inputs once, outputs of their size once
+    bytes: int  # what has to move: inputs once, outputs of their size once; 0 where arithmetic is what takes time
     target: tuple[str, float] | None = None  # fastpo's time is at most that many times this provider's
+    extra: int | None = None  # bytes that fastpo may take beside its results
     tolerance: float = 2e-2
     missing: dict[str, str] = field(default_factory=dict)
 
@@ -200,6 +201,157 @@ def token_logprobs_case(
     )
 
 
+Head = Callable[[Tensor, Tensor, Tensor, bool], Outputs]
+
+
+def eager_head(hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Outputs:
+    return eager_logprobs(F.linear(hidden, weight), targets, entropy)
+
+
+def fastpo_head(budget: int) -> Head:
+    def run(hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Outputs:
+        if not entropy:
+            return [fastpo.linear_logprobs(hidden, weight, targets, memory_budget=budget)]
+        out = fastpo.linear_logprobs(hidden, weight, targets, memory_budget=budget, stats=("entropy",))
+        assert out.entropy is not None
+        return [out.logprobs, out.entropy]
+
+    return run
+
+
+def of_losses(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Head:
+    """A peer that gives one cross-entropy per row and nothing else."""
+
+    def run(hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Outputs:
+        if entropy:
+            raise NotImplementedError("no entropy")
+        return [-function(hidden, weight, targets)]
+
+    return run
+
+
+def core_head(chunked: bool) -> Head:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ImportError("torch has no linear_cross_entropy")
+    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+    return of_losses(lambda h, w, y: F.linear_cross_entropy(h, w, y, reduction="none", options=options))
+
+
+def trl_head() -> Head:
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    def run(hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Outputs:
+        wanted = ("entropy",) * entropy
+        # the number of columns is that of its trainers
+        out = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32_768, None, 1.0, wanted)
+        return out[: 1 + entropy]
+
+    return run
+
+
+def liger_fused_head() -> Head:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return of_losses(lambda h, w, y: liger_fused_linear_cross_entropy(h, w, y, reduction="none"))
+
+
+def liger_scaled_head() -> Head:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    def run(hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Outputs:
+        out = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, targets, return_entropy=entropy)
+        return [-out[0], out[1]] if entropy else [-out]
+
+    return run
+
+
+def liger_chunked_head() -> Head:
+    from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
+
+    return of_losses(lambda h, w, y: -LigerFusedLinearPPOBase.chunk_forward(h[None], w, y[None])[0])
+
+
+def cce_head(impl: str) -> Head:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return of_losses(lambda h, w, y: linear_cross_entropy(h, w, y, reduction="none", impl=impl))
+
+
+def verl_head() -> Head:
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    return lambda hidden, weight, targets, entropy: linear_cross_entropy(hidden, weight, targets, 1.0, "none")[
+        : 1 + entropy
+    ]
+
+
+HEAD_PEERS: dict[str, Callable[[], Head]] = {
+    "torch core": lambda: core_head(False),
+    "torch core, chunked": lambda: core_head(True),
+    "TRL": trl_head,
+    "Liger, fused": liger_fused_head,
+    "Liger, scaled": liger_scaled_head,
+    "Liger, chunked": liger_chunked_head,
+    "cut-cross-entropy": lambda: cce_head("cce"),
+    "cut-cross-entropy, exact": lambda: cce_head("cce_exact"),
+    "verl": verl_head,
+}
+
+
+def linear_logprobs_case(
+    device: torch.device, rows: int, size: int, vocab: int, *, entropy: bool, backward: bool, kept: bool = False
+) -> Case:
+    generator = torch.Generator(device).manual_seed(0)
+    hidden, weight = (
+        torch.randn(n, size, generator=generator, device=device).to(torch.bfloat16) for n in (rows, vocab)
+    )
+    weight /= size**0.5
+    targets = torch.randint(vocab, (rows,), generator=generator, device=device)
+    leaves = [t.requires_grad_() for t in (hidden, weight)] if backward else []
+
+    def timed(function: Head) -> Callable[[], Outputs]:
+        def forward() -> Outputs:
+            return function(hidden, weight, targets, entropy)
+
+        return (lambda: gradients(forward(), leaves)) if backward else forward
+
+    providers = [
+        Provider("fastpo", timed(fastpo_head(1 << 50 if kept else 0))),
+        Provider("eager", timed(eager_head)),
+        Provider("compile", timed(torch.compile(eager_head, fullgraph=True, dynamic=False))),
+    ]
+    missing = {}
+    for name, build in HEAD_PEERS.items():
+        try:
+            providers.append(Provider(name, timed(build())))
+        except ImportError as error:
+            missing[name] = f"not installed: {error}"
+    again = backward and not kept
+    h, w = hidden.detach(), weight.detach()
+    logits = h.new_zeros(rows, vocab)
+    d_hidden, d_weight = torch.empty_like(h), torch.empty_like(w)
+
+    def products() -> Outputs:
+        for _ in range(1 + again):
+            torch.mm(h, w.t(), out=logits)
+        if backward:
+            torch.mm(logits, w, out=d_hidden)
+            torch.mm(logits.t(), h, out=d_weight)
+        return []
+
+    providers.append(Provider("products", products, floor=True))
+    what = "forward" + " + entropy" * entropy + " + backward" * backward
+    asked = 1.15 if not backward else 1.25 if kept else 1.2
+    return Case(
+        f"linear_logprobs {rows} x {size} x {vocab} bf16, {what}" + ", logits kept" * kept,
+        providers,
+        0,
+        ("products", asked),
+        (6 if kept else 1) << 30 if backward else None,
+        missing=missing,
+    )
+
+
 def read(x: Tensor) -> Tensor:
     """Reads every byte once and writes next to nothing: torch's sum of rows, of the same bytes as fp32 numbers."""
     words = x.detach().flatten()
@@ -332,6 +484,11 @@ def cases(device: torch.device, small: bool) -> list[Callable[[], Case]]:
     found.append(lambda: token_logprobs_case(device, (8, rows // 8), vocab // 3 + 2, entropy=True, backward=True))
     for backward in (False, True):
         found.append(lambda b=backward: vocab_divergence_case(device, (4, rows // 8), vocab, backward=b))
+    head = (8192, 4096, 131_072) if not small else (16, 32, 1000)
+    for entropy, backward, kept in ((True, False, False), (False, True, False), (False, True, True)):
+        found.append(
+            lambda e=entropy, b=backward, k=kept: linear_logprobs_case(device, *head, entropy=e, backward=b, kept=k)
+        )
     for pairs, tokens in ((64, 4096), (512, 512), (1_000_000, 0)) if not small else ((4, 50), (30, 0)):
         for backward in (False, True):
             found.append(lambda p=pairs, t=tokens, b=backward: objective_case(device, p, t, backward=b))
@@ -380,8 +537,10 @@ def measure(case: Case, timer: Timer) -> dict[str, Any]:
         if timer.cuda:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            p.run()
+            outputs = p.run()
             rows[p.name]["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+            rows[p.name]["result_bytes"] = sum(o.nbytes for o in outputs)
+            outputs = []
     order = list(ready)
     for _ in range(ROUNDS):
         random.shuffle(order)
@@ -396,7 +555,11 @@ def measure(case: Case, timer: Timer) -> dict[str, Any]:
     if case.target and own and "seconds" in rows.get(case.target[0], {}):
         ratio = own / rows[case.target[0]]["seconds"]["median"]
         met = {"against": case.target[0], "asked": case.target[1], "measured": ratio, "met": ratio <= case.target[1]}
-    return {"case": case.name, "bytes": case.bytes, "providers": rows, "target": met}
+    memory = None
+    if case.extra and "peak_bytes" in rows["fastpo"]:
+        extra = rows["fastpo"]["peak_bytes"] - rows["fastpo"]["result_bytes"]
+        memory = {"asked": case.extra, "measured": extra, "met": extra <= case.extra}
+    return {"case": case.name, "bytes": case.bytes, "providers": rows, "target": met, "memory": memory}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -411,14 +574,16 @@ def table(result: dict[str, Any]) -> str:
         ratio = "" if name == "fastpo" or not own else f"{s['median'] / own:.2f}x"
         peak = f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else ""
         spread = f"{s['min'] * 1e3:.3f} .. {s['max'] * 1e3:.3f}"
-        lines.append(
-            [name, f"{s['median'] * 1e3:.3f}", spread, f"{result['bytes'] / s['median'] / 1e9:.0f}", ratio, peak]
-        )
+        rate = f"{result['bytes'] / s['median'] / 1e9:.0f}" if result["bytes"] else ""
+        lines.append([name, f"{s['median'] * 1e3:.3f}", spread, rate, ratio, peak])
     text = columns([result["case"], "ms", "min .. max", "GB/s", "fastpo is", "peak MiB"], lines)
     text += "".join(f"\n  {n}: {r['status']}" for n, r in result["providers"].items() if r["status"] != "ok")
     if result["target"]:
         t = result["target"]
         text += f"\n  asked: at most {t['asked']:.2f} times {t['against']}; measured {t['measured']:.2f}"
+    if result["memory"]:
+        asked, measured = (result["memory"][key] / 2**20 for key in ("asked", "measured"))
+        text += f"\n  asked: at most {asked:.0f} MiB beside the results; measured {measured:.0f}"
     return text
 
 
@@ -448,7 +613,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         except (OSError, subprocess.CalledProcessError, IndexError):
             pass
     packages = {}
-    for name in ("triton", "cupy-cuda13x", "trl", "liger-kernel", "flash-attn"):
+    for name in ("triton", "cupy-cuda13x", "trl", "liger-kernel", "flash-attn", "cut-cross-entropy", "verl"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

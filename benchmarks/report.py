@@ -1,6 +1,7 @@
 """`make bench`: the standard cases over fresh processes, as a table, JSON and plots, and the targets.
 
---quick runs two processes instead of five and leaves out the objective at a million pairs.
+--quick runs two processes instead of five and leaves out the objective at a million pairs. --sweep instead measures how
+`linear_logprobs` and its peers grow with the vocabulary and the rows: one process, one sample of each.
 """
 
 from __future__ import annotations
@@ -12,9 +13,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cases import GROUPS, TARGETS
+from cases import GROUPS, REPETITIONS, SWEEP, TARGETS
 
-from fastpo.bench import CheckFailedError, ObjectiveCase, environment, measure_in_processes, summarise, table
+from fastpo.bench import (
+    CheckFailedError,
+    LinearLogprobsCase,
+    ObjectiveCase,
+    environment,
+    measure_in_processes,
+    summarise,
+    table,
+)
+from fastpo.bench.harness import OWN
 from fastpo.bench.processes import LEGEND, columns, heading
 
 HERE = Path(__file__).parent
@@ -24,7 +34,16 @@ COLOURS = {
     "trl": "tab:blue",
     "fastpo": "tab:green",
     "fastpo_float32": "tab:olive",
+    "fastpo_kept": "yellowgreen",
+    "core": "tab:purple",
+    "core_chunked": "tab:pink",
+    "core_gathered": "mediumpurple",
+    "trl_gathered": "lightskyblue",
+    "liger": "tab:brown",
 }
+# in the sweep; and what a provider may take there: bytes beside its results, seconds of a call
+SWEPT = ("fastpo_kept", "compile", "core", "core_chunked", "trl")
+MOST_BYTES, MOST_SECONDS = 12e9, 20.0
 
 
 def commit() -> str | None:
@@ -76,9 +95,9 @@ def plot(kernel: str, summaries: list[dict[str, Any]], where: dict[str, Any], fo
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (speed, memory) = plt.subplots(
-        1, 2, figsize=(13, 1.2 + 1.1 * len(summaries)), sharey=True, layout="constrained"
-    )
+    most = max(sum(r["status"] == "ok" for r in s["providers"].values()) for s in summaries)
+    height = max(1.1, 0.22 * most) * len(summaries)
+    figure, (speed, memory) = plt.subplots(1, 2, figsize=(13, 1.2 + height), sharey=True, layout="constrained")
     bars: dict[str, Any] = {}
     for position, summary in enumerate(summaries):
         rows = {name: r for name, r in summary["providers"].items() if r["status"] == "ok"}
@@ -109,7 +128,7 @@ def plot(kernel: str, summaries: list[dict[str, Any]], where: dict[str, Any], fo
     speed.invert_yaxis()
     speed.margins(x=0.15)
     memory.set_xlabel("peak memory of one call, MB")
-    figure.legend(list(bars.values()), list(bars), loc="outside lower center", ncols=len(bars), fontsize=8)
+    figure.legend(list(bars.values()), list(bars), loc="outside lower center", ncols=min(len(bars), 5), fontsize=8)
     figure.suptitle(
         f"{where['cpu']}, {where['cores']} cores, torch {where['torch']}, fastpo {where['fastpo_kernels']}",
         fontsize=9,
@@ -120,22 +139,112 @@ def plot(kernel: str, summaries: list[dict[str, Any]], where: dict[str, Any], fo
     return path
 
 
+def extra_bytes(row: dict[str, Any]) -> float | None:
+    """Peak memory beside the results."""
+    return None if row.get("peak_bytes") is None else max(0, row["peak_bytes"] - row["result_bytes"])
+
+
+def too_much(row: dict[str, Any], times: float) -> str | None:
+    """Why a provider is left out of a case with so many times the logits of one in which it was measured."""
+    seconds, extra = times * row["seconds"]["median"], times * (extra_bytes(row) or 0)
+    if extra > MOST_BYTES:
+        return f"would take about {extra / 1e9:.3g} GB"
+    return f"a call would take about {seconds:.0f} s" if seconds > MOST_SECONDS else None
+
+
+def sweep(cases: tuple[LinearLogprobsCase, ...]) -> list[dict[str, Any]]:
+    """Measures the cases, each provider as long as it would not take too much, and prints them."""
+    found: list[dict[str, Any]] = []
+    last: dict[str, tuple[int, dict[str, Any]]] = {}
+    for case in cases:
+        logits = case.rows * case.vocab
+        reasons = {name: too_much(row, logits / before) for name, (before, row) in last.items() if name != OWN}
+        skip = {name: reason for name, reason in reasons.items() if reason}
+        (runs,) = measure_in_processes([case], 1, only=SWEPT, repetitions=1, skip=skip)
+        summary = summarise(runs)
+        found.append({**summary, "rows": case.rows, "vocab": case.vocab})
+        last |= {name: (logits, row) for name, row in summary["providers"].items() if "seconds" in row}
+        print(table(summary), end="\n\n", flush=True)
+    return found
+
+
+def plot_sweep(summaries: list[dict[str, Any]], where: dict[str, Any], folder: Path) -> Path:
+    """Memory and time over the number of rows, a column per vocabulary."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    vocabularies = list(dict.fromkeys(s["vocab"] for s in summaries))
+    figure, axes = plt.subplots(
+        2, len(vocabularies), figsize=(13, 7), sharex=True, sharey="row", squeeze=False, layout="constrained"
+    )
+    lines: dict[str, Any] = {}
+    for column, vocab in enumerate(vocabularies):
+        of_vocab = [s for s in summaries if s["vocab"] == vocab]
+        for name in (OWN, "eager", *SWEPT):
+            rows = [(s["rows"], s["providers"][name]) for s in of_vocab if "seconds" in s["providers"].get(name, {})]
+            style: dict[str, Any] = {"color": COLOURS[name], "marker": "o", "linestyle": "-"}
+            # the mark of peak memory is good to a megabyte
+            memory = [(n, max(extra_bytes(r) or 0, 1e6) / 1e6) for n, r in rows]
+            times = [(n, r["seconds"]["median"]) for n, r in rows]
+            for axis, points in zip(axes[:, column], (memory, times), strict=True):
+                (line,) = axis.plot(*zip(*points, strict=True), **style) if points else (None,)
+                if line is not None:
+                    lines.setdefault(rows[0][1]["label"], line)
+        axes[0, column].set_title(f"{vocab} tokens", fontsize=9)
+        axes[1, column].set_xlabel("rows")
+    for axis in axes.flat:
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("peak memory beside the gradients, MB")
+    axes[1, 0].set_ylabel("seconds, forward + backward")
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle(
+        f"{where['cpu']}, {where['cores']} cores, torch {where['torch']}, fastpo {where['fastpo_kernels']}",
+        fontsize=9,
+    )
+    path = folder / "sweep.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def written(*paths: Path) -> None:
+    print("\nwritten:", *[p.relative_to(Path.cwd()) if p.is_relative_to(Path.cwd()) else p for p in paths])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two processes, without the largest objective")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, metavar="KERNEL", help=f"of: {', '.join(GROUPS)}")
+    parser.add_argument("--sweep", action="store_true", help="linear_logprobs over vocabularies and rows, instead")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of the JSON and plots")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
 
     where = {**environment(), "git_commit": commit()}
     print(heading(where), end="\n\n", flush=True)
+    if args.sweep:
+        try:
+            swept = sweep(SWEEP)
+        except CheckFailedError as error:
+            print(f"{error}; nothing is reported", file=sys.stderr)
+            return 1
+        numbers = args.output / "sweep.json"
+        numbers.write_text(json.dumps({"environment": where, "cases": swept}, indent=2) + "\n")
+        written(numbers, plot_sweep(swept, where, args.output))
+        return 0
     summaries: dict[str, dict[str, Any]] = {}
     pictures = []
     for kernel, cases in GROUPS.items():
+        if args.only and kernel not in args.only:
+            continue
         if args.quick:
             cases = tuple(c for c in cases if not (isinstance(c, ObjectiveCase) and c.pairs > 100_000))
         try:
-            measured = measure_in_processes(cases, 2 if args.quick else 5)
+            measured = measure_in_processes(cases, 2 if args.quick else 5, repetitions=REPETITIONS[kernel])
         except CheckFailedError as error:
             print(f"{error}; nothing is reported", file=sys.stderr)
             return 1
@@ -149,10 +258,7 @@ def main() -> int:
     report = args.output / "report.json"
     contents = {"environment": where, "cases": list(summaries.values()), "targets": targets}
     report.write_text(json.dumps(contents, indent=2) + "\n")
-    print(
-        "\nwritten:",
-        *[path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path for path in (report, *pictures)],
-    )
+    written(report, *pictures)
     return 0
 
 

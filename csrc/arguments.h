@@ -25,12 +25,21 @@ struct Stream {
 };
 
 constexpr int max_sides = 2;
-constexpr int max_streams = 4;
+// models whose log-probs a side has: policy, reference, previous iterate
+constexpr int max_models = 3;
+constexpr int max_streams = max_sides * max_models;
+constexpr int max_given = 4;  // columns
 constexpr int max_hyper = 64;
+
+// what an objective does with lengths, as bits
+constexpr int average = 1;          // log-probs are averages over the tokens
+constexpr int average_rewards = 2;  // so are the rewards
+constexpr int count = 4;            // the formula sees the lengths
 
 struct Objective {
   Layout layouts[max_sides];
-  Stream stream[max_streams];
+  Stream stream[max_streams];  // of every model in turn, one per side
+  Stream column[max_given];    // one number per row
   double hyper[max_hyper];
   double scale;         // 1 / denominator, applied to the slopes
   double reward_scale;  // beta
@@ -39,9 +48,11 @@ struct Objective {
   double* block_loss;  // sum of the losses of each block, for a sum whose order no thread count changes
   void* slopes;        // (sides, rows)
   void* rewards;       // (sides, rows)
-  int formula;
-  int streams;
-  bool length_norm;
+  int formula;         // its place among those of as many sides
+  int sides;
+  int models;
+  int columns;
+  int use_lengths;
   bool is_double;  // the accumulator's type, that of all outputs
 };
 

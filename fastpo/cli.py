@@ -194,7 +194,11 @@ def _row(row: Any) -> dict[str, Any]:
         "paper": row.paper,
         "equation": row.equation,
         "models": list(row.models),
-        "defaults": dict(row.defaults),
+        "theory": row.theory,
+        "inputs": {given.name: given.about for given in row.inputs},
+        "options": {name: list(values) for name, values in row.options.items()},
+        # JSON has no infinity
+        "defaults": {name: value if value < float("inf") else "inf" for name, value in row.defaults.items()},
         "domains": {name: str(domain) for name, domain in row.domains.items()},
         "aliases": dict(row.aliases),
         "description": row.doc,

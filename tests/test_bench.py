@@ -16,19 +16,22 @@ from torch import Tensor
 from fastpo.bench import (
     CheckFailedError,
     Expected,
+    LinearDpoCase,
+    LinearLogprobsCase,
     ObjectiveCase,
     Problem,
     Provider,
     TokenLogprobsCase,
     UnavailableError,
     VocabDivergenceCase,
+    linear_logprobs,
     main,
     measure,
     measure_in_processes,
     summarise,
     table,
 )
-from fastpo.bench.harness import Measurement, Outcome, interleave, peak_bytes, read
+from fastpo.bench.harness import Measurement, Outcome, check, interleave, peak_bytes, read
 
 
 @dataclass(frozen=True)
@@ -190,12 +193,86 @@ def test_objective_passes_its_own_check(formula: str, tokens: int) -> None:
         assert {"loss", "accuracies", "chosen_gradient"} <= set(outcomes["fastpo"].errors)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("options", [{}, {"backward": True}, {"frozen": True, "backward": True}], ids=str)
+def test_linear_logprobs_passes_its_own_check(dtype: str, options: dict[str, bool]) -> None:
+    for prompt in (0.0, 0.5):
+        case = LinearLogprobsCase(21, 40, 333, dtype, prompt, **options)
+        names = set(LinearLogprobsCase.PROVIDERS) - {"compile", "core_chunked", "trl", "trl_gathered"}
+        outcomes: dict[str, Outcome] = {}
+        check(case.build(), outcomes, names)
+        learning = options == {"backward": True}
+        names -= set() if learning else {"fastpo_kept", "products_kept"}
+        names -= {"core_gathered"} if prompt == 0.0 else set()
+        names -= {"fastpo_float32"} if dtype in ("float32", "float64") else set()
+        assert set(outcomes) == names and all(o.status in ("ok", "floor") for o in outcomes.values())
+        gradients = {"hidden_gradient"} if options else set()
+        gradients |= {"weight_gradient"} if learning else set()
+        assert set(outcomes["fastpo"].errors) == {"logprobs"} | gradients
+
+
+def test_the_products_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the shapes of the rows that have targets."""
+    made: list[tuple[int, ...]] = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, out: made.append(tuple(out.shape)) or mm(*args, out=out))
+    logits, d_hidden, d_weight = (10, 333), (10, 40), (333, 40)
+    for options, name, wanted in (
+        ({}, "products", [logits]),
+        ({"backward": True}, "products", [logits, logits, d_hidden, d_weight]),
+        ({"backward": True}, "products_kept", [logits, d_hidden, d_weight]),
+        ({"frozen": True, "backward": True}, "products", [logits, d_hidden]),
+    ):
+        problem = LinearLogprobsCase(20, 40, 333, **options).build()
+        (floor,) = (p for p in problem.providers if p.name == name)
+        run = floor.prepare()
+        made.clear()
+        run()
+        assert made == wanted and f" {len(wanted)} matrix product" in floor.label
+
+
+def test_dpo_on_the_head_passes_its_own_check() -> None:
+    names = ("fastpo_kept", "products", "products_kept")
+    outcomes: dict[str, Outcome] = {}
+    check(LinearDpoCase(4, 10, 40, 333).build(), outcomes, names)
+    assert set(outcomes) == {"fastpo", "eager", *names}
+    assert all(o.status in ("ok", "floor") for o in outcomes.values())
+    gradients = {"hidden_gradient", "weight_gradient"}
+    assert set(outcomes["fastpo"].errors) == {"loss", "chosen_rewards", "rejected_rewards"} | gradients
+
+
+def test_providers_that_would_take_too_much_are_named() -> None:
+    case = LinearLogprobsCase(4, 8, 50, backward=True)
+    reasons = {"eager": "26 GB", "fastpo_kept": "9 GB"}
+    outcomes = measure(case, only=("fastpo_kept", "products"), repetitions=1, skip=reasons).outcomes
+    assert {name: o.reason for name, o in outcomes.items() if o.status == "skipped"} == reasons
+    assert outcomes["fastpo"].seconds is not None
+    assert "eager torch: skipped, 26 GB" in table(summarise([measure(case, only=(), repetitions=1, skip=reasons)]))
+
+
 def test_the_check_sees_a_slightly_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     true = TokenLogprobsCase._fastpo
     monkeypatch.setattr(TokenLogprobsCase, "_fastpo", lambda *args: [1.000002 * o for o in true(*args)])
     for backward in (False, True):
         with pytest.raises(CheckFailedError, match="fastpo gives a wrong result"):
             measure(TokenLogprobsCase(4, 100, backward=backward), only=(), repetitions=1)
+
+
+@pytest.mark.parametrize("wrong", ["logprobs", "hidden_gradient", "weight_gradient"])
+def test_the_check_sees_a_slightly_wrong_head(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    true = linear_logprobs.fastpo_head("fastpo")
+
+    def steeper(t: Tensor, name: str) -> Tensor:
+        """The same numbers, with a gradient that is too large."""
+        return t + 1e-5 * (t - t.detach()) if name == wrong else t
+
+    def head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        found = true(steeper(hidden, "hidden_gradient"), steeper(weight, "weight_gradient"), targets)
+        return found + 1e-5 if wrong == "logprobs" else found
+
+    monkeypatch.setattr(linear_logprobs, "fastpo_head", lambda name: head)
+    with pytest.raises(CheckFailedError, match=f"fastpo, logits computed again gives a wrong result: {wrong}"):
+        check(LinearLogprobsCase(8, 16, 100, backward=True).build(), {}, ())
 
 
 def test_fresh_processes() -> None:
@@ -215,11 +292,18 @@ def test_command_prints_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFi
     (case,) = found["cases"]
     assert set(case["providers"]) == {"fastpo", "eager", "read", "cached"}
     eager = case["providers"]["eager"]
-    assert set(eager) == {"label", "status", "reason", "errors", "seconds", "gb_per_s", "speed", "peak_bytes"}
+    times = {"seconds", "seconds_each", "gb_per_s", "speed"}
+    assert set(eager) == {"label", "status", "reason", "errors", "peak_bytes", "result_bytes", *times}
+    assert len(eager["seconds_each"]) == 1 and eager["result_bytes"] == 2 * 3 * 4
     assert eager["speed"]["min"] <= eager["speed"]["median"] <= eager["speed"]["max"]
     assert case["bar"]["floors"] == ["read", "cached"]
     assert main(["objective", "--pairs", "5", "--tokens", "4", "--processes", "1", "--providers"]) == 0
     assert main(["vocab_divergence", "--rows", "3", "--vocab", "50", "--processes", "1", "--providers"]) == 0
+    sizes = ["--hidden", "8", "--vocab", "50", "--processes", "1", "--repetitions", "1", "--providers", "products"]
+    assert main(["linear_logprobs", "--rows", "6", "--prompt", "0.3", "--frozen", "--backward", *sizes]) == 0
+    assert "linear_logprobs 6 x 8 x 50 float32, 30% prompt, forward + backward" in capsys.readouterr().out
+    assert main(["linear_dpo", "--sequences", "2", "--tokens", "4", *sizes]) == 0
+    assert "dpo on the head 2 x 4 x 8 x 50 float32, 50% prompt" in capsys.readouterr().out
 
 
 def test_command_refuses_when_fastpo_is_wrong(
@@ -235,7 +319,17 @@ def test_command_refuses_when_fastpo_is_wrong(
     assert "fastpo gives a wrong result: logprobs: error 1.00e-03" in printed.err
 
 
-@pytest.mark.parametrize("arguments", [[], ["gae"], ["token_logprobs", "--rows", "0"], ["objective", "--formula", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["gae"],
+        ["token_logprobs", "--rows", "0"],
+        ["objective", "--formula", "x"],
+        ["linear_logprobs", "--prompt", "1"],
+        ["linear_dpo", "--sequences", "3"],
+    ],
+)
 def test_command_refuses_bad_arguments(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)

@@ -20,7 +20,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("kernel", ["objective", "token_logprobs"])
+@pytest.mark.parametrize("kernel", ["linear_logprobs", "objective", "token_logprobs"])
 def test_the_tests(kernel):
     command = ("-m", "pytest", "-q", "-k", "TestDevice and not split", f"tests/gpu/test_{kernel}.py")
     out = run(*command, FASTPO_TEST_DEVICE="cpu")
@@ -38,7 +38,7 @@ def test_the_benchmark(tmp_path):
     out = run("benchmarks/gpu.py", "--device", "cpu", "--small", "--output", str(tmp_path))
     assert out.returncode == 0, out.stderr[-3000:]
     report = json.loads((tmp_path / "gpu-none.json").read_text())
-    assert len(report["cases"]) == 12
+    assert len(report["cases"]) == 15
     for case in report["cases"]:
         assert case["providers"]["fastpo"]["status"] == case["providers"]["eager"]["status"] == "ok"
         assert case["providers"]["fastpo"]["seconds"]["median"] > 0

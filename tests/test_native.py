@@ -14,6 +14,7 @@ import torch
 
 import fastpo
 from fastpo.kernels import _native
+from fastpo.reference.registry import formulas
 
 PACKAGE = Path(fastpo.__file__).parent
 CUDA = sorted(PACKAGE.glob("_cuda*.so"))
@@ -40,9 +41,10 @@ class TestLibrary:
     def test_every_pairwise_row_has_a_formula(self):
         """Compiled graphs keep a formula's number: the order may grow at its end and nowhere else."""
         assert list(_native.CPU.formulas)[:5] == ["dpo", "cdpo", "robust_dpo", "ipo", "hinge"]
-        rows = {row.name: row for row in fastpo.reference.objectives("pairwise")}
-        assert set(_native.CPU.formulas) == set(rows)
-        assert {h for row in rows.values() for h in row.defaults} == set(_native.CPU.hyper_parameters)
+        assert list(_native.CPU.unpaired_formulas) == ["kto", "bco", "npo", "nash"]
+        rows = list(formulas())
+        assert {*_native.CPU.formulas, *_native.CPU.unpaired_formulas} == {row.name for row in rows}
+        assert {h for row in rows for h in (*row.defaults, *row.fixed)} == set(_native.CPU.hyper_parameters)
 
     def test_only_the_stable_abi(self):
         """Undefined torch symbols are C functions: no C++ name of a torch version."""

@@ -8,7 +8,7 @@ namespace fastpo::gpu {
 Int64 objective_blocks(Int64 rows, Int64 tokens, int streams) { return objective_shape(rows, tokens, streams).blocks; }
 
 const char* objective(const Objective& o, Int64 tokens, double denominator, void* loss, void* stream) {
-  const Shape shape = objective_shape(o.rows, tokens, o.streams);
+  const Shape shape = objective_shape(o.rows, tokens, o.sides * o.models);
   const char* error = o.is_double ? FASTPO_LAUNCH(objective_f64, shape.blocks, shape.threads, stream, o, shape)
                                   : FASTPO_LAUNCH(objective_f32, shape.blocks, shape.threads, stream, o, shape);
   if (error || !loss) return error;

@@ -10,6 +10,7 @@
 #include "dtypes.cuh"
 // after dtypes.cuh, which defines the namespace
 #include "../formulas/pairwise.h"
+#include "../formulas/unpaired.h"
 
 namespace FASTPO_NAMESPACE {
 
@@ -23,6 +24,7 @@ struct Shape {
 
 constexpr int short_row = 1024;  // tokens that one warp sums
 constexpr int long_team = 128;
+constexpr int most_threads = 512;
 constexpr int single_rows = 256;     // per block, of teams of one thread
 constexpr int most_rows = 32;        // per block, of larger teams
 constexpr Int64 busy_blocks = 1024;  // more rows per block only where this many blocks remain
@@ -41,7 +43,8 @@ FASTPO_HOST_DEVICE Shape objective_shape(Int64 rows, Int64 tokens, int streams) 
     s.rows = static_cast<int>(clamp<Int64>(rows / busy_blocks, at_once, most_rows));
   } else {
     s.team = long_team;
-    s.threads = long_team * streams;
+    // teams may take a second stream: a block of more threads would leave them too few registers
+    s.threads = clamp<int>(long_team * streams, long_team, most_threads);
     s.rows = 1;
   }
   s.blocks = clamp<Int64>(ceil_div<Int64>(rows, s.rows), 1, most_blocks);
@@ -150,57 +153,102 @@ FASTPO_DEVICE Int64 given_length(const Layout& layout, Int64 row) {
 // A formula that the user gave as a Python expression (fastpo/losses/formula.py), with hyper-parameters by place.
 struct UserFormula {
   template <class T>
-  static FASTPO_FN Dual<T, 2> evaluate(const Pair<T>& p, const double* h) {
+  static FASTPO_FN Dual<T, 2> evaluate(const Row<T, 2>& row, const double* h) {
     using D = Dual<T, 2>;
-    [[maybe_unused]] const D w = p.chosen_logratio, l = p.rejected_logratio;
-    [[maybe_unused]] const D policy_w = p.chosen, policy_l = p.rejected;
+    [[maybe_unused]] const D w = row.logratio[0], l = row.logratio[1];
+    [[maybe_unused]] const D policy_w = row.policy[0], policy_l = row.policy[1];
     [[maybe_unused]] const D reference_w = detach(policy_w - w), reference_l = detach(policy_l - l);
     return FASTPO_USER_FORMULA;
   }
 };
 #endif
 
-template <class A>
-FASTPO_DEVICE Dual<A, 2> evaluate(const Objective& o, const Pair<A>& pair) {
-#if defined(FASTPO_USER_FORMULA)
-  return UserFormula::evaluate(pair, o.hyper);
-#else
+FASTPO_DEVICE Hyper hyper_of(const Objective& o) {
   Hyper hyper;
   int place = 0;
 #define FASTPO_TAKE(name) hyper.name = o.hyper[place++];
   FASTPO_HYPER_PARAMETERS(FASTPO_TAKE)
 #undef FASTPO_TAKE
-  int formula = 0;
+  return hyper;
+}
+
+template <class A>
+FASTPO_DEVICE Dual<A, 2> evaluate(const Objective& o, const Row<A, 2>& row) {
+#if defined(FASTPO_USER_FORMULA)
+  return UserFormula::evaluate(row, o.hyper);
+#else
+  const Hyper hyper = hyper_of(o);
+  int place = 0;
 #define FASTPO_EVALUATE(name, loss) \
-  if (o.formula == formula++) return pairwise::name::evaluate(pair, hyper);
+  if (o.formula == place++) return pairwise::name::evaluate(row, hyper);
   FASTPO_PAIRWISE_FORMULAS(FASTPO_EVALUATE)
 #undef FASTPO_EVALUATE
   return Dual<A, 2>{};
 #endif
 }
 
-// Loss, slopes and rewards of one row from the sums of its streams; returns the loss.
 template <class A>
+FASTPO_DEVICE Dual<A, 1> evaluate(const Objective& o, const Row<A, 1>& row) {
+  const Hyper hyper = hyper_of(o);
+  int place = 0;
+#define FASTPO_EVALUATE(name, loss) \
+  if (o.formula == place++) return unpaired::name::evaluate(row, hyper);
+  FASTPO_UNPAIRED_FORMULAS(FASTPO_EVALUATE)
+#undef FASTPO_EVALUATE
+  return Dual<A, 1>{};
+}
+
+// one number, whatever its dtype
+FASTPO_DEVICE double column_of(const Stream& column, Int64 row) {
+  const Int64 at = row * column.row_stride;
+  switch (column.dtype) {
+    case DType::f32:
+      return Element<DType::f32>::widen(load(static_cast<const Storage<DType::f32>*>(column.data) + at));
+    case DType::f64:
+      return Element<DType::f64>::widen(load(static_cast<const Storage<DType::f64>*>(column.data) + at));
+    case DType::bf16:
+      return Element<DType::bf16>::widen(load(static_cast<const Storage<DType::bf16>*>(column.data) + at));
+    default:
+      return Element<DType::f16>::widen(load(static_cast<const Storage<DType::f16>*>(column.data) + at));
+  }
+}
+
+// Loss, slopes and rewards of one row from the sums of its streams; returns the loss.
+template <class A, int k>
 FASTPO_DEVICE A evaluate_row(const Objective& o, Int64 row, const Partial (&sums)[max_streams]) {
-  Dual<A, 2> policy[max_sides], logratio[max_sides];
+  Row<A, k> r;
   FASTPO_UNROLL(2)
-  for (int side = 0; side < max_sides; ++side) {
-    const double reference = o.streams > max_sides ? sums[max_sides + side].sum : 0.0;
-    policy[side] = variable<2>(static_cast<A>(sums[side].sum), side);
-    logratio[side] = variable<2>(static_cast<A>(sums[side].sum - reference), side);
-    store(static_cast<A*>(o.rewards) + side * o.rows + row, static_cast<A>(o.reward_scale) * logratio[side].value);
-    if (o.length_norm) {
+  for (int side = 0; side < k; ++side) {
+    const double policy = sums[side].sum;
+    const double reference = o.models > 1 ? sums[k + side].sum : 0.0;
+    r.policy[side] = variable<k>(static_cast<A>(policy), side);
+    r.logratio[side] = variable<k>(static_cast<A>(policy - reference), side);
+    r.step[side] = variable<k>(o.models > 2 ? static_cast<A>(policy - sums[2 * k + side].sum) : A(0), side);
+    r.reference[side] = {static_cast<A>(reference)};
+    r.length[side] = {A(1)};
+    A reward = static_cast<A>(o.reward_scale) * r.logratio[side].value;
+    if (o.use_lengths) {
       const Layout& layout = o.layouts[side];
       const Int64 length = layout.lengths ? given_length(layout, row) : sums[side].count;
-      const A per_token = A(1) / static_cast<A>(length < 1 ? 1 : length);
-      policy[side] = chain(policy[side], policy[side].value * per_token, per_token);
-      logratio[side] = chain(logratio[side], logratio[side].value * per_token, per_token);
+      r.length[side] = {static_cast<A>(length < 1 ? 1 : length)};
+      if (o.use_lengths & average) {
+        const A per_token = A(1) / r.length[side].value;
+        r.policy[side] = chain(r.policy[side], r.policy[side].value * per_token, per_token);
+        r.logratio[side] = chain(r.logratio[side], r.logratio[side].value * per_token, per_token);
+        r.step[side] = chain(r.step[side], r.step[side].value * per_token, per_token);
+        r.reference[side] = {r.reference[side].value * per_token};
+        if (o.use_lengths & average_rewards) reward = reward * per_token;
+      }
     }
+    store(static_cast<A*>(o.rewards) + side * o.rows + row, reward);
   }
-  const Dual<A, 2> loss = evaluate<A>(o, {policy[0], policy[1], logratio[0], logratio[1]});
+  FASTPO_UNROLL(4)
+  for (int c = 0; c < max_columns; ++c)
+    r.column[c] = {c < o.columns ? static_cast<A>(column_of(o.column[c], row)) : A(0)};
+  const Dual<A, k> loss = evaluate<A>(o, r);
   if (o.loss) store(static_cast<A*>(o.loss) + row, loss.value);
   FASTPO_UNROLL(2)
-  for (int side = 0; side < max_sides; ++side)
+  for (int side = 0; side < k; ++side)
     store(static_cast<A*>(o.slopes) + side * o.rows + row, loss.slope[side] * static_cast<A>(o.scale));
   return loss.value;
 }
@@ -229,12 +277,13 @@ FASTPO_DEVICE void objective_rows(const Objective& o, const Shape& shape) {
   FASTPO_SHARED(double, losses, warp);
   const int thread = thread_index(), teams = block_threads() / shape.team;
   const int parts = shape.team < warp ? 1 : shape.team / warp;
+  const int streams = o.sides * o.models;
   double loss = 0;
   for (Int64 first = block_index() * shape.rows; first < o.rows; first += block_count() * shape.rows) {
     const int rows = static_cast<int>(clamp<Int64>(o.rows - first, 0, shape.rows));
-    for (int item = thread / shape.team; item < rows * o.streams; item += teams) {
+    for (int item = thread / shape.team; item < rows * streams; item += teams) {
       const int s = item / rows, row = item % rows;
-      Partial part = sum_stream(o.stream[s], o.layouts[s % max_sides], first + row, thread % shape.team, shape.team);
+      Partial part = sum_stream(o.stream[s], o.layouts[s % o.sides], first + row, thread % shape.team, shape.team);
       if (shape.team > 1) {
         part.sum = warp_sum(part.sum);
         part.count = warp_sum(part.count);
@@ -248,16 +297,16 @@ FASTPO_DEVICE void objective_rows(const Objective& o, const Shape& shape) {
     FASTPO_BARRIER();
     if (thread < rows) {
       Partial row[max_streams] = {};
-      FASTPO_UNROLL(4)
+      FASTPO_UNROLL(6)
       for (int s = 0; s < max_streams; ++s)
-        for (int w = 0; s < o.streams && w < parts; ++w) {
+        for (int w = 0; s < streams && w < parts; ++w) {
           const int cell = (s * rows + thread) * parts + w;
           const double sum = sums[cell];
           const int count = counts[cell];
           row[s].sum += sum;
           row[s].count += count;
         }
-      loss += evaluate_row<A>(o, first + thread, row);
+      loss += o.sides == 1 ? evaluate_row<A, 1>(o, first + thread, row) : evaluate_row<A, 2>(o, first + thread, row);
     }
     // the cells are written again for the next rows
     FASTPO_BARRIER();

@@ -1,4 +1,5 @@
-// Dual numbers: a value and its slopes with respect to k inputs. The chain rule is here and nowhere else.
+// Dual numbers: a value and its slopes with respect to k inputs; and given numbers, which have none. The chain rule is
+// here and nowhere else.
 #pragma once
 
 #include "math.h"
@@ -106,6 +107,83 @@ FASTPO_FN Dual<T, k> operator-(const Dual<T, k>& a, double c) {
 template <class T, int k>
 FASTPO_FN Dual<T, k> operator-(double c, const Dual<T, k>& a) {
   return chain(a, constant<T>(c) - a.value, constant<T>(-1.0));
+}
+
+// A number of the row with no slopes. Beside a dual number it scales or shifts without touching the slopes' NaNs, as
+// a dual number with slopes of 0 would.
+template <class T>
+struct Given {
+  T value;
+};
+
+// a hyper-parameter or literal where a function of it is wanted in the accuracy of T
+template <class T>
+FASTPO_FN Given<T> given(double c) {
+  return {constant<T>(c)};
+}
+
+#define FASTPO_GIVEN_OPERATOR(op)                                        \
+  template <class T>                                                     \
+  FASTPO_FN Given<T> operator op(const Given<T>& a, const Given<T>& b) { \
+    return {a.value op b.value};                                         \
+  }                                                                      \
+  template <class T>                                                     \
+  FASTPO_FN Given<T> operator op(const Given<T>& a, double c) {          \
+    return {a.value op constant<T>(c)};                                  \
+  }                                                                      \
+  template <class T>                                                     \
+  FASTPO_FN Given<T> operator op(double c, const Given<T>& a) {          \
+    return {constant<T>(c) op a.value};                                  \
+  }
+FASTPO_GIVEN_OPERATOR(+)
+FASTPO_GIVEN_OPERATOR(-)
+FASTPO_GIVEN_OPERATOR(*)
+FASTPO_GIVEN_OPERATOR(/)
+#undef FASTPO_GIVEN_OPERATOR
+
+template <class T>
+FASTPO_FN Given<T> operator-(const Given<T>& a) {
+  return {-a.value};
+}
+
+template <class T>
+FASTPO_FN Given<T> log(const Given<T>& a) {
+  return {log(a.value)};
+}
+
+template <class T>
+FASTPO_FN auto operator>(const Given<T>& a, double c) {
+  return a.value > constant<T>(c);
+}
+
+template <class T, int k>
+FASTPO_FN Dual<T, k> operator*(const Given<T>& c, const Dual<T, k>& a) {
+  return chain(a, c.value * a.value, c.value);
+}
+
+template <class T, int k>
+FASTPO_FN Dual<T, k> operator*(const Dual<T, k>& a, const Given<T>& c) {
+  return c * a;
+}
+
+template <class T, int k>
+FASTPO_FN Dual<T, k> operator/(const Dual<T, k>& a, const Given<T>& c) {
+  return chain(a, a.value / c.value, constant<T>(1.0) / c.value);
+}
+
+template <class T, int k>
+FASTPO_FN Dual<T, k> operator+(const Dual<T, k>& a, const Given<T>& c) {
+  return chain(a, a.value + c.value, constant<T>(1.0));
+}
+
+template <class T, int k>
+FASTPO_FN Dual<T, k> operator-(const Dual<T, k>& a, const Given<T>& c) {
+  return chain(a, a.value - c.value, constant<T>(1.0));
+}
+
+template <class T, int k>
+FASTPO_FN Dual<T, k> operator-(const Given<T>& c, const Dual<T, k>& a) {
+  return chain(a, c.value - a.value, constant<T>(-1.0));
 }
 
 // comparisons of the values: bool, or a mask where T is a vector; false where either is NaN
@@ -306,6 +384,19 @@ FASTPO_FN Dual<T, k> softplus(const Dual<T, k>& a) {
 template <class T, int k>
 FASTPO_FN Dual<T, k> log_sigmoid(const Dual<T, k>& a) {
   return -softplus(-a);
+}
+
+// e^x for x up to 80, beyond which it is constant: the difference of two of them is never inf - inf in fp32
+template <class T, int k>
+FASTPO_FN Dual<T, k> bounded_exp(const Dual<T, k>& a) {
+  return exp(clip(a, -1e30, 80.0));
+}
+
+// log(p / (1 - p)) of p = e^x, where x beyond -1e-6 counts as that: the odds of probability 1 are infinite
+template <class T, int k>
+FASTPO_FN Dual<T, k> log_odds(const Dual<T, k>& a) {
+  const Dual<T, k> x = clip(a, -1e30, -1e-6);
+  return x - log1mexp(x);
 }
 
 }  // namespace FASTPO_NAMESPACE

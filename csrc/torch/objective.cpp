@@ -13,12 +13,12 @@ void check_boundaries(const Tensor& boundaries, int64_t tokens) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(int64_t formula, Tensors streams, OptionalTensors masks,
-                                           OptionalTensors cu_seqlens, OptionalTensors lengths,
-                                           std::vector<double> hyper, bool length_norm, bool reduce,
+                                           OptionalTensors cu_seqlens, OptionalTensors lengths, Tensors columns,
+                                           std::vector<double> hyper, int64_t use_lengths, bool reduce,
                                            std::optional<double> denominator) {
-  PreparedObjective p = prepare_objective(formula, std::move(streams), masks, cu_seqlens, lengths, hyper, length_norm,
-                                          reduce, denominator);
-  for (size_t side = 0; side < max_sides; ++side)
+  PreparedObjective p = prepare_objective(formula, std::move(streams), masks, cu_seqlens, lengths, std::move(columns),
+                                          hyper, use_lengths, reduce, denominator);
+  for (size_t side = 0; side < p.cu_seqlens.size(); ++side)
     if (p.cu_seqlens[side]) check_boundaries(*p.cu_seqlens[side], p.streams[side].size(0));
   Objective& o = p.arguments;
   advise_huge_pages(p.slopes);
@@ -82,10 +82,17 @@ STABLE_TORCH_LIBRARY_IMPL(fastpo, CPU, m) {
 
 #define FASTPO_EXPORT extern "C" __attribute__((visibility("default")))
 
-// names of the formulas and of their hyper-parameters, in the order of their numbers
+// names of the formulas on pairs and on single completions, and of their hyper-parameters, in the order of their
+// numbers
 FASTPO_EXPORT const char* fastpo_formulas() {
 #define FASTPO_NAME(name, loss) "," #name
   return &(FASTPO_PAIRWISE_FORMULAS(FASTPO_NAME))[1];
+#undef FASTPO_NAME
+}
+
+FASTPO_EXPORT const char* fastpo_unpaired_formulas() {
+#define FASTPO_NAME(name, loss) "," #name
+  return &(FASTPO_UNPAIRED_FORMULAS(FASTPO_NAME))[1];
 #undef FASTPO_NAME
 }
 

@@ -3,6 +3,7 @@
 
 #define FASTPO_NAMESPACE fastpo::host
 #include "../formulas/pairwise.h"
+#include "../formulas/unpaired.h"
 #include "tensor.h"
 
 namespace fastpo {
@@ -10,11 +11,12 @@ namespace fastpo {
 using Tensors = std::vector<Tensor>;
 using OptionalTensors = std::vector<OptionalTensor>;
 
-constexpr int formula_count = 0
 #define FASTPO_COUNT(name, loss) +1
-    FASTPO_PAIRWISE_FORMULAS(FASTPO_COUNT);
+// by the number of sides
+constexpr int formula_count[] = {0, 0 FASTPO_UNPAIRED_FORMULAS(FASTPO_COUNT), 0 FASTPO_PAIRWISE_FORMULAS(FASTPO_COUNT)};
 #undef FASTPO_COUNT
 static_assert(sizeof(host::Hyper) <= sizeof(Objective::hyper));
+static_assert(max_given == host::max_columns);
 
 // Layout of one side. The mask is made contiguous by the caller and kept alive there.
 inline Layout layout_of(const Tensor& stream, const OptionalTensor& mask, const OptionalTensor& boundaries,
@@ -64,26 +66,32 @@ struct PreparedObjective {
   // keep the storage alive
   Tensors streams;
   OptionalTensors masks, cu_seqlens, lengths;
+  Tensors columns;
 };
 
 inline PreparedObjective prepare_objective(int64_t formula, Tensors streams, const OptionalTensors& masks,
                                            const OptionalTensors& cu_seqlens, const OptionalTensors& lengths,
-                                           const std::vector<double>& hyper, bool length_norm, bool reduce,
-                                           std::optional<double> denominator) {
-  STD_TORCH_CHECK(formula >= 0 && formula < formula_count, "fastpo::objective: there is no formula ", formula);
-  STD_TORCH_CHECK(masks.size() == max_sides && cu_seqlens.size() == max_sides && lengths.size() == max_sides,
-                  "fastpo::objective: a pair has two sides");
-  STD_TORCH_CHECK(streams.size() == 2 || streams.size() == 4, "fastpo::objective: two or four streams expected");
+                                           Tensors columns, const std::vector<double>& hyper, int64_t use_lengths,
+                                           bool reduce, std::optional<double> denominator) {
+  const size_t sides = masks.size();
+  STD_TORCH_CHECK(sides >= 1 && sides <= max_sides && cu_seqlens.size() == sides && lengths.size() == sides,
+                  "fastpo::objective: one or two sides expected");
+  STD_TORCH_CHECK(formula >= 0 && formula < formula_count[sides], "fastpo::objective: there is no formula ", formula);
+  STD_TORCH_CHECK(!streams.empty() && streams.size() % sides == 0 && streams.size() <= sides * max_models,
+                  "fastpo::objective: one to ", max_models, " streams per side expected");
+  STD_TORCH_CHECK(columns.size() <= max_given, "fastpo::objective: at most ", max_given, " columns expected");
   STD_TORCH_CHECK(hyper.size() * sizeof(double) == sizeof(host::Hyper),
                   "fastpo::objective: wrong number of hyper-parameters");
   Objective o{};
   OptionalTensors m = all_contiguous(masks), c = all_contiguous(cu_seqlens), l = all_contiguous(lengths);
   o.formula = static_cast<int>(formula);
-  o.streams = static_cast<int>(streams.size());
+  o.sides = static_cast<int>(sides);
+  o.models = static_cast<int>(streams.size() / sides);
+  o.columns = static_cast<int>(columns.size());
   o.rows = row_count(streams[0], c[0]);
   for (size_t i = 0; i < streams.size(); ++i) {
     Tensor& t = streams[i];
-    const size_t side = i % max_sides;
+    const size_t side = i % sides;
     STD_TORCH_CHECK(row_count(t, c[side]) == o.rows, "fastpo::objective: streams differ in rows");
     STD_TORCH_CHECK(t.numel() == streams[side].numel(), "fastpo::objective: streams of one side differ in size");
     const bool token_level = t.dim() == 2 || c[side];
@@ -91,24 +99,39 @@ inline PreparedObjective prepare_objective(int64_t formula, Tensors streams, con
     if (token_level && t.stride(t.dim() - 1) != 1) t = as_contiguous(t);
     o.stream[i] = {t.const_data_ptr(), t.dim() > 0 ? t.stride(0) : 1, dtype_of(t)};
     o.is_double = o.is_double || o.stream[i].dtype == DType::f64;
-    if (i < max_sides) o.layouts[side] = layout_of(t, m[side], c[side], l[side]);
+    if (i < sides) o.layouts[side] = layout_of(t, m[side], c[side], l[side]);
+  }
+  for (size_t i = 0; i < columns.size(); ++i) {
+    const Tensor& t = columns[i];
+    STD_TORCH_CHECK(t.dim() == 1 && t.numel() == o.rows, "fastpo::objective: a column has the wrong size");
+    o.column[i] = {t.const_data_ptr(), t.stride(0), dtype_of(t)};
   }
   const ScalarType accumulator = o.is_double ? ScalarType::Double : ScalarType::Float;
   Tensor loss = new_tensor(streams[0], reduce ? std::vector<int64_t>{} : std::vector<int64_t>{o.rows}, accumulator);
-  Tensor slopes = new_tensor(streams[0], {max_sides, o.rows}, accumulator);
-  Tensor rewards = new_tensor(streams[0], {max_sides, o.rows}, accumulator);
+  Tensor slopes = new_tensor(streams[0], {o.sides, o.rows}, accumulator);
+  Tensor rewards = new_tensor(streams[0], {o.sides, o.rows}, accumulator);
   std::copy(hyper.begin(), hyper.end(), o.hyper);
   host::Hyper named;
   std::memcpy(&named, o.hyper, sizeof named);
   o.reward_scale = named.beta;
-  o.length_norm = length_norm;
+  o.use_lengths = static_cast<int>(use_lengths);
   const double divisor = denominator.value_or(static_cast<double>(o.rows));
   o.scale = 1 / divisor;
   o.loss = reduce ? nullptr : loss.mutable_data_ptr();
   o.slopes = slopes.mutable_data_ptr();
   o.rewards = rewards.mutable_data_ptr();
   const int64_t tokens = tokens_per_row(streams, o.rows);
-  return {o, loss, slopes, rewards, divisor, tokens, std::move(streams), std::move(m), std::move(c), std::move(l)};
+  return {o,
+          loss,
+          slopes,
+          rewards,
+          divisor,
+          tokens,
+          std::move(streams),
+          std::move(m),
+          std::move(c),
+          std::move(l),
+          std::move(columns)};
 }
 
 struct PreparedSpread {

@@ -13,6 +13,8 @@ from fastpo.bench.harness import (
     UnavailableError,
     measure,
 )
+from fastpo.bench.linear_dpo import LinearDpoCase
+from fastpo.bench.linear_logprobs import LinearLogprobsCase
 from fastpo.bench.objective import ObjectiveCase
 from fastpo.bench.processes import environment, measure_in_processes, summarise, table
 from fastpo.bench.token_logprobs import TokenLogprobsCase
@@ -22,6 +24,8 @@ __all__ = [
     "Case",
     "CheckFailedError",
     "Expected",
+    "LinearDpoCase",
+    "LinearLogprobsCase",
     "ObjectiveCase",
     "Problem",
     "Provider",

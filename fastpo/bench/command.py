@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 from fastpo.bench.harness import BASELINE, OWN, Case, CheckFailedError
+from fastpo.bench.linear_dpo import LinearDpoCase
+from fastpo.bench.linear_logprobs import LinearLogprobsCase
 from fastpo.bench.objective import ObjectiveCase
 from fastpo.bench.processes import LEGEND, environment, heading, measure_in_processes, summarise, table
 from fastpo.bench.token_logprobs import TokenLogprobsCase
@@ -23,6 +25,20 @@ def positive(text: str) -> int:
     return value
 
 
+def even(text: str) -> int:
+    value = positive(text)
+    if value % 2:
+        raise argparse.ArgumentTypeError(f"must be even, got {value}")
+    return value
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {value}")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line of `fastpo bench`."""
     root = argparse.ArgumentParser(
@@ -32,33 +48,54 @@ def parser() -> argparse.ArgumentParser:
     )
     kernels = root.add_subparsers(dest="kernel", required=True, metavar="KERNEL")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--backward", action="store_true", help="with the backward pass")
     common.add_argument("--processes", type=positive, default=5, help="fresh ones; 1 is this one (default 5)")
     common.add_argument("--repetitions", type=positive, default=9, help="samples per process (default 9)")
     common.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    backward = argparse.ArgumentParser(add_help=False)
+    backward.add_argument("--backward", action="store_true", help="with the backward pass")
     help_ = "log-probs of target tokens from logits"
-    add = kernels.add_parser("token_logprobs", parents=[common], help=help_, description=help_)
+    add = kernels.add_parser("token_logprobs", parents=[backward, common], help=help_, description=help_)
     add.add_argument("--rows", type=positive, default=TokenLogprobsCase.rows)
     add.add_argument("--vocab", type=positive, default=TokenLogprobsCase.vocab)
     add.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
     add.add_argument("--stats", nargs="+", choices=STATISTICS, default=[], metavar="STAT", help=", ".join(STATISTICS))
     _providers(add, TokenLogprobsCase.PROVIDERS)
     help_ = "KL between two models' next-token distributions, from logits"
-    add = kernels.add_parser("vocab_divergence", parents=[common], help=help_, description=help_)
+    add = kernels.add_parser("vocab_divergence", parents=[backward, common], help=help_, description=help_)
     add.add_argument("--rows", type=positive, default=VocabDivergenceCase.rows)
     add.add_argument("--vocab", type=positive, default=VocabDivergenceCase.vocab)
     add.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
     add.add_argument("--direction", choices=("forward", "reverse"), default=VocabDivergenceCase.direction)
     _providers(add, VocabDivergenceCase.PROVIDERS)
+    help_ = "log-probs of target tokens from hidden states and the head's weight"
+    add = kernels.add_parser("linear_logprobs", parents=[backward, common], help=help_, description=help_)
+    add.add_argument("--rows", type=positive, default=LinearLogprobsCase.rows)
+    _head(add, LinearLogprobsCase)
+    add.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
+    text = f"share of the rows that have no target (default {LinearLogprobsCase.prompt})"
+    add.add_argument("--prompt", type=share, default=LinearLogprobsCase.prompt, help=text)
+    add.add_argument("--frozen", action="store_true", help="the weight needs no gradient")
+    _providers(add, LinearLogprobsCase.PROVIDERS)
+    help_ = "DPO from hidden states, with the reference's forward and the backward"
+    add = kernels.add_parser("linear_dpo", parents=[common], help=help_, description=help_)
+    add.add_argument("--sequences", type=even, default=LinearDpoCase.sequences, help="both sides together")
+    add.add_argument("--tokens", type=positive, default=LinearDpoCase.tokens, help="per sequence; half is prompt")
+    _head(add, LinearDpoCase)
+    _providers(add, LinearDpoCase.PROVIDERS)
     help_ = "pairwise losses with their metrics, from log-probs"
-    add = kernels.add_parser("objective", parents=[common], help=help_, description=help_)
+    add = kernels.add_parser("objective", parents=[backward, common], help=help_, description=help_)
     add.add_argument("--pairs", type=positive, default=ObjectiveCase.pairs)
     add.add_argument("--tokens", type=positive, default=0, help="per sequence; without, summed log-probs")
-    formulas = [row.name for row in objectives("pairwise")]
+    formulas = [row.name for row in objectives("pairwise") if ObjectiveCase.takes(row)]
     add.add_argument("--formula", choices=formulas, default=ObjectiveCase.formula)
     add.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     _providers(add, ObjectiveCase.PROVIDERS)
     return root
+
+
+def _head(to: argparse.ArgumentParser, case: type[LinearLogprobsCase] | type[LinearDpoCase]) -> None:
+    to.add_argument("--hidden", type=positive, default=case.hidden, help=f"hidden size (default {case.hidden})")
+    to.add_argument("--vocab", type=positive, default=case.vocab)
 
 
 def _providers(to: argparse.ArgumentParser, every: tuple[str, ...]) -> None:
@@ -79,6 +116,12 @@ def main(argv: list[str]) -> int:
         case = TokenLogprobsCase(args.rows, args.vocab, args.dtype, stats, args.backward)
     elif args.kernel == "vocab_divergence":
         case = VocabDivergenceCase(args.rows, args.vocab, args.dtype, args.direction, args.backward)
+    elif args.kernel == "linear_logprobs":
+        case = LinearLogprobsCase(
+            args.rows, args.hidden, args.vocab, args.dtype, args.prompt, args.frozen, args.backward
+        )
+    elif args.kernel == "linear_dpo":
+        case = LinearDpoCase(args.sequences, args.tokens, args.hidden, args.vocab)
     else:
         case = ObjectiveCase(args.pairs, args.tokens, args.formula, args.dtype, args.backward)
     where = environment()

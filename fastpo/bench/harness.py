@@ -7,7 +7,7 @@ import gc
 import math
 import random
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -114,7 +114,10 @@ class Case(Protocol):
 
 @dataclass
 class Outcome:
-    """What one process found out about one provider; `status` is "ok", "failed", "skipped" or "floor"."""
+    """What one process found out about one provider; `status` is "ok", "failed", "skipped" or "floor".
+
+    `result_bytes` are those of the outputs, which are part of the peak.
+    """
 
     label: str
     bytes: int
@@ -122,6 +125,7 @@ class Outcome:
     reason: str | None = None
     seconds: float | None = None
     peak_bytes: int | None = None
+    result_bytes: int = 0
     errors: dict[str, float] = field(default_factory=dict)
 
 
@@ -144,7 +148,12 @@ def with_backward(forward: Run, leaves: Sequence[Tensor], upstream: Sequence[Ten
     return run
 
 
-def check(problem: Problem, outcomes: dict[str, Outcome], only: Collection[str] | None) -> dict[str, Run]:
+def check(
+    problem: Problem,
+    outcomes: dict[str, Outcome],
+    only: Collection[str] | None,
+    skip: Mapping[str, str] | None = None,
+) -> dict[str, Run]:
     """Prepare and check the providers; returns those to be timed. `outcomes` is filled in."""
     expected = problem.expected()
     baseline_errors: dict[str, float] = {}
@@ -156,6 +165,9 @@ def check(problem: Problem, outcomes: dict[str, Outcome], only: Collection[str] 
         outcome = outcomes[provider.name] = Outcome(
             provider.label, problem.bytes if provider.bytes is None else provider.bytes
         )
+        if skip and provider.name in skip:
+            outcome.status, outcome.reason = "skipped", skip[provider.name]
+            continue
         try:
             run = provider.prepare()
             outputs = [o.detach() for o in run()]
@@ -172,10 +184,11 @@ def check(problem: Problem, outcomes: dict[str, Outcome], only: Collection[str] 
             outcome.status = "floor"
             runs[provider.name] = run
             continue
+        outcome.result_bytes = sum(o.nbytes for o in outputs)
         wrong = []
         for (name, exact), got in zip(expected.items(), outputs, strict=True):
             off = outcome.errors[name] = exact.error(got)
-            allowed = exact.allowed(got.dtype, baseline_errors[name] if provider.name == OWN else None)
+            allowed = exact.allowed(got.dtype, baseline_errors.get(name) if provider.name == OWN else None)
             if off > allowed:
                 wrong.append(f"{name}: error {off:.2e} against fp64, {allowed:.2e} allowed")
         if provider.name == BASELINE:
@@ -196,10 +209,10 @@ def interleave(runs: dict[str, Run], repetitions: int, least_seconds: float = 5e
     """
     numbers = {}
     for name, run in runs.items():
-        run()
-        start = perf_counter()
-        run()
-        numbers[name] = max(1, math.ceil(least_seconds / (perf_counter() - start)))
+        seconds = _timed(run, 1)
+        # the first call of a short one says little
+        seconds = seconds if seconds > 1 else _timed(run, 1)
+        numbers[name] = max(1, math.ceil(least_seconds / seconds))
     samples: dict[str, list[float]] = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0).shuffle
     collecting = gc.isenabled()
@@ -209,15 +222,19 @@ def interleave(runs: dict[str, Run], repetitions: int, least_seconds: float = 5e
         for _ in range(repetitions):
             shuffle(order)
             for name in order:
-                run, number = runs[name], range(numbers[name])
-                start = perf_counter()
-                for _ in number:
-                    run()
-                samples[name].append((perf_counter() - start) / len(number))
+                samples[name].append(_timed(runs[name], numbers[name]))
     finally:
         if collecting:
             gc.enable()
     return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def _timed(run: Run, calls: int) -> float:
+    """Seconds of a call."""
+    start = perf_counter()
+    for _ in range(calls):
+        run()
+    return (perf_counter() - start) / calls
 
 
 def peak_bytes(run: Run) -> int | None:
@@ -245,13 +262,20 @@ def peak_bytes(run: Run) -> int | None:
     return max(0, peak - before)
 
 
-def measure(case: Case, *, only: Collection[str] | None = None, repetitions: int = 9) -> Measurement:
+def measure(
+    case: Case,
+    *,
+    only: Collection[str] | None = None,
+    repetitions: int = 9,
+    skip: Mapping[str, str] | None = None,
+) -> Measurement:
     """Check, time and weigh the providers of a case in this process.
 
     Args:
         case: what to run.
         only: names of the providers to run, besides fastpo and eager torch; None for all.
         repetitions: samples per provider.
+        skip: names of providers that would take too much here, and why; eager torch may be among them.
 
     Raises:
         CheckFailedError: fastpo's own result (or the baseline's) is wrong.
@@ -259,7 +283,7 @@ def measure(case: Case, *, only: Collection[str] | None = None, repetitions: int
     problem = case.build()
     outcomes: dict[str, Outcome] = {}
     try:
-        runs = check(problem, outcomes, only)
+        runs = check(problem, outcomes, only, skip)
     except CheckFailedError as error:
         raise CheckFailedError(f"{case.name}: {error}") from None
     for name, seconds in interleave(runs, repetitions).items():

@@ -38,6 +38,11 @@ class ObjectiveCase:
         size = f"{self.pairs} pairs" + (f" x {self.tokens} tokens" if self.tokens else "")
         return f"{self.formula} {size} {self.dtype}, forward{' + backward' * self.backward}"
 
+    @staticmethod
+    def takes(row: Objective) -> bool:
+        """Whether log-probs are all that the objective eats."""
+        return row.kernel == row.name and row.lengths in ("none", "optional") and not (row.inputs or row.previous_model)
+
     def build(self) -> Problem:
         dtype, row = getattr(torch, self.dtype), objective(self.formula)
         chosen, rejected = self._sides(dtype)
@@ -123,8 +128,9 @@ def _eager(row: Objective, chosen: Side, rejected: Side) -> Sequence[Tensor]:
     if row.reference_model:
         references = [sums(s.reference, s.mask) for s in (chosen, rejected) if s.reference is not None]
         logratios = [p - r for p, r in zip(policies, references, strict=True)]
-    loss = row.formula(Pair(*policies, *logratios), **row.defaults).mean()
-    chosen_rewards, rejected_rewards = (row.defaults["beta"] * a.detach() for a in logratios)
+    hyper = row.formula_hyper(row.defaults)
+    loss = row.formula(Pair(*policies, *logratios), **hyper).mean()
+    chosen_rewards, rejected_rewards = (hyper.get("beta", 1.0) * a.detach() for a in logratios)
     return [loss, chosen_rewards, rejected_rewards, (chosen_rewards > rejected_rewards).to(loss.dtype)]
 
 
@@ -136,7 +142,7 @@ def _expected(row: Objective, chosen: Side, rejected: Side, upstream: Sequence[T
         return Side(side.policy.detach().double().requires_grad_(bool(upstream)), reference, side.mask)
 
     sides = exact(chosen), exact(rejected)
-    losses_, chosen_rewards, rejected_rewards = pairwise_objective(row, *sides, dict(row.defaults))
+    losses_, chosen_rewards, rejected_rewards = pairwise_objective(row, *sides, row.formula_hyper(row.defaults))
     values = {
         "loss": losses_.mean(),
         "chosen_rewards": chosen_rewards,

@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,12 +19,19 @@ from fastpo.bench.harness import OWN, Case, Measurement, Outcome, measure
 from fastpo.kernels import _native
 
 
-def _measure_all(cases: Sequence[Case], only: Collection[str] | None, repetitions: int) -> list[Measurement]:
-    return [measure(case, only=only, repetitions=repetitions) for case in cases]
+def _measure_all(
+    cases: Sequence[Case], only: Collection[str] | None, repetitions: int, skip: Mapping[str, str] | None
+) -> list[Measurement]:
+    return [measure(case, only=only, repetitions=repetitions, skip=skip) for case in cases]
 
 
 def measure_in_processes(
-    cases: Sequence[Case], processes: int, *, only: Collection[str] | None = None, repetitions: int = 9
+    cases: Sequence[Case],
+    processes: int,
+    *,
+    only: Collection[str] | None = None,
+    repetitions: int = 9,
+    skip: Mapping[str, str] | None = None,
 ) -> list[list[Measurement]]:
     """Measure the cases in `processes` fresh processes, one after the other; with one, in this process.
 
@@ -35,13 +42,13 @@ def measure_in_processes(
         CheckFailedError: fastpo's own result is wrong in a case.
     """
     if processes == 1:
-        return [[m] for m in _measure_all(cases, only, repetitions)]
+        return [[m] for m in _measure_all(cases, only, repetitions, skip)]
     found = []
     for number in range(1, processes + 1):
         names = f"{len(cases)} cases" if len(cases) > 1 else cases[0].name
         print(f"process {number} of {processes}: {names}", file=sys.stderr, flush=True)
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            found.append(pool.submit(_measure_all, cases, only, repetitions).result())
+            found.append(pool.submit(_measure_all, cases, only, repetitions, skip).result())
     return [list(runs) for runs in zip(*found, strict=True)]
 
 
@@ -54,8 +61,9 @@ def summarise(measurements: Sequence[Measurement]) -> dict[str, Any]:
     """One case over its processes, ready for JSON.
 
     A provider's "speed" is how many times as fast as it fastpo is: its median time over fastpo's, taken per
-    process, then the median over processes. The case's "bar" is fastpo's time over that of the slowest floor
-    named in the case, the same way. A provider that failed in any process has neither times nor ratios.
+    process, then the median over processes; "seconds_each" has the processes' times for other ratios. The case's
+    "bar" is fastpo's time over that of the slowest floor named in the case, the same way. A provider that failed in
+    any process has neither times nor ratios.
     """
     first = measurements[0]
     runs = [m.outcomes for m in measurements]
@@ -68,11 +76,13 @@ def summarise(measurements: Sequence[Measurement]) -> dict[str, Any]:
             row["errors"] = {key: max(o.errors[key] for o in outcomes) for key in outcomes[0].errors}
         if worst.status not in ("ok", "floor"):
             continue
-        row["seconds"] = spread([_seconds(run, name) for run in runs])
+        row["seconds_each"] = [_seconds(run, name) for run in runs]
+        row["seconds"] = spread(row["seconds_each"])
         row["gb_per_s"] = worst.bytes / row["seconds"]["median"] / 1e9
         row["speed"] = spread([_seconds(run, name) / _seconds(run, OWN) for run in runs])
         peaks = [o.peak_bytes for o in outcomes if o.peak_bytes is not None]
         row["peak_bytes"] = statistics.median(peaks) if peaks else None
+        row["result_bytes"] = worst.result_bytes
     bar = None
     if first.bar and all(providers.get(name, {}).get("status") == "floor" for name in first.bar):
         ratios = [_seconds(run, OWN) / max(_seconds(run, name) for name in first.bar) for run in runs]

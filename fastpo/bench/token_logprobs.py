@@ -164,7 +164,7 @@ class TokenLogprobsCase:
         """The reference in fp64, by 64 rows."""
         parts: dict[str, list[Tensor]] = {name: [] for name in self.outputs}
         gradients: list[Tensor] = []
-        terms: list[Tensor] = []
+        sizes: list[Tensor] = []
         largest = 1.0
         for start in range(0, self.rows, 64):
             rows = slice(start, start + 64)
@@ -178,18 +178,18 @@ class TokenLogprobsCase:
             logprobs = x.detach().log_softmax(-1)
             largest = max(largest, logprobs.abs().max().item())
             if grads:
-                terms.append(_terms(logprobs, ids, grads).float())
+                sizes.append(terms(logprobs, ids, grads).float())
         eps = torch.finfo(torch.promote_types(logits.dtype, torch.float32)).eps
         # An implementation rounds x - max and logsumexp, which are as large as the log-probs. In a gradient
         # that error of log p is a relative error of p.
         expected = {name: Expected(torch.cat(part), magnitude=largest, eps=eps) for name, part in parts.items()}
         if upstream:
-            weight = torch.cat(terms).clamp_min_(torch.finfo(torch.float32).tiny)
+            weight = torch.cat(sizes).clamp_min_(torch.finfo(torch.float32).tiny)
             expected["gradient"] = Expected(torch.cat(gradients), weight, largest, eps)
         return expected
 
 
-def _terms(logprobs: Tensor, targets: Tensor, upstream: dict[str, Tensor]) -> Tensor:
+def terms(logprobs: Tensor, targets: Tensor, upstream: dict[str, Tensor]) -> Tensor:
     """Σ |terms| of the gradient: g (onehot - p), -g p (log p + H) of the entropy, g p of logsumexp."""
     p = logprobs.exp()
     total = torch.zeros_like(p)

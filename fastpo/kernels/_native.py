@@ -46,6 +46,7 @@ class Library:
     error: str | None = None
     handle: ctypes.CDLL | None = None
     formulas: dict[str, int] = field(default_factory=dict)
+    unpaired_formulas: dict[str, int] = field(default_factory=dict)
     hyper_parameters: tuple[str, ...] = ()
 
     @property
@@ -84,6 +85,7 @@ def _load(name: str) -> Library:
         return library
     try:
         library.formulas = {n: i for i, n in enumerate(library.text("fastpo_formulas").split(","))}
+        library.unpaired_formulas = {n: i for i, n in enumerate(library.text("fastpo_unpaired_formulas").split(","))}
         library.hyper_parameters = tuple(library.text("fastpo_hyper_parameters").split(","))
         # reads FASTPO_CPU_CAPABILITY; an unknown or unsupported value is an error, not a fallback
         problem = library.text("fastpo_capability_error")

@@ -31,9 +31,10 @@ TILINGS = {"cpu": Tiling(512, 1 << 20), "cuda": Tiling(8192, 256 << 20)}
 class Found(NamedTuple):
     """What the forward returns. What was not asked for has no elements.
 
-    `state` (2, N): the largest number under the softmax, and the sum of the exponentials relative to it. `shard`: the
-    id of the weight's first row, on the CPU. `expected` (N, H): the gradient with respect to hidden of the logarithm
-    of that sum, without the targets' own terms. `kept`: the logits of the rows that count, tile after tile. `peaks`:
+    `state` (2, N): the largest number under the softmax, and the sum of the exponentials relative to it. `shard`, on
+    the CPU: the id of the weight's first row, and the columns of a slice. `expected` (N, H): the gradient with respect
+    to hidden of the logarithm of that sum, without the targets' own terms. `slopes` (N, K): the derivative by the logit
+    of what is under the softmax, at the targets. `kept`: the logits of the rows that count, tile after tile. `peaks`:
     per slice and row, the largest number under the softmax.
     """
 
@@ -41,6 +42,7 @@ class Found(NamedTuple):
     state: Tensor
     shard: Tensor
     expected: Tensor
+    slopes: Tensor
     kept: Tensor
     peaks: Tensor
     entropy: Tensor
@@ -96,6 +98,7 @@ class Problem:
         wide: bool,
         *,
         first: int,
+        width: int | None = None,
     ):
         self.count = hidden.shape[0]
         self.accumulate = torch.promote_types(hidden.dtype, torch.float32)
@@ -105,6 +108,7 @@ class Problem:
         self.tile_dtype = self.accumulate if mixed else self.narrow
         self.group = group
         self.weight, self.bias, self.logit_scale, self.cap = weight, bias, logit_scale, cap
+        targets = targets.contiguous()
         valid = targets != ignore_index
         if rows is None:
             # no arithmetic is spent on the other rows
@@ -127,9 +131,12 @@ class Problem:
         self.tiling = TILINGS[hidden.device.type]
         self.height = min(self.rows, self.tiling.rows)
         threads = torch.get_num_threads() if hidden.device.type == "cpu" else 1
-        width = self.tiling.bytes * threads // (max(self.height, 1) * self.tile_dtype.itemsize)
-        # whole vectors, and rows that begin at multiples of them
-        self.width = max(64, width // 64 * 64)
+        if width is None:
+            width = self.tiling.bytes * threads // (max(self.height, 1) * self.tile_dtype.itemsize)
+            # whole vectors, and rows that begin at multiples of them
+            width = max(64, width // 64 * 64)
+        # the backward has the forward's, whose logits may be kept, whatever the number of threads has become
+        self.width = width
         self.buffer = hidden.new_empty(self.height * min(self.width, weight.shape[0]), dtype=self.tile_dtype)
         self.gradient = None
         if self.tile_dtype != self.narrow:
@@ -184,14 +191,28 @@ class Problem:
         return self.cap * torch.tanh(self.logit_scale / self.cap * logits) if self.cap else logits
 
 
+def allocate(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory that may be large, on the device of `like` and by default of its dtype."""
+    out = like.new_empty(shape, dtype=dtype or like.dtype)
+    if not out.is_cuda:
+        torch.ops.fastpo.advise_huge_pages(out)
+    return out
+
+
 def multiplies_into_wide(t: Tensor) -> bool:
     """Whether there are products of narrow matrices with an fp32 result, so that logits are not rounded."""
     return t.is_cuda
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b, where out may be wider than a and b."""
-    if a.dtype == out.dtype:
+def add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool = False) -> None:
+    """out += a b, where out may be wider than a and b; or out = a b for the `first` one."""
+    if first and a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif first and multiplies_into_wide(a):
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif first:
+        out.copy_(a @ b)
+    elif a.dtype == out.dtype:
         out.addmm_(a, b)
     elif multiplies_into_wide(a):
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
@@ -221,23 +242,33 @@ def gather(t: Tensor, group: str) -> Tensor:
     return out.view(ranks.size(), *t.shape)
 
 
-def shard_of(weight: Tensor, targets: Tensor, group: str | None) -> tuple[int, int]:
+def _checksum(t: Tensor | None) -> Tensor | int:
+    """A number that depends on every bit and on the order; it wraps around."""
+    if t is None:
+        return 0
+    bits = t.double().view(torch.int64) if t.is_floating_point() else t.long()
+    place = torch.arange(1, t.numel() + 1, device=t.device)
+    return (bits.reshape(-1) * (place * 0x9E3779B1)).sum()
+
+
+def shard_of(
+    weight: Tensor, targets: Tensor, rows: Tensor | None, temperatures: Tensor | None, options: int, group: str | None
+) -> tuple[int, int]:
     """The id of this rank's first row of the weight, and the size of the whole vocabulary.
 
-    Raises on every rank if their rows are not the same: then the weight is sharded for another reason.
+    Raises on every rank if their rows or options (of which `options` is a hash) are not the same: then the weight is
+    sharded for another reason.
     """
     if group is None:
         return 0, weight.shape[0]
-    # depends on the order of the targets; wraps around
-    place = torch.arange(1, targets.numel() + 1, device=targets.device)
-    checksum = (targets.reshape(-1).long() * (place * 0x9E3779B1)).sum()
-    mine = torch.tensor([weight.shape[0], *targets.shape], device=targets.device)
-    ranks = gather(torch.cat([mine, checksum[None]]), group).tolist()
+    mine: list[Any] = [weight.shape[0], *targets.shape, 0 if rows is None else len(rows), options]
+    mine += [_checksum(t) for t in (targets, rows, temperatures)]
+    ranks = gather(torch.stack([torch.as_tensor(n, device=targets.device) for n in mine]), group).tolist()
     if any(r[1:] != ranks[0][1:] for r in ranks):
         raise ValueError(
-            "process_group: its ranks hold different targets. With a weight sharded over the vocabulary every rank "
-            "has the same rows; a weight sharded by FSDP or ZeRO has to be gathered first, as it is inside the "
-            "forward of the module that was wrapped"
+            "process_group: its ranks hold different targets, rows, temperatures or options. With a weight sharded "
+            "over the vocabulary every rank has the same; a weight sharded by FSDP or ZeRO has to be gathered first, "
+            "as it is inside the forward of the module that was wrapped"
         )
     sizes = [r[0] for r in ranks]
     return sum(sizes[: resolve(group).rank()]), sum(sizes)
@@ -255,7 +286,7 @@ def forward(
     top1 = p.targets.new_zeros(p.rows) if stats & 8 else None
     total = p.inverse.new_zeros(p.rows) if stats & 16 else None
     logits = p.rows * p.weight.shape[0]
-    kept = p.buffer.new_empty(logits if 0 < logits * p.tile_dtype.itemsize <= budget else 0)
+    kept = allocate(p.buffer, logits if 0 < logits * p.tile_dtype.itemsize <= budget else 0)
     expected = expected and not kept.numel()
     sums = torch.zeros((p.rows if expected else 0, p.hidden.shape[1]), dtype=p.accumulate, device=device)
     peaks = []
@@ -287,6 +318,9 @@ def forward(
         state, taken, top1, total = _merge(p, first, state, taken, found, top1, total)
     largest, s, weighted, squared = state
     log_sum = s.log()
+    slopes = p.inverse[:, None].expand(p.targets.shape) if expected else taken[:0]
+    if p.cap and expected:
+        slopes = slopes * p.logit_scale * (1 - (taken / p.cap) ** 2)
     logprobs = (taken - largest[:, None]) * p.inverse[:, None] - log_sum[:, None]
     statistics: list[Tensor | None] = [
         log_sum - LN2 * weighted / s,
@@ -299,8 +333,9 @@ def forward(
     return Found(
         p.put(torch.where(p.valid, logprobs, 0), dtype=p.accumulate),
         p.put(torch.stack([largest, s], 1)).t().contiguous(),
-        torch.tensor([first]),
+        torch.tensor([first, p.width]),
         p.put(sums * (p.inverse / s)[:, None].to(p.accumulate)) if expected else sums,
+        p.put(slopes) if expected else slopes,
         kept,
         torch.stack(peaks) if peaks else p.inverse.new_empty((0, 0)),
         *(
@@ -317,13 +352,17 @@ def _add_expected(p: Problem, s: Slice, tile: Tile, data: Tensor, before: Tensor
     rows = tile.rows
     targets = p.targets[rows]
     one, zero = torch.ones_like(before), torch.zeros(targets.shape, dtype=torch.float64, device=data.device)
-    data = _dlogits(p, s, tile, data, state, one, None, zero)
+    # nothing but -inf so far: any finite number gives 0
+    relative = state.clone()
+    relative[0].clamp_(min=torch.finfo(torch.float32).min)
+    data = _dlogits(p, s, tile, data, relative, one, None, zero)
     # The targets' own terms are added where they can be exact: of a token that is nearly certain, they cancel all but
     # the last digits
     column = targets - s.first
     inside = (column >= 0) & (column < s.columns)
-    column = torch.where(inside, column, 0)
-    data.scatter_(1, column, torch.where(inside, 0, data.gather(1, column)))
+    # the least of what is there and 0, or, for an id of another slice, infinity
+    least = torch.where(inside, 0.0, math.inf).to(data.dtype)
+    data.scatter_reduce_(1, torch.where(inside, column, 0), least, "amin")
     factor = torch.where(before == state[0], 1.0, torch.exp((before - state[0]) * p.inverse[rows]))
     sums *= factor[:, None].to(sums.dtype)
     add_product(sums, data, s.weight)
@@ -389,7 +428,7 @@ def backward(
     s = largest_and_sum[:, 1]
     grads = torch.zeros(p.targets.shape, dtype=torch.float64, device=device)
     if grad_logprobs is not None:
-        grads = torch.where(p.valid, p.take(grad_logprobs).double(), 0)
+        grads = torch.where(p.valid, p.take(grad_logprobs).double(), 0).contiguous()
     at = -grads.sum(-1)
     if grad_logsumexp is not None:
         at = at + p.take(grad_logsumexp).double()
@@ -411,16 +450,13 @@ def backward(
     low = p.low is not None and bool(needed & 25)
     d_hidden, d_bias = zeros(1, p.hidden), zeros(4, p.bias)
     d_low = torch.zeros_like(p.low, dtype=p.accumulate) if low and p.low is not None else None
-    d_weight, d_lora_b = (
-        t.new_empty(t.shape if needed & bit else 0)
-        for t, bit in ((p.weight, 2), (p.weight if p.lora_b is None else p.lora_b, 16))
-    )
+    d_weight, d_lora_b = SliceGradient(p, p.weight, needed & 2), SliceGradient(p, p.lora_b, needed & 16)
     states = [largest_and_sum[r : r + p.height].t() for r in range(0, p.rows, max(p.height, 1))]
     states = [torch.cat([t, torch.zeros_like(t)]).contiguous() for t in states]
     for n, part in enumerate(p.slices()):
         columns = slice(part.first, part.first + part.columns)
-        # over the blocks of rows, in fp32 whatever the weight's dtype
-        d_slice, d_slice_b = zeros(2, part.weight), zeros(16, part.lora_b)
+        d_weight.begin(columns)
+        d_lora_b.begin(columns)
         for m, (tile, block) in enumerate(zip(p.tiles(part), states, strict=True)):
             if skipped is not None and skipped[n][m]:
                 continue
@@ -435,17 +471,15 @@ def backward(
             if needed & 1:
                 add_product(d_hidden[rows], data, part.weight)
             if needed & 2:
-                add_product(d_slice, data.t(), p.hidden[rows])
+                d_weight.add(data.t(), p.hidden[rows])
             if needed & 4:
                 d_bias[columns] += data.sum(0, dtype=p.accumulate)
             if d_low is not None and part.lora_b is not None:
                 add_product(d_low[rows], data, part.lora_b)
             if needed & 16 and p.low is not None:
-                add_product(d_slice_b, data.t(), p.low[rows])
-        if needed & 2:
-            d_weight[columns] = d_slice
-        if needed & 16:
-            d_lora_b[columns] = d_slice_b
+                d_lora_b.add(data.t(), p.low[rows])
+        d_weight.end()
+        d_lora_b.end()
     d_lora_a = zeros(8, p.lora_a)
     if d_low is not None and p.lora_a is not None:
         d_low = all_reduce(d_low, p.group) * p.lora_scale
@@ -455,8 +489,38 @@ def backward(
         d_hidden = all_reduce(d_hidden, p.group)
         if d_low is not None and p.lora_a is not None:
             d_hidden.addmm_(d_low, p.lora_a.to(p.accumulate))
-        d_hidden = p.put(d_hidden, dtype=p.weight.dtype)
-    return d_hidden, d_weight, d_bias.to(p.weight.dtype), d_lora_a.to(p.weight.dtype), d_lora_b
+        d_hidden = p.put(d_hidden)
+    dtype = p.weight.dtype
+    return d_hidden.to(dtype), d_weight.out, d_bias.to(dtype), d_lora_a.to(dtype), d_lora_b.out
+
+
+class SliceGradient:
+    """The gradient of a matrix with a row per token, slice by slice: summed in fp32 whatever its dtype.
+
+    A sum of that dtype, or of one block of rows, is made in its place. `wanted` 0: nothing is made, `out` is empty.
+    """
+
+    def __init__(self, p: Problem, like: Tensor | None, wanted: int):
+        self.wanted = bool(wanted) and like is not None
+        like = p.weight if like is None else like
+        self.out = allocate(like, *like.shape) if self.wanted else like.new_empty(0)
+        apart = self.wanted and like.dtype != p.accumulate and p.rows > p.height
+        self.sums = like.new_empty((min(p.width, len(like)), like.shape[1]) if apart else 0, dtype=p.accumulate)
+
+    def begin(self, columns: slice) -> None:
+        self.part = self.out[columns]
+        self.sum = self.sums[: len(self.part)] if self.sums.numel() else self.part
+        self.empty = True
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        add_product(self.sum, a, b, first=self.empty)
+        self.empty = False
+
+    def end(self) -> None:
+        if self.empty:
+            self.part.zero_()
+        elif self.sum is not self.part:
+            self.part.copy_(self.sum)
 
 
 def _skipped(p: Problem, largest: Tensor, peaks: Tensor, at: Tensor, slope: Tensor | None, skip: float) -> list[Any]:

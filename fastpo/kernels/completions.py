@@ -13,6 +13,9 @@ from fastpo.kernels import _checks
 from fastpo.kernels.linear_logprobs import linear_logprobs
 from fastpo.reference.vocabulary import LinearLogprobs
 
+# no id that a tokenizer or a collator has, so that -100 where the mask is True is an error
+_IGNORED = -(2**62)
+
 
 class Head(NamedTuple):
     """What `linear_logprobs` takes of a language model's head."""
@@ -48,9 +51,11 @@ def head_of(head: Tensor | nn.Module) -> Head:
             return head_of(head.modules_to_save[active[0]] if active else head.original_module)
         if isinstance(head, LoraLayer):
             return _with_adapters(head)
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+    own = "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks
+    if own or not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         raise TypeError(
-            f"head must be a weight, a torch.nn.Linear, or one wrapped by PEFT's LoRA, got {type(head).__name__}"
+            "head must be a weight, a torch.nn.Linear, or one wrapped by PEFT's LoRA, got "
+            f"{type(head).__name__}{' with hooks or a forward of its own' if own else ''}"
         )
     return Head(head.weight, head.bias)
 
@@ -176,11 +181,18 @@ def completion_logprobs(
     if taken:
         raise TypeError(f"{taken[0]} is not an option here: it comes from input_ids and completion_mask")
     wanted = _predicted(completion_mask, cu_seqlens, shift)
-    targets = torch.where(wanted, input_ids, -100)
+    targets = torch.where(wanted, input_ids.long(), _IGNORED)
     if isinstance(temperature, Tensor):
         _checks.shape("temperature", temperature, input_ids.shape, "one temperature per token")
         temperature = _shifted(temperature, -shift, 1.0)
-    out = linear_logprobs(hidden, weight, _shifted(targets, -shift, -100), temperature=temperature, **options)
+    out = linear_logprobs(
+        hidden,
+        weight,
+        _shifted(targets, -shift, _IGNORED),
+        temperature=temperature,
+        ignore_index=_IGNORED,
+        **options,
+    )
     if isinstance(out, Tensor):
         return _shifted(out, shift, 0)
     logprobs, *statistics = (

@@ -37,6 +37,8 @@ torch.library.define(
     "(Tensor(a!) tile, int first, Tensor targets, Tensor inverse, float logit_scale, float cap, Tensor state, "
     "Tensor at, Tensor? slope, Tensor grads, Tensor(b!)? out=None) -> ()",
 )
+# of fresh memory on a CPU: its pages are to be large ones, which are faulted in many times faster
+torch.library.define("fastpo::advise_huge_pages", "(Tensor t) -> ()")
 # hidden (N, H), targets (N, K); cap 0 stands for none
 _PROBLEM = (
     "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? rows, "
@@ -48,8 +50,8 @@ _PROBLEM = (
 torch.library.define(
     "fastpo::linear_logprobs",
     f"({_PROBLEM}, int stats, bool expected, int budget, float skip) -> "
-    "(Tensor logprobs, Tensor state, Tensor shard, Tensor expected, Tensor kept, Tensor peaks, Tensor entropy, "
-    "Tensor logsumexp, Tensor log_sum_p2, Tensor top1, Tensor mean_logit)",
+    "(Tensor logprobs, Tensor state, Tensor shard, Tensor expected, Tensor slopes, Tensor kept, Tensor peaks, "
+    "Tensor entropy, Tensor logsumexp, Tensor log_sum_p2, Tensor top1, Tensor mean_logit)",
 )
 # `needed`: bits for the gradients of hidden, weight, bias, lora_a and lora_b; the others come back empty
 torch.library.define(
@@ -94,6 +96,7 @@ def _cuda_dlogits_tile(*args: Any) -> None:
 @torch.library.register_fake("fastpo::linear_logprobs")
 def _fake(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     stats, expected, budget, skip = rest[-4:]
+    wide = rest[-5] or hidden.device.type != "cpu"
     rows, dtype = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
     dtypes = (dtype, dtype, dtype, torch.int64, dtype)
 
@@ -101,12 +104,14 @@ def _fake(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any) -> tuple[
         return torch.library.get_ctx().new_dynamic_size()
 
     # what is kept, and so whether `expected` is needed, depends on how many rows count
+    found = (unknown() if budget else rows) if expected else 0
     return (
         hidden.new_empty(targets.shape, dtype=dtype),
         hidden.new_empty((2, rows), dtype=torch.float64),
-        hidden.new_empty(1, dtype=torch.int64, device="cpu"),
-        hidden.new_empty(((unknown() if budget else rows) if expected else 0, hidden.shape[1]), dtype=dtype),
-        hidden.new_empty(unknown() if budget else 0),
+        hidden.new_empty(2, dtype=torch.int64, device="cpu"),
+        hidden.new_empty((found, hidden.shape[1]), dtype=dtype),
+        hidden.new_empty((found, targets.shape[1]), dtype=torch.float64),
+        hidden.new_empty(unknown() if budget else 0, dtype=dtype if wide else hidden.dtype),
         hidden.new_empty((unknown(), unknown()) if skip else (0, 0), dtype=torch.float64),
         *(hidden.new_empty((rows if stats >> bit & 1 else 0,), dtype=d) for bit, d in enumerate(dtypes)),
     )
@@ -135,10 +140,12 @@ _native.on_cuda("linear_logprobs", _native.why_not_triton, by="Triton")
 @torch.library.impl("fastpo::linear_logprobs", ("CPU", "CUDA"))
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     *problem, stats, expected, budget, skip = args
-    weight, targets, temperatures, ignore_index, group = (args[i] for i in (1, 2, 7, 12, 13))
-    first, vocabulary = _tiles.shard_of(weight, targets, group)
+    weight, targets, rows, temperatures, ignore_index, group = (args[i] for i in (1, 2, 6, 7, 12, 13))
+    options = hash((*args[8:13], stats))
+    first, vocabulary = _tiles.shard_of(weight, targets, rows, temperatures, options, group)
     # in a graph nobody has looked at them yet, and of a shard nobody knew the size of the whole
     _checks.values(targets, temperatures, ignore_index, vocabulary)
+    _check_rows(rows, len(targets))
     with torch.autocast(weight.device.type, enabled=False):
         return _tiles.forward(_tiles.Problem(*problem, first=first), first, vocabulary, stats, expected, budget, skip)
 
@@ -147,7 +154,8 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     problem, (state, shard, *rest) = args[:-10], args[-10:]
     with torch.autocast(state.device.type, enabled=False):
-        return _tiles.backward(_tiles.Problem(*problem, first=int(shard)), state, *rest)
+        first, width = shard.tolist()
+        return _tiles.backward(_tiles.Problem(*problem, first=first, width=width), state, *rest)
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -155,31 +163,32 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        tensors, (options, stats, budget, skip) = args[:8], args[8:]
-        needs = ctx.needs_input_grad
+        tensors, (options, stats, budget, skip, enabled) = args[:8], args[8:]
+        # which says nothing of no_grad
+        needs = [enabled and n for n in ctx.needs_input_grad]
         ctx.needed = [needs[i] for i in (0, 1, 3, 4, 5)]
         ctx.frozen = ctx.needed[0] and not any(ctx.needed[1:]) and tensors[4] is None and options.group is None
-        if needs[7]:
-            stats |= 1
+        computed = stats | needs[7]
         found = _tiles.Found(
             *torch.ops.fastpo.linear_logprobs(
                 *tensors,
                 *options,
-                stats,
+                computed,
                 ctx.frozen,
                 # the gradient of the log-probs from `expected` takes less than the logits, and as few products; that
                 # of the entropy takes the logits
-                budget if any(ctx.needed) and not (ctx.frozen and not stats & 1) else 0,
-                skip if any(ctx.needed) else 0.0,
+                budget if any(ctx.needed) and not (ctx.frozen and not computed & 1) else 0,
+                skip if any(ctx.needed) and not ctx.frozen else 0.0,
             )
         )
         ctx.options, ctx.stats, ctx.skip = options, stats, skip
-        statistics = found[6:]
-        ctx.mark_non_differentiable(*statistics[2:])
+        statistics = found[7:]
+        ctx.mark_non_differentiable(*([] if stats & 1 else statistics[:1]), *statistics[2:])
         ctx.set_materialize_grads(False)
-        logprobs = found.logprobs if ctx.frozen or needs[7] else None
-        entropy = found.entropy if stats & 1 else None
-        ctx.save_for_backward(*tensors, *found[1:6], entropy, logprobs)
+        # a copy, since the result may be changed in place
+        logprobs = found.logprobs.clone() if ctx.frozen or needs[7] else None
+        entropy = found.entropy if computed & 1 else None
+        ctx.save_for_backward(*tensors, *found[1:7], entropy, logprobs)
         return found.logprobs, *statistics
 
     @staticmethod
@@ -200,11 +209,12 @@ class _LinearLogprobs(torch.autograd.Function):
         if all(g is None for g in upstream):
             return tuple(grads)
         saved = ctx.saved_tensors
-        tensors, (state, shard, expected, kept, peaks, entropy, logprobs) = saved[:8], saved[8:]
+        tensors, (state, shard, expected, slopes, kept, peaks, entropy, logprobs) = saved[:8], saved[8:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(ctx, tensors, upstream)
+            with torch.autocast(state.device.type, enabled=False):
+                return _differentiable_backward(ctx, tensors, upstream)
         if ctx.frozen and upstream[1] is None and expected.numel():
-            grads[0] = _frozen_backward(tensors, ctx.options, state, expected, logprobs, upstream)
+            grads[0] = _frozen_backward(tensors, ctx.options, expected, slopes, logprobs, upstream)
         elif any(ctx.needed):
             bits = sum(1 << i for i, n in enumerate(ctx.needed) if n)
             rest = (state, shard, kept, peaks, entropy, *upstream, ctx.skip, bits)
@@ -219,8 +229,8 @@ class _LinearLogprobs(torch.autograd.Function):
 def _frozen_backward(
     tensors: tuple[Tensor | None, ...],
     options: _Options,
-    state: Tensor,
     expected: Tensor,
+    slopes: Tensor,
     logprobs: Tensor,
     upstream: tuple[Tensor | None, ...],
 ) -> Tensor:
@@ -229,28 +239,30 @@ def _frozen_backward(
     Σ_k g_k (c_k W[y_k] - Σ_j p_j c_j W[j]), where c is the slope of the numbers under the softmax; `expected` has the
     inner sum but for the targets.
     """
-    hidden, weight, targets, *_, rows, temperatures = tensors
+    hidden, weight, targets, *_, rows, _ = tensors
     assert hidden is not None and weight is not None and targets is not None
     grad_logprobs, _, grad_logsumexp = upstream
+    valid = _counted(targets, rows, options)
+    g = torch.zeros_like(slopes) if grad_logprobs is None else torch.where(valid, grad_logprobs.double(), 0)
+    upward = torch.zeros_like(slopes[:, 0]) if grad_logsumexp is None else grad_logsumexp.double()
+    total = g.sum(-1)
+    out = (upward - total).to(expected.dtype)[:, None] * expected
+    # a target that is not in range has given NaN already
+    ids = torch.where(valid, targets, 0).clamp(0, len(weight) - 1)
+    for k in range(targets.shape[1]):
+        g_k, logprob = g[:, k], logprobs[:, k].double()
+        # an id that several targets name is once in the sum
+        again = (targets[:, :k] == targets[:, k : k + 1]).any(-1)
+        once = (upward - (total - g_k)) * logprob.exp() - g_k * torch.expm1(logprob)
+        at = torch.where(valid[:, k], torch.where(again, g_k, once) * slopes[:, k], 0).to(expected.dtype)
+        out = out.addcmul(at[:, None], weight[ids[:, k]].to(expected.dtype))
+    return torch.where(valid.any(-1, keepdim=True), out, 0).to(hidden.dtype)
+
+
+def _counted(targets: Tensor, rows: Tensor | None, options: _Options) -> Tensor:
+    """Which targets are computed."""
     valid = targets != options.ignore_index
-    if rows is not None:
-        valid = valid & _members(rows, len(targets))[:, None]
-    t = options.temperature if temperatures is None else temperatures.double()[:, None]
-    slope = torch.full_like(logprobs, options.logit_scale, dtype=torch.float64) / t
-    if options.cap:
-        capped = logprobs * t + state[0, :, None] + t * state[1, :, None].log()
-        slope = slope * (1 - (capped / options.cap) ** 2)
-    g = torch.zeros_like(slope) if grad_logprobs is None else torch.where(valid, grad_logprobs.double(), 0)
-    upward = torch.zeros_like(slope[:, 0]) if grad_logsumexp is None else grad_logsumexp.double()
-    # g_k stays where it is; an id that several targets name is once in the sum
-    same = (targets[:, :, None] == targets[:, None, :]).tril(-1).any(-1)
-    total = g.sum(-1, keepdim=True)
-    others = (upward[:, None] - (total - g)) * torch.where(same, 0, logprobs.double().exp())
-    own = torch.where(same, g, -g * torch.expm1(logprobs.double()))
-    at = (torch.where(valid, own + others, 0) * torch.where(valid, slope, 0)).to(expected.dtype)
-    of_targets = (at[..., None] * weight[torch.where(valid, targets, 0)].to(expected.dtype)).sum(1)
-    rest = (upward - total[:, 0]).to(expected.dtype)[:, None] * expected
-    return torch.where(valid.any(-1, keepdim=True), of_targets + rest, 0).to(hidden.dtype)
+    return valid if rows is None else valid & _members(rows, len(targets))[:, None]
 
 
 def _temperature_gradient(
@@ -267,9 +279,7 @@ def _temperature_gradient(
     grad_logprobs, grad_entropy, grad_logsumexp = upstream
     if grad_entropy is not None:
         raise RuntimeError("linear_logprobs: the entropy has no gradient with respect to temperature")
-    valid = targets != options.ignore_index
-    if rows is not None:
-        valid = valid & _members(rows, len(targets))[:, None]
+    valid = _counted(targets, rows, options)
     total = torch.zeros_like(entropy)
     if grad_logprobs is not None:
         total = total - torch.where(valid, grad_logprobs * (logprobs + entropy[:, None]), 0).sum(-1)
@@ -348,6 +358,9 @@ def _check(
     _checks.tensor("hidden", hidden, _checks.FLOATS)
     _checks.tensor("weight", weight, _checks.FLOATS)
     _checks.tensor("targets", targets, _checks.INTEGERS)
+    for name, value in (("hidden", hidden), ("targets", targets), ("bias", bias), ("rows", rows)):
+        if _is_dtensor(value):
+            raise TypeError(f"{name} is a DTensor, but " + ("must be local" if sharded else "weight is none"))
     _checks.same_device("targets", targets, "hidden", hidden)
     if hidden.dim() == 0:
         raise ValueError("hidden must have shape (..., H), got a 0-dimensional tensor")
@@ -394,10 +407,14 @@ def _check(
         _checks.same_device("rows", rows, "hidden", hidden)
         if rows.dim() != 1:
             raise ValueError(f"rows must have shape (M,), got {tuple(rows.shape)}")
-        if _checks.readable(rows):
-            count = math.prod(hidden.shape[:-1])
-            if ((rows < 0) | (rows >= count)).any() or len(rows.unique()) != len(rows):
-                raise ValueError(f"rows must be different numbers in [0, {count})")
+        _check_rows(rows, math.prod(hidden.shape[:-1]))
+
+
+def _check_rows(rows: Tensor | None, count: int) -> None:
+    if rows is None or not _checks.readable(rows):
+        return
+    if ((rows < 0) | (rows >= count)).any() or len(rows.unique()) != len(rows):
+        raise ValueError(f"rows must be different numbers in [0, {count})")
 
 
 def _check_budget(memory_budget: int | None, skip_below: float) -> None:
@@ -518,8 +535,9 @@ def linear_logprobs(
     `hidden` and a those of an accumulator (4, or 8 for fp64): a buffer of 1 MiB per thread on a CPU, 256 MiB on a GPU
     (half as much again for bf16 and fp16); n·H·b for the rows that count, unless all do; about 130 + 34·K bytes for
     each; kept from the forward to the backward n·V·b (on a GPU n·V·a) if that is at most `memory_budget`, or N·H·a for
-    a frozen head; in the backward n·H·a for hidden's gradient and, for the weight's, H·a per column of the buffer. On a
-    CPU products of bf16 and fp16 take up to one more buffer.
+    a frozen head; in the backward n·H·a for hidden's gradient and, for a bf16 or fp16 weight's, H·a per column of the
+    buffer where the rows are more than the buffer's (512, on a GPU 8,192). On a CPU products of bf16 and fp16 take up
+    to one more buffer.
 
     Args:
         hidden: (..., H), fp32, bf16, fp16 or fp64. Under torch.autocast it and the head are cast, as by a linear layer.
@@ -536,18 +554,18 @@ def linear_logprobs(
         stats: as in `token_logprobs`, and "mean_logit", the mean of c(z) / T over the vocabulary, which is not
             differentiable.
         lora: (A, B, scaling) of an adapter on the head: A (rank, H), B (V, rank), sharded as the weight.
-        process_group: the ranks whose shards make up the vocabulary. All have the same hidden states and targets (the
-            targets are compared, in a small collective that synchronises) and get the same results; hidden's gradient
-            is the sum over the shards.
+        process_group: the ranks whose shards make up the vocabulary. All have the same hidden states, targets, rows,
+            temperatures and options (which are compared, but for the hidden states, in a small collective that
+            synchronises) and get the same results; hidden's gradient is the sum over the shards.
         memory_budget: bytes of logits that the forward may keep for the backward; by default 1/32 of the device's
-            memory. Results and gradients are the same bits, kept or not.
+            memory. Results and gradients are the same bits, kept or not (but for a frozen head's).
         skip_below: leave tiles (512 rows x some 1,000 columns on a CPU) out of the backward in which no element of the
             logits' gradient is larger than this; off by default. The error of hidden's gradient is then at most
-            skip_below · Σ_v |weight[v, h]| over the skipped columns v, that of the weight's gradient at most
-            skip_below · Σ_n |hidden[n, h]| over the rows n.
-            Without effect under a frozen head and torch.compile. On a GPU it synchronises.
-        rows: int64 (M,), the rows (counted over all leading dimensions) to be computed; all others are taken as
-            ignored. Without it a GPU is synchronised with, to count the rows that have targets.
+            skip_below · Σ_v |weight[v, h]| over the skipped columns v (with an adapter, of the weight that it makes),
+            that of the weight's gradient at most skip_below · Σ_n |hidden[n, h]| over the rows n. Without effect under
+            a frozen head and torch.compile. On a GPU it synchronises.
+        rows: int64 (M,), all different, the rows to be computed (counted over all leading dimensions); all others are
+            taken as ignored. Without it a GPU is synchronised with, to count the rows that have targets.
         logits_dtype: dtype of the tiles. On a GPU they are fp32. On a CPU "auto" is that of `hidden`: torch's CPU has
             no product of bf16 matrices with an fp32 result, so bf16 logits are rounded to bf16 there. "float32" makes
             them exact, at the price of a product in fp32.
@@ -567,6 +585,11 @@ def linear_logprobs(
     """
     stats = tuple(stats)
     sharded = process_group is not None
+    if sharded and not hasattr(process_group, "group_name"):
+        raise TypeError(
+            "process_group must be a torch.distributed.ProcessGroup that this rank belongs to, got "
+            f"{type(process_group).__name__}"
+        )
     if _is_dtensor(weight):
         weight, mesh = _local("weight", weight, True)
         sharded, process_group = True, process_group or mesh.get_group()
@@ -629,6 +652,7 @@ def linear_logprobs(
             sum(1 << bit for bit, name in enumerate(STATISTICS) if name in stats),
             budget,
             skip,
+            torch.is_grad_enabled(),
         )
     logprobs = found[0].view(targets.shape)
     if not stats:

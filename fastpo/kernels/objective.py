@@ -3,9 +3,10 @@
 The C++ side evaluates the formula of a registry row (csrc/formulas) on dual numbers, so that one forward launch
 returns loss, slopes and metrics; the backward spreads the slopes over the tokens.
 
-A row of the batch has one or more sides (a pair: chosen, rejected), each with its own layout: a mask, or
+A row of the batch has one or two sides (a pair: chosen, rejected), each with its own layout: a mask, or
 cu_seqlens, or neither. The op's streams are tensors of log-probs, one per side and model: first the policy's,
-one per side, which are differentiable, then the reference's.
+one per side, which are differentiable, then the reference's and the previous iterate's. Columns are constants, one
+number per row.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from torch import Tensor
 from fastpo.kernels import _checks, _native
 from fastpo.kernels.cuda import nvrtc
 from fastpo.kernels.cuda import objective as _launch
-from fastpo.reference.pairwise import Side, pairwise_objective
-from fastpo.reference.registry import Objective, objective
+from fastpo.reference.pairwise import pairwise_objective
+from fastpo.reference.registry import Input, Objective, objective
+from fastpo.reference.sequence import Side
+from fastpo.reference.unpaired import single_objective
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
@@ -51,18 +54,47 @@ class PairwiseOutput(NamedTuple):
         return (self.chosen_rewards > self.rejected_rewards).to(self.chosen_rewards.dtype)
 
 
+class UnpairedOutput(NamedTuple):
+    """What an objective on labelled single completions returns.
+
+    Attributes:
+        loss: scalar, or (B,) with `reduction="none"`; the only differentiable field.
+        rewards: (B,), the implicit rewards β · log(π/π_ref).
+    """
+
+    loss: Tensor
+    rewards: Tensor
+
+
+class PolicyOutput(NamedTuple):
+    """What an objective on samples of the policy returns.
+
+    Attributes:
+        loss: scalar, or (B,) with `reduction="none"`; the only differentiable field. A surrogate: its gradient counts.
+        penalties: (B,), β · log(π/π_ref), what the reference takes off the reward.
+    """
+
+    loss: Tensor
+    penalties: Tensor
+
+
+Output = PairwiseOutput | UnpairedOutput | PolicyOutput
+
+# what the op does with lengths, as bits (csrc/arguments.h)
+AVERAGE, AVERAGE_REWARDS, COUNT = 1, 2, 4
+
 # `reduce` sums over the rows, and the loss is a scalar; it and the slopes (sides, B) are divided by `denominator`, or
 # by the number of rows if that is None, which leaves the batch size out of compiled graphs
 torch.library.define(
     "fastpo::objective",
-    "(int formula, Tensor[] streams, Tensor?[] masks, Tensor?[] cu_seqlens, Tensor?[] lengths, float[] hyper, "
-    "bool length_norm, bool reduce, float? denominator) -> (Tensor loss, Tensor slopes, Tensor rewards)",
+    "(int formula, Tensor[] streams, Tensor?[] masks, Tensor?[] cu_seqlens, Tensor?[] lengths, Tensor[] columns, "
+    "float[] hyper, int use_lengths, bool reduce, float? denominator) -> (Tensor loss, Tensor slopes, Tensor rewards)",
 )
 # the same for a formula given as C++ source (see fastpo/losses/formula.py), with hyper-parameters by place
 torch.library.define(
     "fastpo::formula_objective",
-    "(str source, Tensor[] streams, Tensor?[] masks, Tensor?[] cu_seqlens, Tensor?[] lengths, float[] hyper, "
-    "bool length_norm, bool reduce, float? denominator, float reward_scale) -> "
+    "(str source, Tensor[] streams, Tensor?[] masks, Tensor?[] cu_seqlens, Tensor?[] lengths, "
+    "Tensor[] columns, float[] hyper, int use_lengths, bool reduce, float? denominator, float reward_scale) -> "
     "(Tensor loss, Tensor slopes, Tensor rewards)",
 )
 # `needed`: bit i is set if the gradient of stream i is wanted; the others come back empty
@@ -88,8 +120,9 @@ def _fake(
     masks: list[Tensor | None],
     cu_seqlens: list[Tensor | None],
     lengths: list[Tensor | None],
+    columns: list[Tensor],
     hyper: list[float],
-    length_norm: bool,
+    use_lengths: int,
     reduce: bool,
     denominator: float | None,
     reward_scale: float = 0.0,
@@ -121,14 +154,15 @@ def launched_by(launcher: nvrtc.Launcher) -> dict[str, Callable[..., Any]]:
         masks: list[Tensor | None],
         cu_seqlens: list[Tensor | None],
         lengths: list[Tensor | None],
+        columns: list[Tensor],
         hyper: list[float],
-        length_norm: bool,
+        use_lengths: int,
         reduce: bool,
         denominator: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         beta = hyper[_native.CPU.hyper_parameters.index("beta")]
-        layout = (masks, cu_seqlens, lengths)
-        return _launch.forward(launcher, formula, streams, *layout, hyper, length_norm, reduce, denominator, beta)
+        given = (masks, cu_seqlens, lengths, columns)
+        return _launch.forward(launcher, formula, streams, *given, hyper, use_lengths, reduce, denominator, beta)
 
     def backward(*arguments: Any) -> list[Tensor]:
         return _launch.backward(launcher, *arguments)
@@ -166,30 +200,30 @@ class _Objective(torch.autograd.Function):
         formula: int | str,
         hyper: list[float],
         reward_scale: float,
-        length_norm: bool,
+        use_lengths: int,
         reduce: bool,
         denominator: float | None,
         sides: int,
+        models: int,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        streams, layouts = list(tensors[: -3 * sides]), tensors[-3 * sides :]
-        masks, cu_seqlens, lengths = (list(layouts[i * sides : (i + 1) * sides]) for i in range(3))
-        arguments = (formula, streams, masks, cu_seqlens, lengths, hyper, length_norm, reduce, denominator)
+        streams, masks, cu_seqlens, lengths, columns = _parts(tensors, sides, models)
+        arguments = (formula, streams, masks, cu_seqlens, lengths, columns, hyper, use_lengths, reduce, denominator)
         if isinstance(formula, str):
             loss, slopes, rewards = torch.ops.fastpo.formula_objective(*arguments, reward_scale)
         else:
             loss, slopes, rewards = torch.ops.fastpo.objective(*arguments)
         ctx.mark_non_differentiable(rewards)
         ctx.set_materialize_grads(False)
-        ctx.formula, ctx.hyper, ctx.length_norm, ctx.reduce, ctx.denominator = (
+        ctx.formula, ctx.hyper, ctx.use_lengths, ctx.reduce, ctx.denominator = (
             formula,
             hyper,
-            length_norm,
+            use_lengths,
             reduce,
             denominator,
         )
-        ctx.sides = sides
-        # the reference's log-probs are needed only to differentiate the gradient again
+        ctx.sides, ctx.models = sides, models
+        # all but the policy's log-probs are needed only to differentiate the gradient again
         ctx.save_for_backward(slopes, *tensors)
         return loss, rewards
 
@@ -197,16 +231,22 @@ class _Objective(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         slopes, *tensors = ctx.saved_tensors
         sides = ctx.sides
-        streams, layouts = tensors[: -3 * sides], tensors[-3 * sides :]
-        masks, cu_seqlens, lengths = (layouts[i * sides : (i + 1) * sides] for i in range(3))
-        needed = ctx.needs_input_grad[7 : 7 + sides]
+        streams, masks, cu_seqlens = _parts(tensors, sides, ctx.models)[:3]
+        needed = ctx.needs_input_grad[8 : 8 + sides]
         grads: list[Tensor | None] = [None] * sides
         if grad is not None and any(needed):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                grads = _differentiable_backward(ctx, grad, needed, streams, masks, cu_seqlens, lengths)
+                grads = _differentiable_backward(ctx, grad, needed, tensors)
             else:
                 grads = _spread(grad, slopes, streams[:sides], masks, cu_seqlens, needed)
-        return None, None, None, None, None, None, None, *grads, *[None] * (len(tensors) - sides)
+        return None, None, None, None, None, None, None, None, *grads, *[None] * (len(tensors) - sides)
+
+
+def _parts(tensors: Sequence[Any], sides: int, models: int) -> tuple[list[Any], ...]:
+    """Streams, masks, cu_seqlens, lengths and columns, which stand one behind the other."""
+    ends = [models * sides + i * sides for i in range(4)]
+    parts = [tensors[: ends[0]], *(tensors[a : a + sides] for a in ends[:3]), tensors[ends[3] :]]
+    return tuple(list(part) for part in parts)
 
 
 def _spread(
@@ -229,28 +269,24 @@ def _spread(
 
 
 def _differentiable_backward(
-    ctx: Any,
-    grad: Tensor,
-    needed: tuple[bool, ...],
-    streams: list[Tensor],
-    masks: list[Tensor | None],
-    cu_seqlens: list[Tensor | None],
-    lengths: list[Tensor | None],
+    ctx: Any, grad: Tensor, needed: tuple[bool, ...], tensors: Sequence[Any]
 ) -> list[Tensor | None]:
     """The gradient as a function that can be differentiated again (create_graph), from the reference."""
+    streams, masks, cu_seqlens, lengths, columns = _parts(tensors, ctx.sides, ctx.models)
     if isinstance(ctx.formula, str):
         row = _USER_ROWS[ctx.formula]
         given = dict(zip(row.formula.hyper_names, ctx.hyper, strict=True))  # type: ignore[attr-defined]
     else:
-        row = objective(next(name for name, index in _native.CPU.formulas.items() if index == ctx.formula))
+        row = objective(next(name for name, index in _formulas(ctx.sides).items() if index == ctx.formula))
         given = dict(zip(_native.CPU.hyper_parameters, ctx.hyper, strict=True))
-    references: Sequence[Tensor | None] = streams[ctx.sides :] or [None] * ctx.sides
     # views, so that each gradient is that of its own argument, also where one policy stream is made from the other
     policies = [s.view_as(s) for s in streams[: ctx.sides]]
-    parts = zip(policies, references, masks, cu_seqlens, lengths, strict=True)
-    chosen, rejected = (Side(*part) for part in parts)
-    hyper = {name: given[name] for name in row.defaults}
-    loss, *_ = pairwise_objective(row, chosen, rejected, hyper, length_norm=ctx.length_norm)
+    others = [streams[m * ctx.sides : (m + 1) * ctx.sides] for m in range(1, ctx.models)]
+    others.extend([None] * ctx.sides for _ in range(3 - ctx.models))
+    parts = zip(policies, others[0], masks, cu_seqlens, lengths, others[1], strict=True)
+    hyper = {name: given[name] for name in (*row.defaults, *row.fixed)}
+    average = bool(ctx.use_lengths & AVERAGE)
+    loss, *_ = _reference(row, tuple(Side(*part) for part in parts), hyper, average, tuple(columns))
     if ctx.reduce:
         loss = _mean(loss, ctx.denominator)
     inputs = [s for s, n in zip(policies, needed, strict=True) if n]
@@ -258,16 +294,31 @@ def _differentiable_backward(
     return [next(found) if n else None for n in needed]
 
 
+def _reference(
+    row: Objective, sides: tuple[Side, ...], hyper: Mapping[str, float], length_norm: bool, columns: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Loss per row and the rewards of each side, by torch."""
+    if len(sides) == 1:
+        return single_objective(row, sides[0], hyper, columns=columns)
+    chosen, rejected = sides
+    return pairwise_objective(row, chosen, rejected, hyper, length_norm=length_norm, columns=columns)
+
+
 # rows of formulas that users gave, by their source
 _USER_ROWS: dict[str, Objective] = {}
+
+
+def _formulas(sides: int) -> dict[str, int]:
+    return _native.CPU.formulas if sides == 2 else _native.CPU.unpaired_formulas
 
 
 def _kernel_of(row: Objective, device: torch.device, *dtypes: torch.dtype) -> int | str | None:
     """The number or the source of the row's compiled formula, or None if the reference is to be taken."""
     if not _native.serves("objective", device, *dtypes):
         return None
-    if row.name in _native.CPU.formulas:
-        return _native.CPU.formulas[row.name]
+    number = _formulas(len(row.sides)).get(row.kernel)
+    if number is not None:
+        return number
     source = getattr(row.formula, "source", None)
     if source is not None and device.type == "cuda" and nvrtc.why_not() is None:
         _USER_ROWS[source] = row
@@ -277,41 +328,88 @@ def _kernel_of(row: Objective, device: torch.device, *dtypes: torch.dtype) -> in
     return None
 
 
-def _check_side(row: Objective, name: str, side: Side, policy_of: Tensor, length_norm: bool) -> int:
-    """Check one side of the pairs; returns its number of rows."""
-    policy = _checks.tensor(f"policy_{name}", side.policy, _checks.FLOATS)
-    _checks.same_device(f"policy_{name}", policy, "policy_chosen", policy_of)
+def _of(what: str, side: str) -> str:
+    """The argument's name: policy_chosen, or policy where there is one side."""
+    return f"{what}_{side}" if side else what
+
+
+def _layout_of(side: str, what: str) -> str:
+    return f"{side}_{what}" if side else what
+
+
+def _check_side(row: Objective, name: str, side: Side, policy_of: Tensor, lengths_needed: bool) -> int:
+    """Check one side of the rows; returns their number."""
+    of, first = _of(row.scores, name), _of(row.scores, row.sides[0])
+    policy = _checks.tensor(of, side.policy, _checks.FLOATS)
+    _checks.same_device(of, policy, first, policy_of)
     packed = side.cu_seqlens is not None
     if packed:
-        _checks.cu_seqlens(f"{name}_cu_seqlens", side.cu_seqlens, f"policy_{name}", policy)
+        at = _layout_of(name, "cu_seqlens")
+        _checks.cu_seqlens(at, side.cu_seqlens, of, policy)
         if policy.dim() != 1:
-            raise ValueError(f"policy_{name} has shape {tuple(policy.shape)}, expected (N,) with {name}_cu_seqlens")
+            raise ValueError(f"{of} has shape {tuple(policy.shape)}, expected (N,) with {at}")
     elif policy.dim() not in (1, 2):
-        raise ValueError(f"policy_{name} has shape {tuple(policy.shape)}, expected (B,) or (B, T)")
+        raise ValueError(f"{of} has shape {tuple(policy.shape)}, expected (B,) or (B, T)")
     tokens = packed or policy.dim() == 2
-    if row.reference_model:
-        reference = _checks.tensor(f"reference_{name}", side.reference, _checks.FLOATS)
-        _checks.same_device(f"reference_{name}", reference, f"policy_{name}", policy)
-        _checks.shape(f"reference_{name}", reference, policy.shape, f"it must match policy_{name}")
+    if row.tokens and not tokens:
+        raise ValueError(f"{of} is (B,), summed already, but {row.name} needs it per token: (B, T), or (N,) packed")
+    for model, stream in zip(("reference", "previous"), (side.reference, side.previous), strict=True):
+        if model in row.models:
+            given = _checks.tensor(_of(model, name), stream, _checks.FLOATS)
+            _checks.same_device(_of(model, name), given, of, policy)
+            _checks.shape(_of(model, name), given, policy.shape, f"it must match {of}")
     if side.mask is not None:
-        mask = _checks.tensor(f"{name}_mask", side.mask, (torch.bool,))
-        _checks.same_device(f"{name}_mask", mask, f"policy_{name}", policy)
+        at = _layout_of(name, "mask")
+        mask = _checks.tensor(at, side.mask, (torch.bool,))
+        _checks.same_device(at, mask, of, policy)
         if not tokens:
-            raise ValueError(f"{name}_mask is for token log-probs, but policy_{name} is (B,), summed already")
-        _checks.shape(f"{name}_mask", mask, policy.shape, f"it must match policy_{name}")
+            raise ValueError(f"{at} is for token log-probs, but {of} is (B,), summed already")
+        _checks.shape(at, mask, policy.shape, f"it must match {of}")
     rows = _rows(policy, side.cu_seqlens)
+    at = _layout_of(name, "lengths")
     if side.lengths is not None:
-        if tokens or not length_norm:
-            raise ValueError(f"{name}_lengths is only for length_norm=True with summed (B,) log-probs")
-        lengths = _checks.tensor(f"{name}_lengths", side.lengths, _checks.INTEGERS)
-        _checks.same_device(f"{name}_lengths", lengths, f"policy_{name}", policy)
-        _checks.shape(f"{name}_lengths", lengths, (rows,), f"one length per row of policy_{name}")
-    elif length_norm and not tokens:
-        raise ValueError(f"length_norm=True with summed (B,) log-probs needs {name}_lengths")
+        if tokens or not lengths_needed:
+            because = "length_norm=True with summed (B,) log-probs" if row.length_norm else "summed (B,) log-probs"
+            raise ValueError(f"{at} is only for {because}")
+        lengths = _checks.tensor(at, side.lengths, _checks.INTEGERS)
+        _checks.same_device(at, lengths, of, policy)
+        _checks.shape(at, lengths, (rows,), f"one length per row of {of}")
+    elif lengths_needed and not tokens:
+        why = "length_norm=True" if row.length_norm else row.name
+        raise ValueError(f"{why} with summed (B,) log-probs needs {at}")
     return rows
 
 
-def _denominator(reduction: str, num_items: float | Tensor | None, rows: int, policy: Tensor) -> float | None:
+def _check_domain(name: str, value: Tensor, domain: Any, label: str) -> None:
+    if value.numel() and _checks.readable(value):
+        lowest, highest = value.min().item(), value.max().item()
+        for found in (lowest, highest):
+            if found not in domain:
+                raise ValueError(f"{name} must be in {domain} for {label}, got {found:g}")
+
+
+def _check_input(row: Objective, given: Input, value: object, sides: tuple[Side, ...], rows: int) -> Tensor:
+    """An input as a tensor of floats, constant unless it carries a gradient."""
+    side = sides[given.side or 0]
+    policy, of = side.policy, _of(row.scores, row.sides[given.side or 0])
+    dtypes = (torch.bool,) if given.boolean else _checks.FLOATS + _checks.INTEGERS
+    tensor = _checks.tensor(given.name, value, dtypes)
+    _checks.same_device(given.name, tensor, of, policy)
+    if given.side is not None:
+        _checks.shape(given.name, tensor, policy.shape, f"it must match {of}")
+    elif not (given.shared and tensor.dim() == 0):
+        _checks.shape(given.name, tensor, (rows,), f"one number per row of {of}" + " or one for all" * given.shared)
+    if given.side is None and not given.boolean:
+        _check_domain(given.name, tensor, given.domain, row.name)
+    if not tensor.dtype.is_floating_point:
+        tensor = tensor.to(torch.float32 if given.boolean else torch.float64)
+    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor if given.gradient else tensor.detach()
+
+
+def _denominator(
+    reduction: str, num_items: float | Tensor | None, rows: int, policy: Tensor, name: str
+) -> float | None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     if num_items is not None and reduction != "mean":
@@ -320,7 +418,7 @@ def _denominator(reduction: str, num_items: float | Tensor | None, rows: int, po
         _checks.tensor("num_items", num_items, _checks.FLOATS + _checks.INTEGERS)
         if num_items.dim() != 0:
             raise ValueError(f"num_items must be a number or 0-dimensional, got shape {tuple(num_items.shape)}")
-        _checks.same_device("num_items", num_items, "policy_chosen", policy)
+        _checks.same_device("num_items", num_items, name, policy)
         return 1.0
     if num_items is not None:
         if not 0 < _checks.number("num_items", num_items) < math.inf:
@@ -337,54 +435,108 @@ def _mean(loss: Tensor, denominator: float | None) -> Tensor:
     return loss.mean() if denominator is None else loss.sum() / denominator
 
 
-def pairwise(
+def _choose(row: Objective, chosen: Mapping[str, object]) -> tuple[Objective, Callable[..., Any], bool]:
+    """The row of the variant that the options choose, its map of the hyper-parameters, and whether it averages."""
+    for name, value in chosen.items():
+        if value not in row.options[name]:
+            known = ", ".join(repr(v) for v in row.options[name])
+            raise ValueError(f"{name} must be one of {known} for {row.name}, got {value!r}")
+    variant = row.variants[tuple(chosen.values())]  # type: ignore[arg-type]
+    return objective(variant.row), variant.hyper, variant.length_norm
+
+
+def _check_inputs(
+    row: Objective, taken: Objective, inputs: Mapping[str, object], sides: tuple[Side, ...], rows: int
+) -> dict[str, Tensor]:
+    """The tensors beside the log-probs, each by itself and all together."""
+    given = {i.name: _check_input(row, i, inputs[i.name], sides, rows) for i in row.inputs}
+    if taken.check is not None and all(_checks.readable(t) for t in given.values()):
+        if (problem := taken.check(given)) is not None:
+            raise ValueError(f"{row.name}: {problem}")
+    return given
+
+
+def evaluate(
     row: Objective,
-    chosen: Side,
-    rejected: Side,
+    sides: tuple[Side, ...],
     hyper: Mapping[str, object],
+    inputs: Mapping[str, object],
     *,
+    options: Mapping[str, object],
     length_norm: bool = False,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
-) -> PairwiseOutput:
-    """Evaluate a pairwise registry row; the functions of `fastpo.losses` document the arguments."""
-    values = _checks.hyper_parameters(row.name, hyper, row.domains)
-    rows = _check_side(row, "chosen", chosen, chosen.policy, length_norm)
-    if (other := _check_side(row, "rejected", rejected, chosen.policy, length_norm)) != rows:
-        raise ValueError(f"policy_rejected has {other} rows, policy_chosen has {rows}: pairs need as many of both")
-    denominator = _denominator(reduction, num_items, rows, chosen.policy)
-    sides = (chosen, rejected)
-    policies = [s.policy for s in sides]
-    references = [s.reference.detach() for s in sides if s.reference is not None]
-    streams = [*policies, *references]
-    device = chosen.policy.device
-    formula = _kernel_of(row, device, *(s.dtype for s in streams))
-    if formula is None or device.type != "cpu":  # the compiled CPU kernel looks itself
-        _checks.rising("chosen_cu_seqlens", chosen.cu_seqlens, chosen.policy.shape[0])
-        _checks.rising("rejected_cu_seqlens", rejected.cu_seqlens, rejected.policy.shape[0])
+) -> tuple[Tensor, ...]:
+    """Loss and rewards of each side of a registry row; the functions of `fastpo.losses` document the arguments."""
+    taken, translate, average = _choose(row, options) if options else (row, None, False)
+    length_norm = length_norm or average
+    each = next((name for name in row.per_row if isinstance(hyper[name], Tensor)), None)
+    numbers = hyper if each is None else {name: value for name, value in hyper.items() if name != each}
+    values = _checks.hyper_parameters(row.name, numbers, row.domains)
+    if row.joint is not None and (problem := row.joint(values)) is not None:
+        raise ValueError(f"{row.name}: {problem}")
+    lengths_needed = length_norm or taken.lengths in ("average", "count")
+    first = sides[0].policy
+    rows = _check_side(row, row.sides[0], sides[0], first, lengths_needed)
+    if len(sides) == 2 and (other := _check_side(row, row.sides[1], sides[1], first, lengths_needed)) != rows:
+        names = [_of(row.scores, side) for side in row.sides]
+        raise ValueError(f"{names[1]} has {other} rows, {names[0]} has {rows}: pairs need as many of both")
+    denominator = _denominator(reduction, num_items, rows, first, _of(row.scores, row.sides[0]))
+    given = _check_inputs(row, taken, inputs, sides, rows) if row.inputs else {}
+    columns = tuple(given.values())
+    if each is not None:
+        taken = objective(row.per_row[each])
+        columns = (_check_input(row, Input(each, "", domain=row.domains[each]), hyper[each], sides, rows),)
+    if translate is not None:
+        values = translate(values)
+    # the compiled CPU kernel looks at boundaries itself
+    if taken.prepare is not None or first.device.type != "cpu":
+        _check_boundaries(row, sides)
+    if taken.prepare is not None:
+        sides, columns = taken.prepare(sides, given, values)
+    values = taken.formula_hyper(values)
+    columns = tuple(c.expand(rows) if c.dim() == 0 else c for c in columns)
+    streams = [s.policy for s in sides]
+    streams += [s.reference.detach() for s in sides if s.reference is not None]
+    streams += [s.previous.detach() for s in sides if s.previous is not None]
+    formula = _kernel_of(taken, first.device, *(s.dtype for s in streams))
+    if formula is None and taken.prepare is None and first.device.type == "cpu":
+        _check_boundaries(row, sides)
     if formula is not None:
-        names = row.formula.hyper_names if isinstance(formula, str) else _native.CPU.hyper_parameters  # type: ignore[attr-defined]
+        known: Sequence[str] = _native.CPU.hyper_parameters
+        if isinstance(formula, str):
+            known = taken.formula.hyper_names  # type: ignore[attr-defined]
+        beta = values.get("beta", 1.0)
+        use_lengths = AVERAGE if length_norm else 0
+        if taken.lengths == "average":
+            use_lengths = AVERAGE | AVERAGE_REWARDS
+        elif taken.lengths == "count":
+            use_lengths = COUNT
         loss, rewards = _native.call(
             _Objective.apply,
             formula,
-            [values.get(name, 0.0) for name in names],
-            values.get("beta", 1.0),
-            length_norm,
+            [beta if name == "beta" else values.get(name, 0.0) for name in known],
+            beta,
+            use_lengths,
             reduction != "none",
             denominator,
             len(sides),
+            len(row.models),
             *streams,
             *(s.mask for s in sides),
             *(s.cu_seqlens for s in sides),
             *(s.lengths for s in sides),
+            *columns,
         )
-        chosen_rewards, rejected_rewards = rewards.unbind(0)
+        results = (loss, *rewards.unbind(0))
     else:
-        loss, chosen_rewards, rejected_rewards = pairwise_objective(
-            row, chosen, rejected, values, length_norm=length_norm
-        )
-        if reduction != "none":
-            loss = _mean(loss, denominator)
+        loss, *each_reward = _reference(taken, sides, values, length_norm, columns)
+        results = (loss if reduction == "none" else _mean(loss, denominator), *each_reward)
     if isinstance(num_items, Tensor):
-        loss = loss / num_items.to(loss.dtype)
-    return PairwiseOutput(loss, chosen_rewards, rejected_rewards)
+        return results[0] / num_items.to(results[0].dtype), *results[1:]
+    return results
+
+
+def _check_boundaries(row: Objective, sides: tuple[Side, ...]) -> None:
+    for name, side in zip(row.sides, sides, strict=True):
+        _checks.rising(_layout_of(name, "cu_seqlens"), side.cu_seqlens, side.policy.shape[0])

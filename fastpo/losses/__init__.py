@@ -1,21 +1,48 @@
 """Preference objectives: functions of log-probabilities, flat and named as in the literature.
 
-The functions are built from the registry (`fastpo.reference.objectives()`), one per row.
+Most functions are built from the registry (`fastpo.reference.objectives()`), one per row; `composed` and `statistics`
+hold the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from fastpo.kernels.objective import PairwiseOutput
-from fastpo.losses._build import build_pairwise
+from fastpo.kernels.objective import PairwiseOutput, PolicyOutput, UnpairedOutput
+from fastpo.losses._build import build
+from fastpo.losses.composed import diffusion_dpo, hypo, mixture
+from fastpo.losses.statistics import (
+    BetaDPOStatistics,
+    Moments,
+    alpha_dpo_statistics,
+    bco_delta,
+    beta_dpo_statistics,
+    kto_kl,
+    sampo_sample,
+)
 from fastpo.reference.registry import objectives
 
-_FUNCTIONS: dict[str, Callable[..., PairwiseOutput]] = {row.name: build_pairwise(row) for row in objectives("pairwise")}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {row.name: build(row) for row in objectives()}
 globals().update(_FUNCTIONS)
 
-__all__ = ["PairwiseOutput", *_FUNCTIONS]
+__all__ = [
+    "BetaDPOStatistics",
+    "Moments",
+    "PairwiseOutput",
+    "PolicyOutput",
+    "UnpairedOutput",
+    "alpha_dpo_statistics",
+    "bco_delta",
+    "beta_dpo_statistics",
+    "diffusion_dpo",
+    "hypo",
+    "kto_kl",
+    "mixture",
+    "sampo_sample",
+    *_FUNCTIONS,
+]
 
 
-def __getattr__(name: str) -> Callable[..., PairwiseOutput]:
+def __getattr__(name: str) -> Callable[..., Any]:
     raise AttributeError(f"fastpo.losses has no objective {name!r}; it has {', '.join(_FUNCTIONS)}")

@@ -2,104 +2,186 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from fastpo.kernels.objective import PairwiseOutput, pairwise
-from fastpo.reference.pairwise import Side
-from fastpo.reference.registry import Objective, objectives
+from fastpo.kernels.objective import Output, PairwiseOutput, PolicyOutput, UnpairedOutput, evaluate
+from fastpo.reference.registry import Input, Objective, objectives
+from fastpo.reference.sequence import Side
 
-_PAIRWISE_ARGUMENTS = """\
+_OUTPUTS: dict[str, type[Output]] = {"pairwise": PairwiseOutput, "unpaired": UnpairedOutput, "policy": PolicyOutput}
+
+_LAYOUT = """\
+    {masks}: bool, of the shape of the token log-probs, True where a token counts. What stands elsewhere has no
+        influence, NaN included.
+    {boundaries}: int32 (B + 1,), boundaries of the packed sequences.
+"""
+
+_POLICY = {
+    "pairwise": """\
     policy_chosen, policy_rejected: log-probs of the completions under the policy, fp32, bf16, fp16 or fp64:
         summed per sequence (B,); or per token, padded (B, T), or packed (N,) with cu_seqlens. Chosen and
         rejected may differ in T and N.
-{reference}    chosen_mask, rejected_mask: bool, of the shape of the token log-probs, True where a token counts. What
-        stands elsewhere has no influence, NaN included.
-    chosen_cu_seqlens, rejected_cu_seqlens: int32 (B + 1,), boundaries of the packed sequences.
-{length}    reduction: "mean", "sum" or "none".
-    num_items: denominator of the mean instead of B (a number or 0-dimensional tensor): the number of pairs in
+""",
+    "unpaired": """\
+    policy: log-probs of the completions under the policy, fp32, bf16, fp16 or fp64: summed per sequence (B,); or per
+        token, padded (B, T), or packed (N,) with cu_seqlens.
+""",
+}
+_POLICY["policy"] = _POLICY["unpaired"]
+_SCORES = """\
+    reward_chosen, reward_rejected: the model's scores of the completions (B,), fp32, bf16, fp16 or fp64.
+"""
+
+_REDUCTION = """\
+    reduction: "mean", "sum" or "none".
+    num_items: denominator of the mean instead of B (a number or 0-dimensional tensor): the number of rows in
         the whole batch, so that micro-batches and ranks add up to one gradient.
-{hyper}"""
-
-_REFERENCE_ARGUMENT = """\
-    reference_chosen, reference_rejected: the same under the reference model; constants.
 """
 
-_LENGTH_ARGUMENT = """\
+_OPTIONS = {
+    "length_norm": """\
     length_norm: use per-token averages instead of sums; a sequence without tokens counts as one token long.
-    chosen_lengths, rejected_lengths: int (B,), numbers of tokens; only with length_norm=True and summed input.
+""",
+    "convention": """\
+    convention: None for the paper's definition, "trl" for TRL's.
+""",
+}
+
+_LENGTHS = """\
+    {names}: int (B,), numbers of tokens; only with {when}summed input.
 """
 
-_PAIRWISE_RETURNS = """\
+_RETURNS = {
+    "pairwise": """\
     PairwiseOutput(loss, chosen_rewards, rejected_rewards), fp32 (fp64 for fp64 input). A sequence without
     tokens has log-prob 0. The sum over an empty batch is 0.
+""",
+    "unpaired": """\
+    UnpairedOutput(loss, rewards), fp32 (fp64 for fp64 input). A sequence without tokens has log-prob 0. The sum over
+    an empty batch is 0.
+""",
+    "policy": """\
+    PolicyOutput(loss, penalties), fp32 (fp64 for fp64 input). A sequence without tokens has log-prob 0. The sum over
+    an empty batch is 0.
+""",
+}
+
+_RAISES = """\
+    TypeError: a wrong type or dtype.
+    ValueError: shapes or devices do not match, a hyper-parameter or an input is outside its domain,
+        or the mean of an empty batch is asked for without num_items. The message names the argument.
 """
 
-_PAIRWISE_RAISES = """\
-    TypeError: a wrong type or dtype.
-    ValueError: shapes or devices do not match, a hyper-parameter is outside its domain, or the mean of an
-        empty batch is asked for without num_items. The message names the argument.
-"""
+
+def _named(row: Objective, what: str) -> list[str]:
+    """The arguments of a layout, one per side."""
+    return [f"{side}_{what}" if side else what for side in row.sides]
+
+
+def _models(row: Objective) -> list[str]:
+    return [f"{model}_{side}" if side else model for model in row.models for side in row.sides]
+
+
+def _outputs(row: Objective) -> str:
+    return _OUTPUTS[row.kind].__name__
 
 
 def signature(row: Objective) -> str:
     """The parameters of a row's public function, annotated, as source text."""
-    policies = [f"{model}_{side}: Tensor" for model in row.models for side in ("chosen", "rejected")]
-    layouts = ["mask", "cu_seqlens"] + ["lengths"] * row.length_norm
-    keywords = [f"{name}: float = {default}" for name, default in row.defaults.items()]
-    keywords += [f"{side}_{layout}: Tensor | None = None" for layout in layouts for side in ("chosen", "rejected")]
+    tensors = [f"{name}: Tensor" for name in (*_models(row), *(i.name for i in row.inputs))]
+    types = {name: "float | Tensor" if name in row.per_row else "float" for name in row.defaults}
+    keywords = [f"{name}: {types[name]} = {_literal(default)}" for name, default in row.defaults.items()]
+    for name, values in row.options.items():
+        keywords.append(f"{name}: Literal[{', '.join(map(_quoted, values))}] = {_quoted(values[0])}")
+    for layout in ("mask", "cu_seqlens", *["lengths"] * (row.lengths != "none")):
+        keywords += [f"{name}: Tensor | None = None" for name in _named(row, layout)]
     keywords += ["length_norm: bool = False"] * row.length_norm
     keywords.append('reduction: Literal["mean", "sum", "none"] = "mean"')
     keywords.append("num_items: float | Tensor | None = None")
-    return ", ".join([*policies, "*", *keywords])
+    return ", ".join([*tensors, "*", *keywords])
+
+
+def _literal(value: float) -> str:
+    return 'float("inf")' if value == float("inf") else repr(value)
+
+
+def _quoted(value: str | None) -> str:
+    return "None" if value is None else f'"{value}"'
+
+
+def _input(given: Input) -> str:
+    kind = "bool" if given.boolean else "a number"
+    shape = "per token" if given.side is not None else "per row, (B,)" + ", or one for all, ()" * given.shared
+    domain = "" if given.boolean or given.side is not None else f" in {given.domain}"
+    constant = "differentiable" if given.gradient else "constant"
+    return f"    {given.name}: {given.about}; {kind}{domain} {shape}; {constant}.\n"
 
 
 def _docstring(row: Objective) -> str:
     first, _, rest = row.doc.partition("\n")
-    hyper = "\n".join(f"    {name}: in {row.domains[name]}." for name in row.defaults)
-    arguments = _PAIRWISE_ARGUMENTS.format(
-        reference=_REFERENCE_ARGUMENT if row.reference_model else "",
-        length=_LENGTH_ARGUMENT if row.length_norm else "",
-        hyper=hyper,
-    )
+    arguments = _SCORES if row.scores == "reward" else _POLICY[row.kind]
+    for model, phrase in (("reference", "the reference model"), ("previous", "the previous iterate")):
+        if model in row.models:
+            names = ", ".join(f"{model}_{side}" if side else model for side in row.sides)
+            arguments += f"    {names}: the same under {phrase}; constants.\n"
+    arguments += "".join(_input(given) for given in row.inputs)
+    for name, domain in row.domains.items():
+        arguments += f"    {name}: in {domain}." + " One number, or (B,)." * (name in row.per_row) + "\n"
+    for name, values in row.options.items():
+        arguments += _OPTIONS.get(name) or f"    {name}: one of {', '.join(map(_quoted, values))}; see above.\n"
+    arguments += _LAYOUT.format(masks=", ".join(_named(row, "mask")), boundaries=", ".join(_named(row, "cu_seqlens")))
+    if row.length_norm:
+        arguments += _OPTIONS["length_norm"]
+    if row.lengths != "none":
+        when = "length_norm=True and " if row.length_norm else ""
+        arguments += _LENGTHS.format(names=", ".join(_named(row, "lengths")), when=when)
     names = "; ".join(f"{library}: {name}" for library, name in row.aliases.items())
     source = f"Source: {row.title}, {row.paper}, {row.equation}." + (f" Elsewhere: {names}." if names else "")
-    parts = [first, rest.strip(), source, f"Args:\n{arguments}"]
-    parts += [f"Returns:\n{_PAIRWISE_RETURNS}", f"Raises:\n{_PAIRWISE_RAISES}"]
+    parts = [first, rest.strip(), source, f"Args:\n{arguments}{_REDUCTION}"]
+    parts += [f"Returns:\n{_RETURNS[row.kind]}", f"Raises:\n{_RAISES}"]
     return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
 
 # names that the function needs are closure cells: torch.compile looks globals up in the module of that name
 _TEMPLATE = """\
 from __future__ import annotations
-def build(_pairwise, _row, _Side):
-    def {name}({signature}) -> PairwiseOutput:
-        return _pairwise(
-            _row, {chosen}, {rejected}, {{{hyper}}}, length_norm={length_norm}, reduction=reduction, num_items=num_items
-        )
+def build(_evaluate, _row, _Side, _Output):
+    def {name}({signature}) -> {output}:
+        return _Output(*_evaluate(
+            _row, ({sides},), {{{hyper}}}, {{{inputs}}}, options={{{options}}}, length_norm={length_norm},
+            reduction=reduction, num_items=num_items
+        ))
     return {name}
 """
 
 
-def build_pairwise(row: Objective) -> Callable[..., PairwiseOutput]:
-    """The public function of one pairwise row, compiled from a template so that Python itself binds arguments."""
+def build(row: Objective) -> Callable[..., Any]:
+    """The public function of a row, compiled from a template so that Python itself binds arguments."""
 
     def side(name: str) -> str:
-        reference = f"reference_{name}" if row.reference_model else None
-        lengths = f"{name}_lengths" if row.length_norm else None
-        return f"_Side(policy_{name}, {reference}, {name}_mask, {name}_cu_seqlens, {lengths})"
+        models = {model: f"{model}_{name}" if name else model for model in row.models}
+        layout = {what: f"{name}_{what}" if name else what for what in ("mask", "cu_seqlens", "lengths")}
+        lengths = None if row.lengths == "none" else layout["lengths"]
+        streams = models[row.scores], models.get("reference"), layout["mask"], layout["cu_seqlens"], lengths
+        return f"_Side({', '.join(map(str, streams))}, {models.get('previous')})"
+
+    def mapping(names: Iterable[str]) -> str:
+        return ", ".join(f"{name!r}: {name}" for name in names)
 
     source = _TEMPLATE.format(
         name=row.name,
         signature=signature(row),
-        chosen=side("chosen"),
-        rejected=side("rejected"),
-        hyper=", ".join(f"{name!r}: {name}" for name in row.defaults),
+        output=_outputs(row),
+        sides=", ".join(map(side, row.sides)),
+        hyper=mapping(row.defaults),
+        inputs=mapping(i.name for i in row.inputs),
+        options=mapping(row.options),
         length_norm="length_norm" if row.length_norm else False,
     )
     scope: dict[str, Any] = {"__name__": "fastpo.losses"}
     exec(source, scope)
-    loss = scope["build"](pairwise, row, Side)
+    loss = scope["build"](evaluate, row, Side, _OUTPUTS[row.kind])
     loss.__qualname__ = row.name
     loss.__doc__ = _docstring(row)
     return loss
@@ -112,11 +194,23 @@ from typing import Literal
 from torch import Tensor
 
 from fastpo.kernels.objective import PairwiseOutput as PairwiseOutput
+from fastpo.kernels.objective import PolicyOutput as PolicyOutput
+from fastpo.kernels.objective import UnpairedOutput as UnpairedOutput
+from fastpo.losses.composed import diffusion_dpo as diffusion_dpo
+from fastpo.losses.composed import hypo as hypo
+from fastpo.losses.composed import mixture as mixture
+from fastpo.losses.statistics import BetaDPOStatistics as BetaDPOStatistics
+from fastpo.losses.statistics import Moments as Moments
+from fastpo.losses.statistics import alpha_dpo_statistics as alpha_dpo_statistics
+from fastpo.losses.statistics import bco_delta as bco_delta
+from fastpo.losses.statistics import beta_dpo_statistics as beta_dpo_statistics
+from fastpo.losses.statistics import kto_kl as kto_kl
+from fastpo.losses.statistics import sampo_sample as sampo_sample
 
 """
 
 
 def stub() -> str:
     """The type stub of `fastpo.losses`, for editors and type checkers."""
-    lines = [f"def {row.name}({signature(row)}) -> PairwiseOutput: ..." for row in objectives("pairwise")]
+    lines = [f"def {row.name}({signature(row)}) -> {_outputs(row)}: ..." for row in objectives()]
     return _STUB_HEADER + "\n".join(lines) + "\n"

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastpo.kernels import _checks
 from fastpo.kernels.objective import PairwiseOutput
-from fastpo.losses._build import build_pairwise
+from fastpo.losses._build import build
 from fastpo.reference.pairwise import Pair
 from fastpo.reference.registry import Domain, Objective
 
@@ -396,7 +396,7 @@ class Formula:
     _loss: Callable[..., PairwiseOutput] = field(init=False)
 
     def __post_init__(self) -> None:
-        loss = build_pairwise(self.row)
+        loss = build(self.row)
         object.__setattr__(self, "_loss", loss)
         object.__setattr__(self, "__doc__", loss.__doc__)
         object.__setattr__(self, "__signature__", inspect.signature(loss))
@@ -491,10 +491,10 @@ def formula(expression: str, /, **hyper_parameters: float) -> Formula:
         defaults=MappingProxyType({}),
         domains=MappingProxyType({}),
         reference_model=parsed.reference_model,
-        length_norm=True,
+        lengths="optional",
         theory="property",
     )
-    for name in inspect.signature(build_pairwise(row)).parameters:
+    for name in inspect.signature(build(row)).parameters:
         if name in defaults:
             raise ValueError(f"formula: the hyper-parameter {name!r} has the name of an argument of losses: rename it")
     domains = MappingProxyType(dict.fromkeys(defaults, Domain()))

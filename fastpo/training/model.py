@@ -133,7 +133,7 @@ def head_scale(model: Any) -> HeadScale | None:
     Asked of the model itself, with a few tokens: configurations name the factors differently, and not all of them.
     """
     device = next(model.parameters()).device
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, 7), generator=torch.Generator().manual_seed(0)).to(device)
     try:
         logits = model(input_ids=ids, use_cache=False).logits
@@ -204,7 +204,7 @@ def _separates_packed(model: Any) -> bool:
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.config.get_text_config().vocab_size
     parts = [torch.randint(vocabulary, (n,), generator=generator).to(device) for n in (5, 3, 8)]
     positions = torch.cat([torch.arange(len(p), device=device) for p in parts])
     everything = torch.arange(len(positions), device=device)

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 
 from fastpo.kernels import _native
 from fastpo.kernels.cuda import objective as launch
-from fastpo.reference.registry import objective, objectives
+from fastpo.reference.registry import objective
 from tests.emulator.harness import Emulator, build, build_ops, compiled_launch, python_launch
 from tests.kernels import test_objective as cases
 from tests.kernels.test_objective import LAYOUTS, compare, evaluate, make, random, strided
+from tests.losses import test_methods as methods
 
 
 @pytest.fixture(scope="module")
@@ -84,18 +85,17 @@ class TestOps(Compiled):
     def test_op_refuses_what_the_public_function_never_passes(self):
         cases.TestBadInput().test_op_refuses_what_the_public_function_never_passes()
 
-    def test_every_formula(self):
-        for row, dtype, layout in itertools.product(
-            objectives("pairwise"), (torch.float32, torch.float64), ("summed", "padded masked")
-        ):
-            compare(row, (make(layout, 63, 17, dtype, 10), make(layout, 63, 20, dtype, 21)), reduction="none")
+    def test_every_method(self):
+        for case, dtype in itertools.product(methods.CASES, (torch.float32, torch.float64)):
+            for layout in methods.layouts(case):
+                methods.compare(case, layout, 63, dtype)
 
     def test_the_emulator_ran(self, ops):
         """What these tests see is not the CPU kernel: there, bad boundaries raise; here they give NaN."""
         one, boundaries = torch.zeros(6), torch.tensor([0, 9, 6], dtype=torch.int32)
         streams, nothing = [one] * 4, [None, None]
-        arguments = (0, streams, nothing, [boundaries] * 2, nothing, [0.1] * len(_native.CPU.hyper_parameters))
-        loss, _, _ = torch.ops.fastpo.objective(*arguments, False, False, 1.0)
+        arguments = (0, streams, nothing, [boundaries] * 2, nothing, [], [0.1] * len(_native.CPU.hyper_parameters))
+        loss, _, _ = torch.ops.fastpo.objective(*arguments, 0, False, 1.0)
         assert loss.isnan().all()
 
 
@@ -150,7 +150,7 @@ class TestLaunchFromPython:
         nothing = [None, None]
         arguments = ([values] * 4, nothing, [boundaries] * 2)
         hyper = [0.1] * len(_native.CPU.hyper_parameters)
-        loss, slopes, _ = torch.ops.fastpo.objective(0, *arguments, nothing, hyper, False, False, 1.0)
+        loss, slopes, _ = torch.ops.fastpo.objective(0, *arguments, nothing, [], hyper, 0, False, 1.0)
         inside = [0 <= a <= b <= 6 and (i > 0 or a == 0) for i, (a, b) in enumerate(itertools.pairwise(bad))]
         assert loss.isnan().tolist() == [not ok for ok in inside]
         grads = torch.ops.fastpo.objective_backward(torch.ones(2), slopes, [values] * 2, *arguments[1:], 3)
@@ -187,8 +187,8 @@ class TestLaunchFromPython:
     def test_more_blocks_than_the_sum_has_threads(self, checked):
         rows = 256 * 700 + 3
         chosen, zero = random(rows, seed=1), torch.zeros(rows)
-        arguments = ([chosen, zero, zero, zero], *[[None, None]] * 3, [0.1] * len(_native.CPU.hyper_parameters))
-        loss, _, _ = torch.ops.fastpo.objective(0, *arguments, False, True, float(rows))
+        arguments = ([chosen, zero, zero, zero], *[[None, None]] * 3, [], [0.1] * len(_native.CPU.hyper_parameters))
+        loss, _, _ = torch.ops.fastpo.objective(0, *arguments, 0, True, float(rows))
         assert loss.item() == pytest.approx(-F.logsigmoid(0.1 * chosen.double()).mean().item(), rel=1e-6)
 
     @pytest.mark.parametrize("length_norm", [False, True])
@@ -226,7 +226,7 @@ class TestLargeTensors:
         captured, two, nothing = Captured(), torch.zeros(2, 2, dtype=torch.float16), [None, None]
         hyper = [0.5] * len(_native.CPU.hyper_parameters)
         dpo = _native.CPU.formulas["dpo"]
-        launch.forward(captured, dpo, [two] * 4, nothing, nothing, nothing, hyper, False, False, 1.0, 0.5)
+        launch.forward(captured, dpo, [two] * 4, nothing, nothing, nothing, [], hyper, 0, False, 1.0, 0.5)
         launch.backward(captured, torch.tensor(2.0), torch.zeros(2, 2), [two] * 2, nothing, nothing, 3)
         return captured.arguments
 
@@ -317,7 +317,7 @@ class TestShapes:
         out = (ctypes.c_longlong * 4)()
         sizes = [0, 1, 2, 31, 32, 33, 1000, 1023, 1024, 1025, 4096, 65_535, 65_536, 2**20, 2**22 + 1, 2**31, 2**33 + 7]
         for rows, tokens in itertools.product(sizes, sizes):
-            for streams in (2, 4):
+            for streams in range(1, 7):
                 exports.fastpo_objective_shape(ctypes.c_longlong(rows), ctypes.c_longlong(tokens), streams, out)
                 s = launch.objective_shape(rows, tokens, streams)
                 assert list(out) == [s.blocks, s.threads, s.team, s.rows], (rows, tokens, streams)

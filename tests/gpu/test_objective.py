@@ -18,6 +18,7 @@ from fastpo.reference.registry import objective
 from tests.device import to_device
 from tests.kernels import test_objective as cases
 from tests.kernels.test_objective import LAYOUTS, evaluate, make
+from tests.losses import test_methods as methods
 
 
 @pytest.fixture(params=["compiled", "nvrtc"], autouse=True)
@@ -46,6 +47,13 @@ def launch(request, device):
 
 
 class TestValues(cases.TestValues): ...
+
+
+@pytest.mark.parametrize("case", methods.CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_every_method(case, dtype):
+    for layout in methods.layouts(case):
+        methods.compare(case, layout, 259, dtype)
 
 
 class TestStrides(cases.TestStrides): ...

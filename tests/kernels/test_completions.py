@@ -227,6 +227,12 @@ class TestHeads:
             def forward(self, x):
                 return 2 * super().forward(x)
 
+        patched, hooked = nn.Linear(2, 3), nn.Linear(2, 3)
+        patched.forward = lambda x: 2 * x
+        hooked.register_forward_hook(lambda module, given, out: 2 * out)
+        for bad in (patched, hooked):
+            with pytest.raises(TypeError, match="got Linear with hooks or a forward of its own"):
+                head_of(bad)
         for bad in (Scaled(2, 3), nn.Embedding(2, 3), nn.Sequential(nn.Linear(2, 3)), "head"):
             with pytest.raises(TypeError, match=r"head must be a weight.*got"):
                 head_of(bad)
@@ -285,6 +291,7 @@ def test_bad_input():
             ),
             ({"rows": torch.tensor([0])}, TypeError, "rows is not an option here"),
             ({"temperature": torch.ones(3)}, ValueError, "temperature has shape"),
+            ({"input_ids": torch.where(mask, -100, ids)}, IndexError, "is -100, out of range"),
             ({"input_ids": ids + VOCAB}, IndexError, "out of range for a vocabulary of 50"),
         ):
             with pytest.raises(error, match=message):

@@ -20,6 +20,7 @@ import fastpo
 from fastpo.kernels import _tiles
 from fastpo.kernels.linear_logprobs import STATISTICS
 from fastpo.reference import vocabulary
+from tests.device import to_device
 from tests.kernels.test_token_logprobs import exact, upstream
 from tests.memory import peak_allocated
 from tests.tolerance import assert_within
@@ -36,7 +37,8 @@ SCALING = 0.5
 
 
 def small_tiles(monkeypatch, rows: int, bytes: int) -> None:
-    monkeypatch.setitem(_tiles.TILINGS, "cpu", _tiles.Tiling(rows, bytes))
+    for device in _tiles.TILINGS:
+        monkeypatch.setitem(_tiles.TILINGS, device, _tiles.Tiling(rows, bytes))
 
 
 def make(
@@ -74,10 +76,10 @@ def counted_products(monkeypatch):
     sizes = []
 
     def counted(function):
-        def run(out, *args):
+        def run(out, *args, **options):
             if out.numel():
                 sizes.append(tuple(out.shape))
-            return function(out, *args)
+            return function(out, *args, **options)
 
         return run
 
@@ -97,15 +99,17 @@ def call(given: dict[str, Tensor], **options):
 
 def evaluate(given: dict[str, Tensor], backend: str = "native", stats=STATISTICS, **options) -> dict[str, Tensor]:
     """All outputs, and the gradients for random upstream gradients of the differentiable ones."""
-    leaves = {n: given[n].detach().requires_grad_() for n in LEAVES if n in given}
+    leaves = {n: to_device(given[n]).detach().requires_grad_() for n in LEAVES if n in given}
+    options = {n: to_device(value) for n, value in options.items()}
     with fastpo.use_backend(backend):
-        out = call(leaves | {"targets": given["targets"]}, stats=stats, **options)
+        out = call(leaves | {"targets": to_device(given["targets"])}, stats=stats, **options)
     named = {"logprobs": out} if isinstance(out, Tensor) else out._asdict()
     outputs = {name: t for name, t in named.items() if t is not None}
     used = [n for n in DIFFERENTIABLE if n in outputs]
-    up = [upstream(n, outputs[n]) for n in used]
+    up = [to_device(upstream(n, outputs[n])) for n in used]
     grads = torch.autograd.grad([outputs[n] for n in used], list(leaves.values()), up)
-    return {n: t.detach() for n, t in outputs.items()} | {f"d_{n}": g for n, g in zip(leaves, grads, strict=True)}
+    found = {n: t.detach().cpu() for n, t in outputs.items()}
+    return found | {f"d_{n}": g.cpu() for n, g in zip(leaves, grads, strict=True)}
 
 
 def logits_of(given: dict[str, Tensor]) -> Tensor:
@@ -543,6 +547,56 @@ class TestAutograd:
         first = evaluate(given)
         assert all(torch.equal(v, evaluate(given)[n]) for n, v in first.items())
 
+    def test_no_grad(self, monkeypatch):
+        """Parameters, but nobody wants a gradient: one product, and nothing is kept."""
+        given = {n: t.requires_grad_() if t.is_floating_point() else t for n, t in make(5, vocab=60).items()}
+        frozen = {**given, "weight": given["weight"].detach()}
+        for context in (torch.no_grad, torch.inference_mode):
+            for inputs in (given, frozen):
+                with context(), counted_products(monkeypatch) as products:
+                    out = call(inputs, stats=("entropy",))
+                assert len(products) == 1 and not out.logprobs.requires_grad
+
+    @pytest.mark.parametrize("budget", [0, 1 << 30])
+    def test_number_of_threads_changes_before_the_backward(self, budget):
+        threads = torch.get_num_threads()
+        given = make(300, vocab=4000)
+        want = evaluate(given, stats=(), memory_budget=budget)
+        hidden, weight = given["hidden"].requires_grad_(), given["weight"].requires_grad_()
+        out = call(given, memory_budget=budget, skip_below=1e-30)
+        try:
+            torch.set_num_threads(threads + 1)
+            grads = torch.autograd.grad(out, (hidden, weight), upstream("logprobs", out))
+        finally:
+            torch.set_num_threads(threads)
+        for name, grad in zip(("d_hidden", "d_weight"), grads, strict=True):
+            torch.testing.assert_close(grad, want[name], rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_targets_in_another_order_of_memory(self, compiled):
+        torch._dynamo.reset()
+        given = make(6, vocab=60, ids=3)
+        plain = evaluate(given, stats=())
+        given["targets"] = given["targets"].t().contiguous().t()
+        leaves = [given["hidden"].requires_grad_(), given["weight"].requires_grad_()]
+
+        def function(hidden, weight):
+            return fastpo.linear_logprobs(hidden, weight, given["targets"])
+
+        out = (torch.compile(function, fullgraph=True) if compiled else function)(*leaves)
+        grads = torch.autograd.grad(out, leaves, upstream("logprobs", out).t().contiguous().t())
+        assert torch.equal(out, plain["logprobs"])
+        assert torch.equal(grads[0], plain["d_hidden"]) and torch.equal(grads[1], plain["d_weight"])
+
+    def test_create_graph_under_autocast(self):
+        given = make(5, vocab=60)
+        hidden = given["hidden"].requires_grad_()
+        out = call(given)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            (ours,) = torch.autograd.grad(out.sum(), hidden, create_graph=True)
+        (want,) = torch.autograd.grad(call(given).sum(), hidden)
+        torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-5)
+
     def test_tied_weight(self):
         """One tensor as embedding and head: both gradients arrive."""
         weight = make(1, vocab=60)["weight"].requires_grad_()
@@ -557,12 +611,13 @@ class TestFrozenHead:
     """Only hidden needs a gradient, as under LoRA or with a reference's head: two products in all."""
 
     def run(self, given: dict[str, Tensor], **options) -> dict[str, Tensor]:
+        given = {n: to_device(t) for n, t in given.items()}
         hidden = given["hidden"].detach().requires_grad_()
         out = fastpo.linear_logprobs(**{**given, "hidden": hidden}, stats=("logsumexp",), **options)
         used = {"logprobs": out.logprobs, "logsumexp": out.logsumexp}
-        up = [upstream(n, t) for n, t in used.items()]
+        up = [to_device(upstream(n, t)) for n, t in used.items()]
         (grad,) = torch.autograd.grad(list(used.values()), hidden, up)
-        return {"logprobs": out.logprobs.detach(), "logsumexp": out.logsumexp.detach(), "d_hidden": grad}
+        return {n: t.detach().cpu() for n, t in used.items()} | {"d_hidden": grad.cpu()}
 
     @by_dtype
     @pytest.mark.parametrize(
@@ -627,6 +682,44 @@ class TestFrozenHead:
             assert torch.autograd.gradcheck(function, hidden)
             assert torch.autograd.gradgradcheck(function, hidden)
 
+    @pytest.mark.parametrize("targets", [[0, -100], [-100, 0], [64, 3], [3, 64], [64, 64], [0, 64]], ids=str)
+    def test_targets_at_the_first_column_of_a_slice(self, targets, monkeypatch):
+        """Beside targets of other slices, and ignored ones."""
+        small_tiles(monkeypatch, 16, 1)
+        given = make(5, vocab=200, dtype=torch.float64)
+        given["targets"] = torch.tensor([targets] * 5)
+        same = evaluate(given, "reference", ("logsumexp",))
+        torch.testing.assert_close(self.run(given)["d_hidden"], same["d_hidden"], rtol=1e-12, atol=1e-12)
+
+    def test_impossible_slices(self, monkeypatch):
+        """A bias bans the tokens of the first slice, of a later one, and of the last."""
+        small_tiles(monkeypatch, 16, 1)
+        given = make(5, vocab=200, dtype=torch.float64, bias=True)
+        given["targets"][:] = 150
+        given["bias"][:100] = given["bias"][192:] = -math.inf
+        same = evaluate(given, "reference", ("logsumexp",))
+        torch.testing.assert_close(self.run(given)["d_hidden"], same["d_hidden"], rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize("temperature", [1.0, 1e3, 1e6])
+    def test_slope_of_the_cap(self, temperature):
+        given = make(5, vocab=200)
+        options = {"softcap": 2.0, "temperature": temperature}
+        ours, same = self.run(given, **options), evaluate(given, "reference", ("logsumexp",), **options)
+        wide = {n: t.double() if t.is_floating_point() else t for n, t in given.items()}
+        truth = evaluate(wide, "reference", ("logsumexp",), **options)["d_hidden"]
+        terms = 2 * gradient_terms(given, ("logsumexp",), options)["d_hidden"].numpy()
+        assert_within(ours["d_hidden"], truth, same["d_hidden"], name="d_hidden", terms=terms)
+
+    def test_result_changed_in_place(self):
+        given = make(5, vocab=60)
+        grads = []
+        for inplace in (False, True):
+            hidden = given["hidden"].detach().requires_grad_()
+            out = call({**given, "hidden": hidden})
+            out = out.mul_(2) if inplace else out * 2
+            grads.append(torch.autograd.grad(out.sum(), hidden)[0])
+        assert torch.equal(*grads)
+
     def test_extreme_logits(self):
         """Later tiles raise the maximum by more than the range of an exponent."""
         hidden = torch.ones(3, 1, dtype=torch.float64).requires_grad_()
@@ -638,6 +731,35 @@ class TestFrozenHead:
 
 
 class TestCompile:
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_temperature_that_learns(self, frozen):
+        torch._dynamo.reset()
+        given = make(4, vocab=60)
+        leaves = [given["hidden"].requires_grad_(), torch.linspace(0.5, 2, 4).requires_grad_()]
+        weight = given["weight"].requires_grad_(not frozen)
+
+        def step(hidden, temperature):
+            return fastpo.linear_logprobs(hidden, weight, given["targets"], temperature=temperature)
+
+        results = []
+        for f in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+            out = f(*leaves)
+            results.append([out, *torch.autograd.grad(out.sum(), leaves)])
+        for ours, compiled in zip(*results, strict=True):
+            torch.testing.assert_close(ours, compiled, rtol=1e-6, atol=1e-6)
+
+    def test_bad_values_in_a_graph(self):
+        torch._dynamo.reset()
+        given = make(4, vocab=60)
+        h, w, t = (given[n] for n in ("hidden", "weight", "targets"))
+        function = torch.compile(
+            lambda t, rows: fastpo.linear_logprobs(h, w, t, rows=rows), fullgraph=True, backend="aot_eager"
+        )
+        with pytest.raises(ValueError, match="rows must be different numbers"):
+            function(t, torch.tensor([2, 2]))
+        with pytest.raises(IndexError, match="out of range for a vocabulary of 60"):
+            function(t + 60, torch.tensor([2, 3]))
+
     def test_compiled_equals_eager(self):
         torch._dynamo.reset()
         given = make(4, 6, vocab=90, bias=True)
@@ -669,8 +791,11 @@ class TestCompile:
         for rest in ((31, False, 0, 0.0), (31, False, 1 << 20, 1e-3)):
             out = torch.ops.fastpo.linear_logprobs(*common, *rest)
             up = (torch.randn(5, 2, dtype=like), torch.randn(5, dtype=like), None)
-            arguments = (*common, out[1], out[2], out[4], out[5], out[6], *up, rest[-1], 31)
-            torch.library.opcheck(torch.ops.fastpo.linear_logprobs_backward.default, arguments)
+            for bits in (31, 2):
+                arguments = (*common, out[1], out[2], *out[5:8], *up, rest[-1], bits)
+                torch.library.opcheck(torch.ops.fastpo.linear_logprobs_backward.default, arguments)
+        common = (*common[:-1], True)
+        torch.library.opcheck(torch.ops.fastpo.linear_logprobs.default, (*common, 1, False, 1 << 20, 0.0))
 
 
 class TestMemory:
@@ -721,9 +846,22 @@ class TestMemory:
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
     def test_recomputed_and_kept(self, dtype):
-        both, names = ("hidden", "weight"), "buffer compacted rows d_hidden d_slice results"
+        both, names = ("hidden", "weight"), "buffer compacted rows d_hidden results"
+        # else it is summed where it belongs
+        names += " d_slice" if dtype == torch.bfloat16 else ""
         self.check(dtype, both, names, memory_budget=0)
         self.check(dtype, both, names + " logits", memory_budget=1 << 30)
+
+    def test_frozen_head_with_many_ids(self):
+        """The backward holds no (N, K, H)."""
+        hidden, weight = torch.randn(256, 128, requires_grad=True), torch.randn(500, 128)
+        targets = torch.randint(500, (256, 64))
+
+        def run() -> object:
+            return torch.autograd.grad(fastpo.linear_logprobs(hidden, weight, targets).sum(), hidden)
+
+        run()
+        assert peak_allocated(run) < (4 << 20) < 256 * 64 * 128 * 4
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
     def test_frozen_head(self, dtype):

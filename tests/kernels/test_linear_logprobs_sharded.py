@@ -141,6 +141,15 @@ def dtensor() -> None:
         bad = distribute_tensor(given["weight"], mesh, [wrong])
         with pytest.raises(ValueError, match=f"{name} must be sharded on its first dimension, the vocabulary"):
             fastpo.linear_logprobs(given["hidden"], bad, given["targets"])
+    local = torch.zeros(4, dtype=torch.int64)
+    for name, change in (
+        ("hidden", {"hidden": distribute_tensor(torch.zeros(4, 32), mesh, [Replicate()])}),
+        ("targets", {"targets": distribute_tensor(local, mesh, [Replicate()])}),
+    ):
+        with pytest.raises(TypeError, match=f"{name} is a DTensor, but weight is none"):
+            fastpo.linear_logprobs(
+                **{"hidden": torch.zeros(4, 32), "weight": given["weight"], "targets": local} | change
+            )
     with pytest.raises(ValueError, match="hidden must be replicated"):
         hidden = distribute_tensor(torch.zeros(4, 32), mesh, [Shard(0)])
         fastpo.linear_logprobs(hidden, weight, torch.zeros(4, dtype=torch.int64))
@@ -157,6 +166,19 @@ def bad_input() -> None:
     for targets in ((given["targets"] + dist.get_rank()) % 20, given["targets"][: 5 - dist.get_rank()]):
         with pytest.raises(ValueError, match=r"its ranks hold different targets.*FSDP or ZeRO has to be gathered"):
             fastpo.linear_logprobs(given["hidden"][: len(targets)], given["weight"][part], targets, process_group=group)
+    rank = dist.get_rank()
+    for different in (
+        {"rows": torch.tensor([1, 3]) + rank},
+        {"temperature": torch.ones(5) + rank},
+        {"temperature": 1.0 + rank},
+        {"stats": ("entropy",) * rank},
+    ):
+        with pytest.raises(ValueError, match="its ranks hold different targets, rows, temperatures or options"):
+            fastpo.linear_logprobs(
+                given["hidden"], given["weight"][part], given["targets"], process_group=group, **different
+            )
+    with pytest.raises(TypeError, match=r"process_group must be a torch\.distributed\.ProcessGroup"):
+        fastpo.linear_logprobs(given["hidden"], given["weight"], given["targets"], process_group="world")
     with pytest.raises(RuntimeError, match=r"no second derivative .* over a process_group"):
         hidden = given["hidden"].clone().requires_grad_()
         out = fastpo.linear_logprobs(hidden, given["weight"][part], given["targets"], process_group=group)

@@ -1,7 +1,7 @@
 """objective: the compiled pairwise losses against the fp64 reference, which tests/losses checks itself.
 
-Every registry row, dtype and layout. Multiples of 2^-10 have exact sums: with those, results must agree bit for
-bit whatever the layout.
+Five formulas of log-ratios alone, in every dtype and layout; tests/losses/test_methods.py goes over all methods.
+Multiples of 2^-10 have exact sums: with those, results must agree bit for bit whatever the layout.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from fastpo import losses
 from fastpo.kernels import _native
 from fastpo.kernels.objective import PairwiseOutput
 from fastpo.reference.pairwise import Side
-from fastpo.reference.registry import Objective, objective, objectives
+from fastpo.reference.registry import Objective, formulas, objective
 from fastpo.reference.sequence import sequence_sum
 from tests.device import to_device
 from tests.tolerance import assert_within
 
-ROWS = list(objectives("pairwise"))
+ROWS = [objective(name) for name in ("dpo", "cdpo", "robust_dpo", "ipo", "hinge")]
 # a row and whether it is evaluated on per-token averages
 CASES = [(row, False) for row in ROWS] + [(row, True) for row in ROWS if row.length_norm]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -875,7 +875,9 @@ class TestOps:
 
     def test_every_row_is_compiled(self):
         """A row without a formula in C++ works too, but then this file compares the reference with itself."""
-        assert {row.name for row in ROWS} <= set(_native.CPU.formulas)
+        assert {row.kernel for row in formulas("pairwise")} == set(_native.CPU.formulas)
+        others = {row.kernel for kind in ("unpaired", "policy") for row in formulas(kind)}
+        assert others == set(_native.CPU.unpaired_formulas)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -893,8 +895,9 @@ class TestOps:
                 masks,
                 cu_seqlens,
                 lengths,
+                [],
                 hyper,
-                length_norm,
+                int(length_norm),
                 reduce,
                 3.0,
             )
@@ -1110,7 +1113,7 @@ class TestBadInput:
                 ("0.1", "str"),
                 (None, "NoneType"),
                 (True, "bool"),
-                (torch.tensor(0.1), "Tensor"),
+                *[(torch.tensor(0.1), "Tensor")] * (name not in row.per_row),
             ):
                 self.refused(row.name, {name: value}, TypeError, f"{name} must be a number, got {kind}")
 
@@ -1148,17 +1151,20 @@ class TestBadInput:
         two = torch.zeros(2)
         nothing: list[Tensor | None] = [None, None]
         hyper = [0.1] * len(_native.CPU.hyper_parameters)
-        good = (0, [two, two, two, two], nothing, nothing, nothing, hyper, False, True, 2.0)
+        good = (0, [two, two, two, two], nothing, nothing, nothing, [], hyper, 0, True, 2.0)
         op = torch.ops.fastpo.objective
         for place, bad, message in (
             (0, len(_native.CPU.formulas), "there is no formula"),
             (0, -1, "there is no formula"),
-            (1, [two, two, two], "two or four streams"),
+            (1, [two, two, two], "one to 3 streams per side"),
+            (1, [two] * 8, "one to 3 streams per side"),
             (1, [two, two, two, torch.zeros(3)], "differ in"),
             (1, [two, torch.zeros(3), two, two], "differ in"),
-            (2, [None], "two sides"),
+            (2, [None], "one or two sides"),
+            (5, [two.repeat(2)[:3]], "a column has the wrong size"),
+            (5, [two] * 5, "at most 4 columns"),
             (2, [torch.ones(1, dtype=torch.bool), None], "mask has the wrong size"),
-            (5, hyper[:-1], "wrong number of hyper-parameters"),
+            (6, hyper[:-1], "wrong number of hyper-parameters"),
             (1, [two.long(), two, two, two], "floating point"),
         ):
             arguments = [*good]

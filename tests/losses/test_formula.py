@@ -886,9 +886,10 @@ def library_of(formulas: list[fastpo.losses.formula.Formula], directory: Path) -
         parts.append(f"""
 struct F{i} {{
   template <class T>
-  static FASTPO_FN Dual<T, 2> evaluate(const Pair<T>& p, [[maybe_unused]] const double* h) {{
+  static FASTPO_FN Dual<T, 2> evaluate(const Row<T, 2>& row, [[maybe_unused]] const double* h) {{
     using D = Dual<T, 2>;
-    [[maybe_unused]] const D w = p.chosen_logratio, l = p.rejected_logratio, policy_w = p.chosen, policy_l = p.rejected;
+    [[maybe_unused]] const D w = row.logratio[0], l = row.logratio[1];
+    [[maybe_unused]] const D policy_w = row.policy[0], policy_l = row.policy[1];
     [[maybe_unused]] const D reference_w = detach(policy_w - w), reference_l = detach(policy_l - l);
     return {loss.source};
   }}
@@ -900,7 +901,8 @@ extern "C" __attribute__((visibility("default"), noinline)) void f{i}_{scalar}(c
                                                                               {scalar}* out, long n) {{
   for (long i = 0; i < n; ++i) {{
     const auto at = [&](int row, int side) {{ return variable<2>(in[row * n + i], side); }};
-    const auto y = F{i}::evaluate(Pair<{scalar}>{{at(2, 0), at(3, 1), at(0, 0), at(1, 1)}}, h);
+    const Row<{scalar}, 2> row{{{{at(2, 0), at(3, 1)}}, {{at(0, 0), at(1, 1)}}, {{}}, {{}}, {{}}, {{}}}};
+    const auto y = F{i}::evaluate(row, h);
     out[i] = y.value, out[n + i] = y.slope[0], out[2 * n + i] = y.slope[1];
   }}
 }}

@@ -23,7 +23,7 @@ from fastpo.reference.sequence import sequence_sum
 
 EPS = torch.finfo(torch.float64).eps
 TINY = torch.finfo(torch.float64).tiny
-ROWS = list(objectives("pairwise"))
+ROWS = [objective(name) for name in ("dpo", "cdpo", "robust_dpo", "ipo", "hinge")]
 BACKENDS = ["native", "reference"]
 mp.mp.dps = 60
 
@@ -191,7 +191,8 @@ class TestClosedForms:
             Side(double(-9.0), double(-3.0), lengths=torch.tensor([0])),
         ]
         pairwise_objective(row, *sides, {"beta": 1.0}, length_norm=True)
-        assert [x.item() for x in seen[0]] == [-2.0, -9.0, -1.5, -6.0] and seen[0].margin.item() == 4.5
+        assert [x.item() for x in seen[0][:4]] == [-2.0, -9.0, -1.5, -6.0] and seen[0].margin.item() == 4.5
+        assert [seen[0].chosen_length.item(), seen[0].rejected_length.item()] == [4.0, 1.0]
 
 
 class TestSequenceSum:

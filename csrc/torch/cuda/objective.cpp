@@ -10,17 +10,18 @@ namespace {
 void check_launch(const char* error) { STD_TORCH_CHECK(!error, "fastpo::objective: ", error); }
 
 std::tuple<Tensor, Tensor, Tensor> forward(int64_t formula, Tensors streams, OptionalTensors masks,
-                                           OptionalTensors cu_seqlens, OptionalTensors lengths,
-                                           std::vector<double> hyper, bool length_norm, bool reduce,
+                                           OptionalTensors cu_seqlens, OptionalTensors lengths, Tensors columns,
+                                           std::vector<double> hyper, int64_t use_lengths, bool reduce,
                                            std::optional<double> denominator) {
-  STD_TORCH_CHECK(!streams.empty(), "fastpo::objective: two or four streams expected");
+  STD_TORCH_CHECK(!streams.empty(), "fastpo::objective: one to three streams per side expected");
   const OnDevice device(streams[0]);
-  PreparedObjective p = prepare_objective(formula, std::move(streams), masks, cu_seqlens, lengths, hyper, length_norm,
-                                          reduce, denominator);
+  PreparedObjective p = prepare_objective(formula, std::move(streams), masks, cu_seqlens, lengths, std::move(columns),
+                                          hyper, use_lengths, reduce, denominator);
   Objective& o = p.arguments;
   OptionalTensor block_loss;
   if (reduce) {
-    block_loss = new_tensor(p.streams[0], {gpu::objective_blocks(o.rows, p.tokens, o.streams)}, ScalarType::Double);
+    block_loss =
+        new_tensor(p.streams[0], {gpu::objective_blocks(o.rows, p.tokens, o.sides * o.models)}, ScalarType::Double);
     o.block_loss = block_loss->mutable_data_ptr<double>();
   }
   if (reduce || o.rows > 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastpo.kernels.cuda.nvrtc import Launcher
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_MAX_SIDES, _MAX_STREAMS, _MAX_HYPER = 2, 4, 64
+_MAX_SIDES, _MAX_STREAMS, _MAX_COLUMNS, _MAX_HYPER = 2, 6, 4, 64
 _WARP = 32
 
 
@@ -35,6 +35,7 @@ class Objective(ctypes.Structure):
     _fields_ = (
         ("layouts", Layout * _MAX_SIDES),
         ("stream", Stream * _MAX_STREAMS),
+        ("column", Stream * _MAX_COLUMNS),
         ("hyper", ctypes.c_double * _MAX_HYPER),
         ("scale", ctypes.c_double),
         ("reward_scale", ctypes.c_double),
@@ -44,8 +45,10 @@ class Objective(ctypes.Structure):
         ("slopes", ctypes.c_void_p),
         ("rewards", ctypes.c_void_p),
         ("formula", ctypes.c_int),
-        ("streams", ctypes.c_int),
-        ("length_norm", ctypes.c_bool),
+        ("sides", ctypes.c_int),
+        ("models", ctypes.c_int),
+        ("columns", ctypes.c_int),
+        ("use_lengths", ctypes.c_int),
         ("is_double", ctypes.c_bool),
     )
 
@@ -86,7 +89,8 @@ class SpreadSides(ctypes.Structure):
     _fields_ = (("side", Spread * _MAX_SIDES), ("sides", ctypes.c_int))
 
 
-_SHORT_ROW, _LONG_TEAM, _MOST_ROWS, _BUSY_BLOCKS, _MOST_BLOCKS, _SUM_THREADS = 1024, 128, 32, 1024, 16384, 512
+_SHORT_ROW, _LONG_TEAM, _MOST_THREADS, _MOST_ROWS = 1024, 128, 512, 32
+_BUSY_BLOCKS, _MOST_BLOCKS, _SUM_THREADS = 1024, 16384, 512
 
 
 def _blocks(items: int, per_block: int) -> int:
@@ -101,7 +105,7 @@ def objective_shape(rows: int, tokens: int, streams: int) -> Shape:
         threads, team = 256, _WARP
         per_block = min(max(rows // _BUSY_BLOCKS, threads // (_WARP * streams)), _MOST_ROWS)
     else:
-        threads, team, per_block = _LONG_TEAM * streams, _LONG_TEAM, 1
+        threads, team, per_block = min(_LONG_TEAM * streams, _MOST_THREADS), _LONG_TEAM, 1
     return Shape(_blocks(rows, per_block), threads, team, per_block)
 
 
@@ -146,24 +150,25 @@ def forward(
     masks: list[Tensor | None],
     cu_seqlens: list[Tensor | None],
     lengths: list[Tensor | None],
+    columns: list[Tensor],
     hyper: list[float],
-    length_norm: bool,
+    use_lengths: int,
     reduce: bool,
     denominator: float | None,
     reward_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the op returns: loss, slopes, rewards."""
     masks, cu_seqlens, lengths = _contiguous(masks), _contiguous(cu_seqlens), _contiguous(lengths)
-    rows = _rows(streams[0], cu_seqlens[0])
+    rows, sides = _rows(streams[0], cu_seqlens[0]), len(masks)
     is_double = any(s.dtype == torch.float64 for s in streams)
     # tokens of a row must be adjacent; rows, and summed streams, may have any stride
     streams = [
-        s.contiguous() if (s.dim() == 2 or cu_seqlens[i % 2] is not None) and s.stride(-1) != 1 else s
+        s.contiguous() if (s.dim() == 2 or cu_seqlens[i % sides] is not None) and s.stride(-1) != 1 else s
         for i, s in enumerate(streams)
     ]
     shape = objective_shape(rows, _tokens_per_row(streams, rows), len(streams))
     loss = streams[0].new_empty(() if reduce else (rows,), dtype=torch.float64 if is_double else torch.float32)
-    slopes, rewards = loss.new_empty((2, rows)), loss.new_empty((2, rows))
+    slopes, rewards = loss.new_empty((sides, rows)), loss.new_empty((sides, rows))
     block_loss = loss.new_empty(shape.blocks, dtype=torch.float64) if reduce else None
     divisor = float(rows) if denominator is None else denominator
     o = Objective(
@@ -175,22 +180,26 @@ def forward(
         slopes=slopes.data_ptr(),
         rewards=rewards.data_ptr(),
         formula=formula,
-        streams=len(streams),
-        length_norm=length_norm,
+        sides=sides,
+        models=len(streams) // sides,
+        columns=len(columns),
+        use_lengths=use_lengths,
         is_double=is_double,
     )
     o.hyper[: len(hyper)] = hyper
-    for side in range(_MAX_SIDES):
+    for side in range(sides):
         o.layouts[side] = _layout(streams[side], masks[side], cu_seqlens[side], lengths[side])
     for i, s in enumerate(streams):
         o.stream[i] = Stream(s.data_ptr(), s.stride(0) if s.dim() else 1, _DTYPES[s.dtype])
+    for i, s in enumerate(columns):
+        o.column[i] = Stream(s.data_ptr(), s.stride(0), _DTYPES[s.dtype])
     if rows:
         launcher.launch(
             "objective_f64" if is_double else "objective_f32",
             shape.blocks,
             shape.threads,
             [o, shape],
-            reads=[*streams, *masks, *cu_seqlens, *lengths],
+            reads=[*streams, *masks, *cu_seqlens, *lengths, *columns],
             writes=[slopes, rewards, block_loss if reduce else loss],
         )
     elif block_loss is not None:

@@ -1,0 +1,16 @@
+"""`fastpo.linear_logprobs` and its peers, under pytest-benchmark: `pytest benchmarks`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from cases import LINEAR_LOGPROBS
+
+from fastpo.bench import LinearLogprobsCase
+
+
+@pytest.mark.parametrize("prepared", LINEAR_LOGPROBS, indirect=True, ids=lambda case: case.name)
+@pytest.mark.parametrize("provider", LinearLogprobsCase.PROVIDERS)
+def test_linear_logprobs(timed: Callable[[str], None], provider: str) -> None:
+    timed(provider)
