@@ -64,6 +64,9 @@ struct TokenLogprobs {
   }
 };
 
+// Of p from q. The order is that of fastpo/kernels/vocab_divergence.py, and grows at its end only.
+enum class Divergence : int { kl, jsd };
+
 // Rows of two streams of logits, of the reference's p = softmax(reference / T) and the policy's q = softmax(logits /
 // T). Everything but them is contiguous; outputs are in the accumulator's type, gradients in that of the logits.
 struct VocabDivergence {
@@ -73,12 +76,17 @@ struct VocabDivergence {
   const bool* mask;          // per row, or null
   const void* temperatures;  // per row, in the accumulator's type, or null
   double temperature;
+  Divergence kind;
+  double parameter;  // β of jsd
   void* divergence;  // (rows,)
-  void* state;       // (4, rows): both largest logits, Σ e^((a - max) / T) of the reference, log of its ratio to q's
+  void* state;  // (numbers(), rows): both largest logits, Σ e^((a - max) / T) of the reference, log of its ratio to
+                // q's; KL(p || m) and KL(q || m) of jsd
   // backward
   const void* grad;
   void* grad_logits;  // null if not wanted
   void* grad_reference;
+
+  int numbers() const { return kind == Divergence::jsd ? 6 : 4; }
 };
 
 // Rows of logits for some columns of a vocabulary, between two matrix products. All per-row numbers are double.

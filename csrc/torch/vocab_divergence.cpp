@@ -13,7 +13,7 @@ struct Prepared {
 };
 
 Prepared prepare(const Tensor& logits, const Tensor& reference, const OptionalTensor& mask,
-                 const OptionalTensor& temperatures, double temperature) {
+                 const OptionalTensor& temperatures, double temperature, int64_t kind, double parameter) {
   const ScalarType accumulator = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Prepared p{{}, accumulator, as_contiguous(mask), std::nullopt};
   if (temperatures) p.temperatures = as_contiguous(torch::stable::to(*temperatures, accumulator));
@@ -25,6 +25,10 @@ Prepared prepare(const Tensor& logits, const Tensor& reference, const OptionalTe
   a.mask = static_cast<const bool*>(data_or_null(p.mask));
   a.temperatures = data_or_null(p.temperatures);
   a.temperature = temperature;
+  STD_TORCH_CHECK(kind >= 0 && kind <= static_cast<int64_t>(Divergence::jsd),
+                  "fastpo::vocab_divergence: no divergence has the number ", kind);
+  a.kind = static_cast<Divergence>(kind);
+  a.parameter = parameter;
   // what must hold for the memory accesses to be inside the tensors; the rest is checked in Python
   STD_TORCH_CHECK(shape_of(reference) == shape_of(logits) && dtype_of(reference) == a.dtype,
                   "fastpo::vocab_divergence: the streams differ in shape or dtype");
@@ -40,13 +44,13 @@ Prepared prepare(const Tensor& logits, const Tensor& reference, const OptionalTe
 int64_t grain(const VocabDivergence& a) { return std::max<int64_t>(1, 16384 / a.logits.columns); }
 
 std::tuple<Tensor, Tensor> forward(Tensor logits, Tensor reference, OptionalTensor mask, OptionalTensor temperatures,
-                                   double temperature) {
-  Prepared p = prepare(logits, reference, mask, temperatures, temperature);
+                                   double temperature, int64_t kind, double parameter) {
+  Prepared p = prepare(logits, reference, mask, temperatures, temperature, kind, parameter);
   VocabDivergence& a = p.arguments;
   std::vector<int64_t> shape = shape_of(logits);
   shape.pop_back();
   Tensor divergence = new_tensor(logits, shape, p.accumulator);
-  Tensor state = new_tensor(logits, {4, a.rows}, p.accumulator);
+  Tensor state = new_tensor(logits, {a.numbers(), a.rows}, p.accumulator);
   a.divergence = divergence.mutable_data_ptr();
   a.state = state.mutable_data_ptr();
   const Kernels& k = kernels();
@@ -56,13 +60,13 @@ std::tuple<Tensor, Tensor> forward(Tensor logits, Tensor reference, OptionalTens
 }
 
 std::tuple<Tensor, Tensor> backward(Tensor logits, Tensor reference, Tensor grad, Tensor divergence, Tensor state,
-                                    OptionalTensor mask, OptionalTensor temperatures, double temperature, bool policy,
-                                    bool of_reference) {
-  Prepared p = prepare(logits, reference, mask, temperatures, temperature);
+                                    OptionalTensor mask, OptionalTensor temperatures, double temperature, int64_t kind,
+                                    double parameter, bool policy, bool of_reference) {
+  Prepared p = prepare(logits, reference, mask, temperatures, temperature, kind, parameter);
   VocabDivergence& a = p.arguments;
   const Tensor g = as_contiguous(grad), d = as_contiguous(divergence), s = as_contiguous(state);
   for (const Tensor* t : {&g, &d, &s})
-    STD_TORCH_CHECK(t->scalar_type() == p.accumulator && t->numel() == (t == &s ? 4 : 1) * a.rows,
+    STD_TORCH_CHECK(t->scalar_type() == p.accumulator && t->numel() == (t == &s ? a.numbers() : 1) * a.rows,
                     "fastpo::vocab_divergence_backward: wrong dtype or size");
   a.grad = g.const_data_ptr();
   a.divergence = const_cast<void*>(d.const_data_ptr());

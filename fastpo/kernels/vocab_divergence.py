@@ -12,27 +12,41 @@ from fastpo.reference import vocabulary
 
 Direction = Literal["forward", "reverse"]
 
-# KL(p || q) for p = softmax(reference / T) and q = softmax(logits / T). `state` (4, rows) is what the backward needs of
-# a row: the largest logit of the reference and of the policy, Σ exp((x - max) / T) of the reference, and the log of
-# its ratio to the policy's. A gradient that is not wanted is an empty tensor.
+# What is computed of p = softmax(reference / T) and q = softmax(logits / T), by number, and what `parameter` is.
+# Compiled graphs keep a number. KL(p || q); the generalised Jensen-Shannon divergence with the mixture
+# m = parameter p + (1 - parameter) q.
+KL, JSD = range(2)
+
+# `state` (rows of it, rows) is what the backward needs of a row: the largest logit of the reference and of the policy,
+# Σ exp((x - max) / T) of the reference, and the log of its ratio to the policy's; then, of the Jensen-Shannon
+# divergence, KL(p || m) and KL(q || m). A gradient that is not wanted is an empty tensor.
+STATE_ROWS = {KL: 4, JSD: 6}
 torch.library.define(
     "fastpo::vocab_divergence",
-    "(Tensor logits, Tensor reference, Tensor? mask, Tensor? temperatures, float temperature) -> "
-    "(Tensor divergence, Tensor state)",
+    "(Tensor logits, Tensor reference, Tensor? mask, Tensor? temperatures, float temperature, int kind, "
+    "float parameter) -> (Tensor divergence, Tensor state)",
 )
 torch.library.define(
     "fastpo::vocab_divergence_backward",
     "(Tensor logits, Tensor reference, Tensor grad, Tensor divergence, Tensor state, Tensor? mask, "
-    "Tensor? temperatures, float temperature, bool to_logits, bool to_reference) -> "
+    "Tensor? temperatures, float temperature, int kind, float parameter, bool to_logits, bool to_reference) -> "
     "(Tensor grad_logits, Tensor grad_reference)",
 )
 
 
 @torch.library.register_fake("fastpo::vocab_divergence")
-def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake(
+    logits: Tensor,
+    reference: Tensor,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    kind: int,
+    parameter: float,
+) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     divergence = logits.new_empty(logits.shape[:-1], dtype=dtype)
-    return divergence, logits.new_empty((4, divergence.numel()), dtype=dtype)
+    return divergence, logits.new_empty((STATE_ROWS[kind], divergence.numel()), dtype=dtype)
 
 
 @torch.library.register_fake("fastpo::vocab_divergence_backward")
@@ -45,6 +59,8 @@ def _fake_backward(
     mask: Tensor | None,
     temperatures: Tensor | None,
     temperature: float,
+    kind: int,
+    parameter: float,
     to_logits: bool,
     to_reference: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -80,9 +96,11 @@ class _VocabDivergence(torch.autograd.Function):
         mask: Tensor | None,
         temperatures: Tensor | None,
         temperature: float,
+        kind: int,
+        parameter: float,
     ) -> Tensor:
-        divergence, state = torch.ops.fastpo.vocab_divergence(logits, reference, mask, temperatures, temperature)
-        ctx.temperature = temperature
+        ctx.options = (temperature, kind, parameter)
+        divergence, state = torch.ops.fastpo.vocab_divergence(logits, reference, mask, temperatures, *ctx.options)
         ctx.save_for_backward(logits, reference, divergence, state, mask, temperatures)
         return divergence
 
@@ -94,9 +112,9 @@ class _VocabDivergence(torch.autograd.Function):
             grads = _differentiable_backward(ctx, grad, wanted, logits, reference, mask, temperatures)
         else:
             grads = torch.ops.fastpo.vocab_divergence_backward(
-                logits, reference, grad, divergence, state, mask, temperatures, ctx.temperature, *wanted
+                logits, reference, grad, divergence, state, mask, temperatures, *ctx.options, *wanted
             )
-        return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), None, None, None)
+        return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), *(None,) * 5)
 
 
 def _differentiable_backward(
@@ -109,16 +127,19 @@ def _differentiable_backward(
     temperatures: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients as functions that can be differentiated again (create_graph), from the reference."""
-    temperature = ctx.temperature if temperatures is None else temperatures
-    out = vocabulary.token_kl(logits, reference, mask=mask, temperature=temperature)
+    temperature, kind, parameter = ctx.options
+    divisor = temperature if temperatures is None else temperatures
+    if kind == KL:
+        out = vocabulary.token_kl(logits, reference, mask=mask, temperature=divisor)
+    else:
+        out = vocabulary.token_jsd(logits, reference, beta=parameter, mask=mask, temperature=divisor)
     inputs = [t for t, w in zip((logits, reference), wanted, strict=True) if w]
     found = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
     return tuple(next(found) if w else None for w in wanted)
 
 
-def _check(
-    logits: Tensor, reference_logits: Tensor, mask: Tensor | None, temperature: float | Tensor, direction: str
-) -> None:
+def _check(logits: Tensor, reference_logits: Tensor, mask: Tensor | None, temperature: float | Tensor) -> bool:
+    """Checks what every divergence takes; whether the native kernel is to be taken."""
     _checks.tensor("logits", logits, _checks.FLOATS)
     _checks.tensor("reference_logits", reference_logits, (logits.dtype,))
     _checks.same_device("reference_logits", reference_logits, "logits", logits)
@@ -132,8 +153,31 @@ def _check(
         _checks.same_device("mask", mask, "logits", logits)
         _checks.shape("mask", mask, logits.shape[:-1], "one per token")
     _checks.temperature(temperature, logits.shape[:-1], "logits", logits)
-    if direction not in ("forward", "reverse"):
-        raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
+    native = _native.serves("vocab_divergence", logits.device, logits.dtype)
+    if not native or logits.device.type != "cpu":
+        _checks.temperatures(temperature)
+    return native
+
+
+def _call(
+    logits: Tensor,
+    reference_logits: Tensor,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    kind: int,
+    parameter: float,
+) -> Tensor:
+    per_row = isinstance(temperature, Tensor)
+    return _native.call(
+        _VocabDivergence.apply,
+        logits,
+        reference_logits,
+        mask,
+        temperature if per_row else None,
+        1.0 if per_row else float(temperature),
+        kind,
+        parameter,
+    )
 
 
 def token_kl(
@@ -178,19 +222,57 @@ def token_kl(
         TypeError: a dtype or type is not one of the above.
         ValueError: shapes or devices do not match, T is not positive and finite, or `direction` is another word.
     """
-    _check(logits, reference_logits, mask, temperature, direction)
-    per_row = isinstance(temperature, Tensor)
-    native = _native.serves("vocab_divergence", logits.device, logits.dtype)
-    if not native or logits.device.type != "cpu":
-        _checks.temperatures(temperature)
+    native = _check(logits, reference_logits, mask, temperature)
+    if direction not in ("forward", "reverse"):
+        raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
     if not native:
         return vocabulary.token_kl(logits, reference_logits, mask=mask, temperature=temperature, direction=direction)
     policy, reference = (logits, reference_logits) if direction == "forward" else (reference_logits, logits)
-    return _native.call(
-        _VocabDivergence.apply,
-        policy,
-        reference,
-        mask,
-        temperature if per_row else None,
-        1.0 if per_row else float(temperature),
-    )
+    return _call(policy, reference, mask, temperature, KL, 0.0)
+
+
+def token_jsd(
+    logits: Tensor,
+    reference_logits: Tensor,
+    *,
+    beta: float = 0.5,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+) -> Tensor:
+    """The generalised Jensen-Shannon divergence between the next-token distributions of two models, for every token.
+
+    With π = softmax(logits / T), π_ref = softmax(reference_logits / T) and the mixture m = β π_ref + (1 - β) π,
+
+        D = β KL(π_ref ‖ m) + (1 - β) KL(π ‖ m),
+
+    the loss of generalised knowledge distillation (GKD, arXiv:2306.13649, Eq. 1) with the reference as the teacher. It
+    is finite and vanishes as β goes to 0 or 1, where D / β tends to the forward and D / (1 - β) to the reverse KL;
+    libraries that give those KLs for β = 0 and 1 are discontinuous there, and `token_kl` has them by name.
+
+    Both streams are read twice, a row at a time, and nothing of the size of the logits is allocated; the backward reads
+    them once and writes each gradient that is needed: (1 - β) π (log(π / m) - KL(π ‖ m)) / T to `logits` and
+    β π_ref (log(π_ref / m) - KL(π_ref ‖ m)) / T to `reference_logits`. As in `token_kl`, a divergence is exact in its
+    leading digits however small it is, not negative, and exactly 0 for equal streams.
+
+    Args:
+        logits: the policy's, (..., V), fp32, bf16, fp16 or fp64, any strides. Unnormalised; -inf marks an impossible
+            token.
+        reference_logits: the reference model's, of the shape and dtype of `logits`.
+        beta: the weight of the reference in the mixture, in (0, 1).
+        mask: (...) bool, True where a token counts, as in `token_kl`.
+        temperature: a positive number, or a tensor (...) of one per row. No gradient flows to it.
+
+    Returns:
+        (...), fp32 (fp64 for fp64 logits), in nats. A row with a NaN or +inf, or of only -inf in one of the streams,
+        gives NaN in that row alone.
+
+    Raises:
+        TypeError: a dtype or type is not one of the above.
+        ValueError: shapes or devices do not match, or T or `beta` is out of its range.
+    """
+    native = _check(logits, reference_logits, mask, temperature)
+    if not 0 < _checks.number("beta", beta) < 1:
+        raise ValueError(f"beta must be in (0, 1), got {beta}: at its ends the divergence is 0, see token_kl")
+    if not native:
+        return vocabulary.token_jsd(logits, reference_logits, beta=beta, mask=mask, temperature=temperature)
+    return _call(logits, reference_logits, mask, temperature, JSD, float(beta))

@@ -16,6 +16,15 @@ from tests.tolerance import assert_within
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("divergence", "grad_logits", "grad_reference")
+FUNCTIONS = {"kl": fastpo.token_kl, "jsd": fastpo.token_jsd}
+# the divergences for which a row is read twice
+MEMBERS = {
+    "jsd 0.5": {"kind": "jsd", "beta": 0.5},
+    "jsd 0.1": {"kind": "jsd", "beta": 0.1},
+    "jsd near 0": {"kind": "jsd", "beta": 1e-6},
+    "jsd near 1": {"kind": "jsd", "beta": 1 - 2.0**-20},
+    "jsd below an eps": {"kind": "jsd", "beta": 1e-30},
+}
 
 
 @pytest.fixture(params=DTYPES, ids=str)
@@ -29,14 +38,34 @@ def upstream(like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(3)).to(like.dtype)
 
 
-def evaluate(logits: Tensor, reference_logits: Tensor, backend: str = "native", **options) -> dict[str, Tensor]:
-    """The divergence and, for a random upstream gradient, those of both streams."""
+def evaluate(
+    logits: Tensor, reference_logits: Tensor, backend: str = "native", kind: str = "kl", **options
+) -> dict[str, Tensor]:
+    """The divergence and both gradients for a random upstream one."""
     leaves = [to_device(t).detach().requires_grad_() for t in (logits, reference_logits)]
     options = {name: to_device(value) for name, value in options.items()}
     with fastpo.use_backend(backend):
-        out = fastpo.token_kl(*leaves, **options)
+        out = FUNCTIONS[kind](*leaves, **options)
     grads = torch.autograd.grad(out, leaves, to_device(upstream(out)))
     return dict(zip(NAMES, (t.detach().cpu() for t in (out, *grads)), strict=True))
+
+
+def mixture(p: np.ndarray, q: np.ndarray, x: np.ndarray, weight: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """For m = weight p + (1 - weight) q, log(p / m) and log(q / m), 0 where p or q is, KL(p || m) and KL(q || m), all
+    to 80 bits of themselves."""
+    w = np.longdouble(weight)
+    m = w * p + (1 - w) * q
+    logs, kls = [], []
+    for d, other, y in ((p, 1 - w, -x), (q, w, x)):
+        # m / d - 1, if that is small
+        more = other * np.expm1(np.clip(y, -10, 10))
+        near = (np.abs(y) < 10) & (np.abs(more) < 0.5)
+        logs.append(np.where(d > 0, np.where(near, -np.log1p(more), np.log(d / m)), 0))
+        terms = np.where(near, more - np.log1p(more), logs[-1] + np.where(d > 0, m / d, 0) - 1)
+        series = sum(((-more) ** k / k for k in range(2, 9)), np.longdouble(0))
+        terms = d * np.where(near & (np.abs(more) < 1e-3), series, terms)
+        kls.append(np.where(d > 0, terms, m).sum(-1, keepdims=True))
+    return logs, kls
 
 
 def exact(
@@ -44,7 +73,9 @@ def exact(
     reference_logits: Tensor,
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    kind: str = "kl",
     direction: str = "forward",
+    beta: float = 0.5,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The textbook formulas in 80-bit floats, without torch: the truth, for the reference as well.
 
@@ -66,25 +97,48 @@ def exact(
         relative = 1 + np.abs(np.where(p > 0, log, 0))
         return log, p, relative, (p * relative).sum(-1, keepdims=True)
 
+    def total(terms: np.ndarray) -> np.ndarray:
+        return terms.sum(-1, keepdims=True)
+
     first, second = (reference_logits, logits) if direction == "forward" else (logits, reference_logits)
     (log_p, p, relative_p, mean_p), (log_q, q, relative_q, mean_q) = distribution(first), distribution(second)
-    with np.errstate(invalid="ignore"):
-        x = np.where(p > 0, log_p - log_q, 0)
-        # terms that are not negative: those of p x cancel down to the 80 bits of a log-prob
-        near = np.abs(x) < 1
-        kl = np.where(near, p * (x + np.expm1(np.where(near, -x, 0))), p * x + (q - p)).sum(-1, keepdims=True)
-        slope = p * (x - kl)
+    own = [(q, relative_q, mean_q), (p, relative_p, mean_p)]
+    # by how many eps x = log p - log q is off
+    off = relative_p + mean_p + relative_q + mean_q
+
+    def of_mean(i: int, h: np.ndarray, mean: np.ndarray, steep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The slope d (h(x) - mean of h), d = q or p, and its size; |h'| is `steep`."""
+        d, relative, mean_relative = own[i]
+        slope = np.where(d > 0, d * (h - mean), 0)
+        mean_size = total(np.where(d > 0, d * (steep * off + np.abs(h - mean) * relative), 0))
+        return slope, np.abs(slope) * (relative + mean_relative) + d * (steep * off + mean_size)
+
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        x = np.where((p > 0) | (q > 0), log_p - log_q, 0)
+        if kind == "kl":
+            x = np.where(p > 0, x, 0)
+            # terms that are not negative: those of p x cancel down to the 80 bits of a log-prob
+            near = np.abs(x) < 1
+            value = total(np.where(near, p * (x + np.expm1(np.where(near, -x, 0))), p * x + (q - p)))
+            slope = p * (x - value)
+            p_terms, q_terms = p * (relative_p + mean_p), q * (relative_q + mean_q)
+            size = p_terms * (np.abs(x) + np.abs(value)) + p * (relative_q + mean_q)
+            found = [(q - p, p_terms + q_terms), (slope, size)]
+        else:
+            m = beta * p + (1 - np.longdouble(beta)) * q
+            logs, parts = mixture(p, q, x, beta)
+            weights = np.longdouble(beta), 1 - np.longdouble(beta)
+            value = weights[0] * parts[0] + weights[1] * parts[1]
+            # d log(q / m) / dx and d log(p / m) / dx
+            steep = [np.where(m > 0, w * d / m, 0) for w, d in zip(weights, (p, q), strict=True)]
+            found = [
+                tuple(weights[1 - i] * v for v in of_mean(i, logs[1 - i], parts[1 - i], steep[i])) for i in range(2)
+            ]
     like = torch.float64 if logits.dtype == torch.float64 else torch.float32
     g = upstream(torch.empty(shape, dtype=like)).double().numpy().reshape(-1, 1)
-    p_terms, q_terms = p * (relative_p + mean_p), q * (relative_q + mean_q)
-    values = [np.where(keep[:, None], v, 0) for v in (kl, g * (q - p) / t, g * slope / t)]
-    size = (np.abs(slope) * relative_p + np.abs(q - p) * relative_q).sum(-1, keepdims=True) + np.abs(kl)
-    weight = np.abs(g) / t
-    sizes = [
-        size,
-        weight * (p_terms + q_terms),
-        weight * (p_terms * (np.abs(x) + np.abs(kl)) + p * (relative_q + mean_q)),
-    ]
+    size = total(np.abs(found[1][0]) * relative_p + np.abs(found[0][0]) * relative_q) + np.abs(value)
+    values = [np.where(keep[:, None], v, 0) for v in (value, *(g * slope / t for slope, _ in found))]
+    sizes = [size, *(np.abs(g) / t * terms for _, terms in found)]
     if direction == "reverse":
         values[1:], sizes[1:] = values[:0:-1], sizes[:0:-1]
     shapes = (shape, logits.shape, logits.shape)
@@ -363,6 +417,156 @@ class TestExtremeRows:
         assert all(torch.equal(value[mask][0], clean[name][0]) for name, value in ours.items())
 
 
+@pytest.mark.parametrize("member", MEMBERS.values(), ids=MEMBERS)
+class TestMembers:
+    @pytest.mark.parametrize("vocab", [1, 2, 3, 63, 64, 65, 4097, 9001])
+    def test_vocabulary_sizes(self, dtype, vocab, member):
+        compare(*make(5, vocab, dtype=dtype, seed=vocab), **member)
+
+    def test_long_vocabulary(self, dtype, member):
+        compare(*make(1, 151_936, dtype=dtype), **member)
+
+    @pytest.mark.parametrize("apart", [1e-3, 1.0, 30.0])
+    def test_near_and_far(self, dtype, apart, member):
+        compare(*make(6, 700, dtype=dtype, apart=apart), temperature=0.7, **member)
+
+    def test_layouts(self, dtype, member):
+        for name, pair in TestLayouts().layouts(dtype).items():
+            ours = compare(*pair, **member)
+            assert ours["grad_logits"].shape == pair[0].shape, name
+
+    def test_temperature_per_token(self, dtype, member):
+        logits, reference = make(3, 5, 200, dtype=dtype)
+        temperature = torch.linspace(0.2, 3, 15).view(3, 5)
+        both = compare(logits, reference, temperature=temperature, **member)
+        one = compare(logits[1:2, 2:3], reference[1:2, 2:3], temperature=temperature[1, 2].item(), **member)
+        assert torch.equal(both["divergence"][1, 2], one["divergence"][0, 0])
+
+    @pytest.mark.parametrize("apart", [1e-4, 1e-2, 1.0])
+    def test_small_divergences(self, apart, member):
+        """As of the KL: held to the rounding of the logits alone."""
+        logits, reference = make(8, 3000, apart=apart)
+        ours = evaluate(logits, reference, **member)
+        truth, sizes = exact(logits, reference, **member)
+        for name, value in ours.items():
+            error = np.abs(value.double().numpy() - truth[name])
+            allowed = 2 * torch.finfo(torch.float32).eps * sizes[name] + torch.finfo(torch.float32).tiny
+            assert (error <= allowed).all(), (name, (error / allowed).max())
+
+    def test_equal_streams(self, dtype, member):
+        for vocab in (1, 65, 5000):
+            logits = make(4, vocab, dtype=dtype)[0]
+            logits[:, vocab // 2 + 1 :] = -math.inf
+            ours = evaluate(logits, logits.clone(), **member)
+            assert not any(value.any() for value in ours.values())
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_bad_row_stays_alone(self, dtype, bad, which, member):
+        pair = make(3, 5000, dtype=dtype)
+        clean = evaluate(*pair, **member)
+        pair[which][1, 17 if bad == bad and bad > 0 else slice(None)] = bad
+        for name, value in evaluate(*pair, **member).items():
+            assert value[1].isnan().all(), name
+            assert torch.equal(value[[0, 2]], clean[name][[0, 2]]), name
+        assert evaluate(*pair, "reference", **member)["divergence"][1].isnan()
+        mask = torch.tensor([True, False, True])
+        ours = compare(*pair, mask=mask, **member)
+        assert not any(value[1].any() for value in ours.values())
+
+    def test_only_the_gradients_that_are_needed(self, member):
+        options = {name: value for name, value in member.items() if name != "kind"}
+        logits, reference = make(3, 50)
+        clean = evaluate(logits, reference, **member)
+        for i in range(2):
+            leaves = [logits.clone(), reference.clone()]
+            leaves[i].requires_grad_()
+            out = FUNCTIONS[member["kind"]](*leaves, **options)
+            out.backward(upstream(out))
+            assert torch.equal(leaves[i].grad, clean[NAMES[1 + i]]) and leaves[1 - i].grad is None
+
+    def test_gradcheck(self, member):
+        inputs = tuple(t.requires_grad_() for t in make(2, 3, 7, dtype=torch.float64))
+        mask = torch.tensor([[True, True, False], [True, False, True]])
+        options = {name: value for name, value in member.items() if name != "kind"}
+
+        def function(x, y):
+            return FUNCTIONS[member["kind"]](x, y, mask=mask, temperature=0.8, **options)
+
+        with fastpo.use_backend("native"):
+            assert torch.autograd.gradcheck(function, inputs)
+            assert torch.autograd.gradgradcheck(function, inputs)
+
+    def test_compiled(self, member):
+        options = {name: value for name, value in member.items() if name != "kind"}
+
+        def function(x, y):
+            return FUNCTIONS[member["kind"]](2 * x, y, **options)
+
+        results = []
+        for f in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+            leaves = [t.requires_grad_() for t in make(4, 50)]
+            out = f(*leaves)
+            results.append((out, *torch.autograd.grad(out.sum(), leaves)))
+        for eager, compiled in zip(*results, strict=True):
+            assert torch.equal(eager, compiled)
+
+
+class TestJensenShannon:
+    def test_given_distributions(self):
+        """Between certainties of two tokens: the entropy of beta."""
+        logits = torch.full((2, 5), -math.inf, dtype=torch.float64)
+        logits[0, 1], logits[1, 3] = 2.0, -4.0
+        for backend in ("native", "reference"):
+            for beta in (0.3, 1e-9):
+                with fastpo.use_backend(backend):
+                    found = fastpo.token_jsd(logits, logits.flip(0), beta=beta)
+                entropy = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)
+                assert found.tolist() == pytest.approx([entropy, entropy], rel=1e-14)
+
+    def test_limits_and_symmetry(self):
+        logits, reference = make(4, 300, dtype=torch.float64)
+        for direction in ("forward", "reverse"):
+            kl = fastpo.token_kl(logits, reference, direction=direction)
+            for beta in (1e-6, 1e-12):
+                jsd = fastpo.token_jsd(logits, reference, beta=beta if direction == "forward" else 1 - beta)
+                # 1 - beta is rounded to an eps
+                assert torch.allclose(jsd / beta, kl, rtol=30 * beta + 2e-16 / beta)
+        swapped = fastpo.token_jsd(reference, logits, beta=0.75)
+        assert torch.allclose(fastpo.token_jsd(logits, reference, beta=0.25), swapped, rtol=1e-14)
+        assert (fastpo.token_jsd(logits, reference) < math.log(2)).all()
+
+    def test_the_gradient_as_beta_vanishes(self):
+        """D / beta and its gradients tend to those of the KL, in fp32 too."""
+        logits, reference = make(4, 300, apart=3.0)
+        for direction, beta in (("forward", 1e-9), ("reverse", 1 - 2.0**-30)):
+            ours = evaluate(logits, reference, kind="jsd", beta=beta)
+            kl = evaluate(logits, reference, direction=direction)
+            small = min(beta, 1 - beta)
+            for name in NAMES:
+                found, limit = ours[name] / small, kl[name]
+                assert torch.allclose(found, limit, rtol=1e-4, atol=1e-5 * limit.abs().max().item()), name
+
+    @pytest.mark.parametrize("beta", [1e-30, 0.4, 1 - 2.0**-20])
+    def test_impossible_tokens(self, dtype, beta):
+        """To either and to both; the divergence and both gradients stay finite."""
+        logits, reference = make(5, 5000, dtype=dtype)
+        logits[:, 10:2000] = -math.inf
+        reference[:, 1000:4500] = -math.inf
+        ours = compare(logits, reference, kind="jsd", beta=beta)
+        assert all(value.isfinite().all() for value in ours.values())
+
+    def test_messages(self):
+        logits = torch.zeros(2, 5)
+        for backend in ("native", "reference"):
+            with fastpo.use_backend(backend):
+                for bad in (0, 1.0, -0.5, math.nan):
+                    with pytest.raises(ValueError, match=r"beta must be in \(0, 1\), got .*token_kl"):
+                        fastpo.token_jsd(logits, logits, beta=bad)
+                with pytest.raises(TypeError, match="beta must be a number, got str"):
+                    fastpo.token_jsd(logits, logits, beta="0.5")
+
+
 class TestAutograd:
     @pytest.mark.parametrize("direction", ["forward", "reverse"])
     @pytest.mark.parametrize("per_token", [False, True])
@@ -456,7 +660,7 @@ class TestCompile:
         logits, reference = make(2, 3, 17, dtype=dtype)
         mask, temperatures = torch.rand(2, 3) < 0.7, torch.rand(2, 3) + 0.5
         op, backward = torch.ops.fastpo.vocab_divergence.default, torch.ops.fastpo.vocab_divergence_backward.default
-        for options in ((None, None, 0.7), (mask, temperatures, 1.0)):
+        for options in ((None, None, 0.7, 0, 0.0), (mask, temperatures, 1.0, 0, 0.0), (mask, None, 0.7, 1, 0.3)):
             torch.library.opcheck(op, (logits, reference, *options))
             divergence, state = op(logits, reference, *options)
             grad = torch.randn_like(divergence)

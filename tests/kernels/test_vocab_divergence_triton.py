@@ -86,7 +86,7 @@ class TestPlace:
         logits, reference = make(4, 1000, dtype=dtype)
         mask = torch.tensor([True, True, False, True])
         for config in (LARGE[0], SMALL[0]):
-            _, state = kernels.forward(logits, reference, mask, None, 0.7, config=config)
+            _, state = kernels.forward(logits, reference, mask, None, 0.7, 0, 0.0, config=config)
             assert torch.equal(state[0], torch.where(mask, reference.float().amax(-1), 0))
             assert torch.equal(state[1], torch.where(mask, logits.float().amax(-1), 0))
             sums = [((t.double() - t.double().amax(-1, True)) / 0.7).exp().sum(-1)[mask] for t in (reference, logits)]
@@ -146,8 +146,8 @@ class TestLayouts(cases.TestLayouts):
 
         def constants(logits, reference) -> tuple[bool, ...]:
             launched.clear()
-            out = kernels.forward(logits, reference, None, None, 1.0)
-            kernels.backward(logits, reference, out[0], *out, None, None, 1.0, True, True)
+            out = kernels.forward(logits, reference, None, None, 1.0, 0, 0.0)
+            kernels.backward(logits, reference, out[0], *out, None, None, 1.0, 0, 0.0, True, True)
             forward, backward = launched
             return forward["EDGES"], forward["ALIKE"], backward["EDGES"], backward["P_ALIKE"], backward["Q_ALIKE"]
 
@@ -158,6 +158,33 @@ class TestLayouts(cases.TestLayouts):
             assert constants(odd, odd.clone()) == (True, True, True, True, True)
             assert constants(odd[:, :-1], odd[:, :-1].clone()) == (True, False, True, True, False)
             assert constants(odd[:, :-1], odd[:, 1:]) == (True, False, True, False, False)
+
+
+class TestMembers(cases.TestMembers):
+    # fp64, which these kernels do not serve
+    test_gradcheck = None
+    test_long_vocabulary = None
+
+    @pytest.mark.parametrize("vocab", [1, 2, 65, 4097])
+    @two_dtypes
+    def test_vocabulary_sizes(self, dtype, vocab, member):
+        super().test_vocabulary_sizes(dtype, vocab, member)
+
+    @two_dtypes
+    def test_every_start_and_length(self, dtype, member):
+        e = vector(dtype)
+        with interpreted(SMALL):
+            for before in range(0, e, 3):
+                logits, reference = make(2, 33 * e + (3 * before) % e, dtype=dtype, seed=before)
+                for other in (before, (before + 1) % e):
+                    pair = among_nans(logits, before, 3 + before), among_nans(reference, other, 3 + before)
+                    compare(*pair, **member)
+
+
+class TestJensenShannon(cases.TestJensenShannon):
+    # fp64, which these kernels do not serve
+    test_given_distributions = None
+    test_limits_and_symmetry = None
 
 
 class TestAutograd(cases.TestAutograd):

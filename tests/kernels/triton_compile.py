@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from fastpo.kernels.triton import linear_logprobs as tiles
 from fastpo.kernels.triton import token_logprobs as kernels
 from fastpo.kernels.triton import vocab_divergence as pairs
+from fastpo.kernels.vocab_divergence import KL, STATE_ROWS
 
 DEFAULT = {
     "forward": kernels.FORWARD_CONFIGS[0],
@@ -36,11 +37,13 @@ POINTERS = {"targets": "*i64", "top1": "*i64", "mask": "*u8"}
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
 FRACTIONS = {"forward": ("inverse", "scale"), "fold": ("cap", "inner")}
 FRACTIONS |= {"combine": FRACTIONS["forward"], "backward": FRACTIONS["forward"], "gradient": FRACTIONS["fold"]}
-FRACTIONS |= {"pair": FRACTIONS["forward"], "pair backward": FRACTIONS["forward"]}
+FRACTIONS |= {name: (*FRACTIONS["forward"], "parameter", "rest") for name in ("pair", "pair backward")}
 # those whose main loop writes
 WRITING = ("backward", "gradient", "pair backward")
 # those that read two streams
 PAIRS = ("pair", "pair backward")
+# the numbers of the divergences for which a row is read twice
+OTHERS = sorted(set(STATE_ROWS) - {KL})
 NUMBERS = {"forward": kernels._FORWARD_NUMBERS, "combine": kernels._FORWARD_NUMBERS}
 NUMBERS |= {"backward": kernels._BACKWARD_NUMBERS, "fold": tiles._FOLD_NUMBERS, "gradient": tiles._GRADIENT_NUMBERS}
 NUMBERS |= {"pair": pairs._FORWARD_NUMBERS, "pair backward": pairs._BACKWARD_NUMBERS}
@@ -51,7 +54,7 @@ class Case(NamedTuple):
 
     "fold" and "gradient" are the tile kernels of linear_logprobs, as "forward" and "backward" are those of
     token_logprobs; `out` is the gradient's dtype where it has its own tensor. "pair" and "pair backward" are those of
-    vocab_divergence, with mask and temperatures and both gradients unless `stats` is "none".
+    vocab_divergence for the number `divergence`; with mask, temperatures and both gradients unless `stats` is "none".
 
     `aligned` says whether rows begin and end at multiples of 16 bytes ("yes"), anywhere ("edges"), in the backward
     anywhere and elsewhere than the gradient's ("unlike"), or whether nothing is known of the pointers ("unknown").
@@ -66,12 +69,18 @@ class Case(NamedTuple):
     parts: bool = False
     capped: bool = False
     out: str = ""
+    divergence: int = 0
     options: tuple[tuple[str, int], ...] = ()
 
     @property
     def name(self) -> str:
         cut = "x".join(map(str, self.config or DEFAULT.get(self.kernel, ())))
-        rest = ["parts" * self.parts, "capped" * self.capped, self.out]
+        rest = [
+            "parts" * self.parts,
+            "capped" * self.capped,
+            f"divergence {self.divergence}" * (self.divergence > 0),
+            self.out,
+        ]
         return " ".join([self.kernel, self.arch, self.dtype, self.stats, self.aligned, cut, *rest])
 
 
@@ -124,8 +133,11 @@ def pair_cases(vendor: str) -> Iterator[Case]:
     yield from (Case("pair", main, config=config) for config in pairs.FORWARD_CONFIGS[1:])
     yield from (Case("pair backward", main, config=config) for config in pairs.BACKWARD_CONFIGS[1:])
     yield Case("pair backward", main, aligned="unlike")
+    yield from (
+        Case(kernel, main, dtype, divergence=n) for kernel in PAIRS for dtype in ("bf16", "fp32") for n in OTHERS
+    )
     for arch in others:
-        yield from (Case(kernel, arch, dtype) for kernel in PAIRS for dtype in ("bf16", "fp32"))
+        yield from (Case(kernel, arch, divergence=n) for kernel in PAIRS for n in (0, *OTHERS))
 
 
 def defects(vendor: str) -> Iterator[Case]:
@@ -166,11 +178,16 @@ def arguments(case: Case) -> tuple[Any, dict[str, Any], set[str], int, int]:
             absent = {"temperatures", "entropy", "grad_entropy", "grad_logsumexp"}
         function = kernels.backward_kernel
     elif case.kernel == "pair":
-        constants |= edges | alike
+        constants |= edges | alike | {"KIND": case.divergence}
         absent = {"mask", "temperatures"} if case.stats == "none" else set()
         function = pairs.forward_kernel
     elif case.kernel == "pair backward":
-        constants |= edges | {"P_ALIKE": alike["ALIKE"], "Q_ALIKE": alike["ALIKE"], "TILES": config.tiles}
+        constants |= edges | {
+            "P_ALIKE": alike["ALIKE"],
+            "Q_ALIKE": alike["ALIKE"],
+            "TILES": config.tiles,
+            "KIND": case.divergence,
+        }
         absent = {"mask", "temperatures", "grad_reference"} if case.stats == "none" else set()
         function = pairs.backward_kernel
     elif case.kernel == "fold":
