@@ -6,7 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastpo.bench import Case, LinearDpoCase, LinearLogprobsCase, ObjectiveCase, TokenLogprobsCase
+from fastpo.bench import (
+    Case,
+    LinearDpoCase,
+    LinearLogprobsCase,
+    ObjectiveCase,
+    TokenLogprobsCase,
+    VocabDivergenceCase,
+)
 from fastpo.bench.processes import spread
 
 FORWARD = TokenLogprobsCase(512, 50_000)
@@ -21,6 +28,7 @@ WHOLE = LinearLogprobsCase(prompt=0.0, backward=True)
 DPO = LinearDpoCase()
 
 TOKEN_LOGPROBS = (FORWARD, ENTROPY, BACKWARD, BFLOAT16)
+VOCAB_DIVERGENCE = tuple(VocabDivergenceCase(backward=backward) for backward in (False, True))
 OBJECTIVE = tuple(
     ObjectiveCase(pairs, tokens, backward=backward)
     for pairs, tokens in ((8, 0), (65_536, 0), (1_048_576, 0), (64, 4096))
@@ -38,13 +46,21 @@ LINEAR_LOGPROBS = (HALF, HALF_BFLOAT16, HALF_FROZEN, WHOLE)
 LINEAR_DPO = (DPO,)
 GROUPS: dict[str, tuple[Case, ...]] = {
     "token_logprobs": TOKEN_LOGPROBS,
+    "vocab_divergence": VOCAB_DIVERGENCE,
     "objective": OBJECTIVE,
     "formulas": FORMULAS,
     "linear_logprobs": LINEAR_LOGPROBS,
     "linear_dpo": LINEAR_DPO,
 }
 # samples per process, fewer where a call takes a second
-REPETITIONS = {"token_logprobs": 9, "objective": 9, "formulas": 5, "linear_logprobs": 3, "linear_dpo": 3}
+REPETITIONS = {
+    "token_logprobs": 9,
+    "vocab_divergence": 9,
+    "objective": 9,
+    "formulas": 5,
+    "linear_logprobs": 3,
+    "linear_dpo": 3,
+}
 
 # beside fastpo and eager torch; torch.compile would take an hour
 ONLY: dict[str, tuple[str, ...]] = {"formulas": ()}

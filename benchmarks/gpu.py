@@ -359,6 +359,73 @@ def read(x: Tensor) -> Tensor:
     return words.view(-1, 1024).sum(-1)
 
 
+def eager_kl(logits: Tensor, reference: Tensor) -> Outputs:
+    policy, other = (torch.log_softmax(t.float(), -1) for t in (logits, reference))
+    return [(other.exp() * (other - policy)).sum(-1)]
+
+
+def trl_kl() -> Callable[[Tensor, Tensor], Outputs]:
+    from trl.experimental.gkd import GKDTrainer
+
+    def run(logits: Tensor, reference: Tensor) -> Outputs:
+        terms = GKDTrainer.generalized_jsd_loss(logits.float(), reference.float(), beta=0, reduction="none")
+        return [terms.sum(-1)]
+
+    return run
+
+
+def liger_kl() -> Callable[[Tensor, Tensor], Outputs]:
+    from liger_kernel.transformers import LigerKLDIVLoss
+
+    loss = LigerKLDIVLoss(reduction="none", log_target=True)
+
+    def run(logits: Tensor, reference: Tensor) -> Outputs:
+        # of log-probs, which are the user's to make
+        policy, other = (torch.log_softmax(t.float(), -1).flatten(0, -2) for t in (logits, reference))
+        return [loss(policy, other).sum(-1).view(logits.shape[:-1])]
+
+    return run
+
+
+def vocab_divergence_case(device: torch.device, shape: tuple[int, ...], vocab: int, *, backward: bool) -> Case:
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(*shape, vocab, generator=generator, device=device, dtype=torch.bfloat16)
+    reference = logits + torch.randn(*shape, vocab, generator=generator, device=device, dtype=torch.bfloat16)
+    size = logits.numel() * logits.element_size()
+    logits.requires_grad_(backward)
+
+    def timed(function: Callable[[Tensor, Tensor], Outputs]) -> Callable[[], Outputs]:
+        if not backward:
+            return lambda: function(logits, reference)
+        return lambda: gradients(function(logits, reference), [logits])
+
+    providers = [
+        Provider("fastpo", timed(lambda x, y: [fastpo.token_kl(x, y)])),
+        Provider("eager", timed(eager_kl)),
+        Provider("compile", timed(torch.compile(eager_kl, fullgraph=True, dynamic=False))),
+    ]
+    missing = {}
+    for name, build in {"TRL": trl_kl, "Liger": liger_kl}.items():
+        try:
+            providers.append(Provider(name, timed(build())))
+        except ImportError as error:
+            missing[name] = f"not installed: {error}"
+    target = logits.detach().new_empty(logits.shape)
+
+    def floor() -> Outputs:
+        found = [read(logits), read(reference)]
+        return [*found, read(reference), target.copy_(logits.detach())] if backward else found
+
+    providers.append(Provider("floor", floor, floor=True))
+    return Case(
+        f"token_kl {' x '.join(map(str, shape))} x {vocab} bf16, forward" + " + backward" * backward,
+        providers,
+        size * (5 if backward else 2),
+        ("floor", 1 / 0.8),
+        missing=missing,
+    )
+
+
 def eager_dpo(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, mask: Tensor | None
 ) -> Tensor:
@@ -415,6 +482,8 @@ def cases(device: torch.device, small: bool) -> list[Callable[[], Case]]:
     # few rows: split over several programs; and a vocabulary whose rows start anywhere
     found.append(lambda: token_logprobs_case(device, (1, 16), vocab, entropy=True, backward=False))
     found.append(lambda: token_logprobs_case(device, (8, rows // 8), vocab // 3 + 2, entropy=True, backward=True))
+    for backward in (False, True):
+        found.append(lambda b=backward: vocab_divergence_case(device, (4, rows // 8), vocab, backward=b))
     head = (8192, 4096, 131_072) if not small else (16, 32, 1000)
     for entropy, backward, kept in ((True, False, False), (False, True, False), (False, True, True)):
         found.append(

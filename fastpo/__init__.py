@@ -12,6 +12,8 @@ from fastpo.kernels import (
     linear_logprobs,
     pack,
     sequence_logprobs,
+    token_jsd,
+    token_kl,
     token_logprobs,
     use_backend,
 )
@@ -34,6 +36,8 @@ __all__ = [
     "losses",
     "pack",
     "sequence_logprobs",
+    "token_jsd",
+    "token_kl",
     "token_logprobs",
     "use_backend",
 ]

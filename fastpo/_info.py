@@ -14,6 +14,7 @@ from fastpo.kernels import _native
 from fastpo.kernels.linear_logprobs import linear_logprobs
 from fastpo.kernels.packing import pack
 from fastpo.kernels.token_logprobs import token_logprobs
+from fastpo.kernels.vocab_divergence import token_kl
 
 _PACKAGES = ("torch", "triton", "cupy", "transformers", "accelerate", "trl")
 # CuPy's wheels are named after the CUDA they are for
@@ -70,6 +71,11 @@ def _probe_vocabulary(device: torch.device) -> bool:
     return abs(token_logprobs(logits, target).item() - logits.log_softmax(-1)[0, 2].item()) < 1e-6
 
 
+def _probe_divergence(device: torch.device) -> bool:
+    logits, reference = torch.tensor([[0.0, 0.0]], device=device), torch.tensor([[0.0, 1.0]], device=device)
+    return abs(token_kl(logits, reference).item() - 0.1109441) < 1e-6
+
+
 def _probe_linear(device: torch.device) -> bool:
     hidden, weight = torch.tensor([[0.5, -1.0]], device=device), torch.eye(2, device=device)
     found = linear_logprobs(hidden, weight, torch.tensor([1], device=device)).item()
@@ -88,7 +94,12 @@ def _probe_packing() -> bool:
 def _services() -> list[Service]:
     """Each kernel is run, not merely looked for: what loads may still fail."""
     services = []
-    probes = {"token_logprobs": _probe_vocabulary, "linear_logprobs": _probe_linear, "objective": _probe_objective}
+    probes = {
+        "token_logprobs": _probe_vocabulary,
+        "vocab_divergence": _probe_divergence,
+        "linear_logprobs": _probe_linear,
+        "objective": _probe_objective,
+    }
     for name, probe in probes.items():
         for device in (torch.device("cpu"), torch.device("cuda")):
             reason = _native.why_not(name, device, torch.float32)

@@ -23,6 +23,7 @@ from fastpo.bench import (
     Provider,
     TokenLogprobsCase,
     UnavailableError,
+    VocabDivergenceCase,
     linear_logprobs,
     main,
     measure,
@@ -175,6 +176,16 @@ def test_token_logprobs_passes_its_own_check(dtype: str, backward: bool) -> None
     assert ("fastpo_float32" in outcomes) == (not backward and dtype in ("bfloat16", "float16"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_vocab_divergence_passes_its_own_check(dtype: str, direction: str, backward: bool) -> None:
+    case = VocabDivergenceCase(7, 333, dtype, direction, backward)
+    outcomes = measure(case, only=("read",), repetitions=1).outcomes
+    assert set(outcomes) == {"fastpo", "eager", "read"}
+    assert set(outcomes["fastpo"].errors) == {"divergence", *["gradient"] * backward}
+
+
 @pytest.mark.parametrize("tokens", [0, 9])
 @pytest.mark.parametrize(
     ("formula", "options"), ObjectiveCase.formulas(), ids=lambda v: v if isinstance(v, str) else ""
@@ -297,6 +308,7 @@ def test_command_prints_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFi
     assert eager["speed"]["min"] <= eager["speed"]["median"] <= eager["speed"]["max"]
     assert case["bar"]["floors"] == ["read", "cached"]
     assert main(["objective", "--pairs", "5", "--tokens", "4", "--processes", "1", "--providers"]) == 0
+    assert main(["vocab_divergence", "--rows", "3", "--vocab", "50", "--processes", "1", "--providers"]) == 0
     sizes = ["--hidden", "8", "--vocab", "50", "--processes", "1", "--repetitions", "1", "--providers", "products"]
     assert main(["linear_logprobs", "--rows", "6", "--prompt", "0.3", "--frozen", "--backward", *sizes]) == 0
     assert "linear_logprobs 6 x 8 x 50 float32, 30% prompt, forward + backward" in capsys.readouterr().out

@@ -120,7 +120,7 @@ class TestLibrary:
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
-@pytest.mark.parametrize("op", ["objective", "token_logprobs"])
+@pytest.mark.parametrize("op", ["objective", "token_logprobs", "vocab_divergence"])
 def test_who_serves_a_device_is_no_part_of_a_graph(op):
     """What is asked on every call on a CUDA device, and looks for libraries, does not break a compiled graph."""
     torch._dynamo.reset()
@@ -165,7 +165,7 @@ class TestWithoutLibraries:
         out = python(code, PYTHONPATH=bare)
         assert out.stdout.splitlines()[:3] == ["0.75", "0.6931", "[[1, 0]]"], out.stderr
         assert out.stderr == ""
-        assert out.stdout.count("reference (not built (no C++ compiler when fastpo was installed))") == 3
+        assert out.stdout.count("reference (not built (no C++ compiler when fastpo was installed))") == 4
 
     def test_required(self, bare):
         out = python("import fastpo", PYTHONPATH=bare, FASTPO_REQUIRE_NATIVE="1")
@@ -182,7 +182,7 @@ def test_info_report():
     report = fastpo.info()
     assert f"torch         {torch.__version__}" in str(report)
     names = {(s.function, s.device) for s in report.services}
-    assert {("token_logprobs", "cpu"), ("objective", "cpu"), ("packing", "host")} <= names
+    assert {("token_logprobs", "cpu"), ("vocab_divergence", "cpu"), ("objective", "cpu"), ("packing", "host")} <= names
     assert all(s.reason for s in report.services if s.backend == "reference")
     assert report.as_dict()["libraries"]["_cpu"]["path"] == str(_native.CPU.path)
 

@@ -7,17 +7,22 @@
 
 namespace fastpo {
 
-#define FASTPO_DECLARE(set)                                             \
-  namespace set {                                                       \
-  void token_logprobs(const TokenLogprobs&, int64_t, int64_t);          \
-  void token_logprobs_backward(const TokenLogprobs&, int64_t, int64_t); \
-  void fold_tile(const LogitTile&, int64_t, int64_t);                   \
-  void dlogits_tile(const LogitTile&, int64_t, int64_t);                \
-  void objective(const Objective&, int64_t, int64_t, int64_t);          \
-  void spread(const Spread&, int64_t, int64_t);                         \
+#define FASTPO_DECLARE(set)                                                 \
+  namespace set {                                                           \
+  void token_logprobs(const TokenLogprobs&, int64_t, int64_t);              \
+  void token_logprobs_backward(const TokenLogprobs&, int64_t, int64_t);     \
+  void vocab_divergence(const VocabDivergence&, int64_t, int64_t);          \
+  void vocab_divergence_backward(const VocabDivergence&, int64_t, int64_t); \
+  void fold_tile(const LogitTile&, int64_t, int64_t);                       \
+  void dlogits_tile(const LogitTile&, int64_t, int64_t);                    \
+  void objective(const Objective&, int64_t, int64_t, int64_t);              \
+  void spread(const Spread&, int64_t, int64_t);                             \
   }
-#define FASTPO_TABLE(set) \
-  {set::token_logprobs, set::token_logprobs_backward, set::fold_tile, set::dlogits_tile, set::objective, set::spread}
+#define FASTPO_TABLE(set)                                 \
+  {set::token_logprobs,   set::token_logprobs_backward,   \
+   set::vocab_divergence, set::vocab_divergence_backward, \
+   set::fold_tile,        set::dlogits_tile,              \
+   set::objective,        set::spread}
 
 FASTPO_DECLARE(baseline)
 #if FASTPO_X86_SETS

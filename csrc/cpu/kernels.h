@@ -26,6 +26,12 @@ struct Rows {
     }
     return dims > 0 ? at + row * strides[0] : 0;
   }
+
+  int64_t count() const {
+    int64_t n = 1;
+    for (int d = 0; d < dims; ++d) n *= sizes[d];
+    return n;
+  }
 };
 
 // Outputs and gradients are in the accumulator's type: double for f64 logits, else float. All are contiguous.
@@ -58,6 +64,31 @@ struct TokenLogprobs {
   }
 };
 
+// Of p from q. The order is that of fastpo/kernels/vocab_divergence.py, and grows at its end only.
+enum class Divergence : int { kl, jsd };
+
+// Rows of two streams of logits, of the reference's p = softmax(reference / T) and the policy's q = softmax(logits /
+// T). Everything but them is contiguous; outputs are in the accumulator's type, gradients in that of the logits.
+struct VocabDivergence {
+  Rows logits, reference;
+  DType dtype;
+  int64_t rows;
+  const bool* mask;          // per row, or null
+  const void* temperatures;  // per row, in the accumulator's type, or null
+  double temperature;
+  Divergence kind;
+  double parameter;  // β of jsd
+  void* divergence;  // (rows,)
+  void* state;  // (numbers(), rows): both largest logits, Σ e^((a - max) / T) of the reference, log of its ratio to
+                // q's; KL(p || m) and KL(q || m) of jsd
+  // backward
+  const void* grad;
+  void* grad_logits;  // null if not wanted
+  void* grad_reference;
+
+  int numbers() const { return kind == Divergence::jsd ? 6 : 4; }
+};
+
 // Rows of logits for some columns of a vocabulary, between two matrix products. All per-row numbers are double.
 struct LogitTile {
   void* data;
@@ -87,6 +118,8 @@ constexpr int objective_block = 256, objective_lanes = 16;
 struct Kernels {
   void (*token_logprobs)(const TokenLogprobs&, int64_t begin, int64_t end);
   void (*token_logprobs_backward)(const TokenLogprobs&, int64_t begin, int64_t end);
+  void (*vocab_divergence)(const VocabDivergence&, int64_t begin, int64_t end);
+  void (*vocab_divergence_backward)(const VocabDivergence&, int64_t begin, int64_t end);
   void (*fold_tile)(const LogitTile&, int64_t begin, int64_t end);
   void (*dlogits_tile)(const LogitTile&, int64_t begin, int64_t end);
   void (*objective)(const Objective&, int64_t block_rows, int64_t first_block, int64_t last_block);

@@ -156,12 +156,11 @@ FASTPO_FN Split<T> split(T x) {
   return out;
 }
 
-// log(m) for m in [sqrt(1/2), sqrt(2)), plus the low part of log(2^exponent)
+// log(1 + f) - f for 1 + f in [sqrt(1/2), sqrt(2)), without cancellation
 template <class T>
-FASTPO_FN T log_reduced(T m, T exponent) {
-  // log m = 2 atanh(s), s = (m - 1) / (m + 1), |s| < 0.1716: the first term left out is below half an ulp
-  const T f = m - constant<T>(1.0);
-  const T s = f / (m + constant<T>(1.0));
+FASTPO_FN T log1p_tail(T f) {
+  // log(1 + f) = 2 atanh(s), s = f / (2 + f), |s| < 0.1716: the first term left out is below half an ulp
+  const T s = f / (f + constant<T>(2.0));
   const T z = s * s;
   T p;
   if constexpr (sizeof(Scalar<T>) == 4) {
@@ -179,8 +178,14 @@ FASTPO_FN T log_reduced(T m, T exponent) {
   p = p * z + constant<T>(2.0 / 5);
   p = p * z + constant<T>(2.0 / 3);
   // 2 s = f - s f, which keeps the rounding of s out of the leading term
-  const T tail = s * (z * p - f) + exponent * constant<T>(Ln2<T>::low);
-  return f + tail;
+  return s * (z * p - f);
+}
+
+// log(m) for m in [sqrt(1/2), sqrt(2)), plus the low part of log(2^exponent)
+template <class T>
+FASTPO_FN T log_reduced(T m, T exponent) {
+  const T f = m - constant<T>(1.0);
+  return f + (log1p_tail(f) + exponent * constant<T>(Ln2<T>::low));
 }
 
 template <class T>

@@ -76,6 +76,32 @@ inline OptionalTensor as_contiguous(const OptionalTensor& t) {
 
 inline const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
+// The rows of a tensor of logits, or of one that is about to be written.
+inline Rows rows_of(const Tensor& t, const char* op) {
+  STD_TORCH_CHECK(t.dim() >= 1 && t.dim() <= Rows::max_dims + 1, "fastpo::", op, ": logits have ", t.dim(),
+                  " dimensions; 1 to ", Rows::max_dims + 1, " are supported");
+  Rows rows{};
+  rows.data = const_cast<void*>(t.const_data_ptr());
+  rows.dims = static_cast<int>(t.dim() - 1);
+  rows.columns = t.size(rows.dims);
+  rows.stride = t.stride(rows.dims);
+  for (int d = 0; d < rows.dims; ++d) {
+    rows.sizes[d] = t.size(d);
+    rows.strides[d] = t.stride(d);
+  }
+  return rows;
+}
+
+// Temperatures of one per row, in the accumulator's type, or null.
+inline void check_temperatures(const void* temperatures, DType dtype, int64_t rows) {
+  const auto valid = [](double t) { return t > 0 && t <= 1.7976931348623157e308; };
+  for (int64_t r = 0; temperatures && r < rows; ++r) {
+    const double t =
+        dtype == DType::f64 ? static_cast<const double*>(temperatures)[r] : static_cast<const float*>(temperatures)[r];
+    FASTPO_CHECK(valid(t), ValueError, "temperature must be positive and finite for every token; row ", r, " has ", t);
+  }
+}
+
 inline bool is_int64(const Tensor& t) { return t.scalar_type() == ScalarType::Long; }
 
 inline int64_t integer_at(const Tensor& t, int64_t i) {

@@ -4,20 +4,6 @@
 namespace fastpo {
 namespace {
 
-Rows rows_of(const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() >= 1 && t.dim() <= Rows::max_dims + 1, "fastpo::token_logprobs: logits have ", t.dim(),
-                  " dimensions; 1 to ", Rows::max_dims + 1, " are supported");
-  Rows rows{};
-  rows.dims = static_cast<int>(t.dim() - 1);
-  rows.columns = t.size(rows.dims);
-  rows.stride = t.stride(rows.dims);
-  for (int d = 0; d < rows.dims; ++d) {
-    rows.sizes[d] = t.size(d);
-    rows.strides[d] = t.stride(d);
-  }
-  return rows;
-}
-
 // What the arguments must fulfil for the memory accesses to be inside the tensors; the rest is checked in
 // Python.
 void check_arguments(const TokenLogprobs& a, const Tensor& targets) {
@@ -35,12 +21,7 @@ void check_arguments(const TokenLogprobs& a, const Tensor& targets) {
     FASTPO_CHECK(false, IndexError, "targets[", where, "] is ", id, ", out of range for a vocabulary of ",
                  a.logits.columns, " (ignore_index is ", a.ignore_index, ")");
   }
-  const auto valid = [](double t) { return t > 0 && t <= 1.7976931348623157e308; };
-  for (int64_t r = 0; a.temperatures && r < a.rows; ++r) {
-    const double t = a.dtype == DType::f64 ? static_cast<const double*>(a.temperatures)[r]
-                                           : static_cast<const float*>(a.temperatures)[r];
-    FASTPO_CHECK(valid(t), ValueError, "temperature must be positive and finite for every token; row ", r, " has ", t);
-  }
+  check_temperatures(a.temperatures, a.dtype, a.rows);
 }
 
 struct Prepared {
@@ -57,11 +38,9 @@ Prepared prepare(const Tensor& logits, const Tensor& targets, const OptionalTens
   Prepared p{{}, accumulator, as_contiguous(targets), std::nullopt};
   if (temperatures) p.temperatures = as_contiguous(torch::stable::to(*temperatures, accumulator));
   TokenLogprobs& a = p.arguments;
-  a.logits = rows_of(logits);
-  a.logits.data = const_cast<void*>(logits.const_data_ptr());
+  a.logits = rows_of(logits, "token_logprobs");
   a.dtype = dtype_of(logits);
-  a.rows = 1;
-  for (int d = 0; d < a.logits.dims; ++d) a.rows *= a.logits.sizes[d];
+  a.rows = a.logits.count();
   a.ids = targets.size(targets.dim() - 1);
   a.targets = p.targets.const_data_ptr();
   a.targets_are_int64 = is_int64(targets);
@@ -121,8 +100,7 @@ void write_gradient(const Tensor& logits, const Tensor& gradient, const Tensor& 
   a.grad_logprobs = data_or_null(g);
   a.grad_entropy = data_or_null(gh);
   a.grad_logsumexp = data_or_null(gl);
-  a.gradient = rows_of(gradient);
-  a.gradient.data = gradient.mutable_data_ptr();
+  a.gradient = rows_of(gradient, "token_logprobs");
   const Kernels& k = kernels();
   torch::stable::parallel_for(0, a.rows, grain(a),
                               [&](int64_t begin, int64_t end) { k.token_logprobs_backward(a, begin, end); });

@@ -18,6 +18,7 @@ from fastpo.bench.linear_logprobs import LinearLogprobsCase
 from fastpo.bench.objective import ObjectiveCase
 from fastpo.bench.processes import environment, measure_in_processes, summarise, table
 from fastpo.bench.token_logprobs import TokenLogprobsCase
+from fastpo.bench.vocab_divergence import VocabDivergenceCase
 
 __all__ = [
     "Case",
@@ -30,6 +31,7 @@ __all__ = [
     "Provider",
     "TokenLogprobsCase",
     "UnavailableError",
+    "VocabDivergenceCase",
     "environment",
     "main",
     "measure",

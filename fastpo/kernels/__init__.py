@@ -5,6 +5,7 @@ from fastpo.kernels.completions import completion_logprobs, sequence_logprobs
 from fastpo.kernels.linear_logprobs import LinearLogprobs, linear_logprobs
 from fastpo.kernels.packing import balance, pack
 from fastpo.kernels.token_logprobs import TokenLogprobs, token_logprobs
+from fastpo.kernels.vocab_divergence import token_jsd, token_kl
 
 __all__ = [
     "LinearLogprobs",
@@ -14,6 +15,8 @@ __all__ = [
     "linear_logprobs",
     "pack",
     "sequence_logprobs",
+    "token_jsd",
+    "token_kl",
     "token_logprobs",
     "use_backend",
 ]

@@ -80,7 +80,12 @@ def values(targets: Tensor, temperature: object, ignore_index: int, vocabulary: 
             f"targets{where} is {targets[tuple(where)].item()}, out of range for a vocabulary of {vocabulary} "
             f"(ignore_index is {ignore_index})"
         )
-    if isinstance(temperature, Tensor) and not ((temperature > 0) & temperature.isfinite()).all():
+    temperatures(temperature)
+
+
+def temperatures(value: object) -> None:
+    """Temperatures of one per row positive, where values may be looked at."""
+    if isinstance(value, Tensor) and readable(value) and not ((value > 0) & value.isfinite()).all():
         raise ValueError("temperature must be positive and finite for every token")
 
 

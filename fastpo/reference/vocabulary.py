@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,69 @@ def token_logprobs(
     }
     found = {name: torch.where(keep, compute[name](), -1 if name == "top1" else 0) for name in stats}
     return TokenLogprobs(taken if many else taken.squeeze(-1), **found)
+
+
+def _both_logprobs(
+    logits: Tensor, reference_logits: Tensor, mask: Tensor | None, temperature: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """log softmax of both streams, in the accumulator's dtype."""
+    accumulate = torch.promote_types(logits.dtype, torch.float32)
+    divisor = temperature.to(accumulate).unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+
+    def logprobs(x: Tensor) -> Tensor:
+        x = x.to(accumulate)
+        # rows that nobody asks about may hold anything: they are replaced, not multiplied away
+        x = x if mask is None else torch.where(mask.unsqueeze(-1), x, 0)
+        return (x / divisor).log_softmax(-1)
+
+    return logprobs(logits), logprobs(reference_logits)
+
+
+def _expected_difference(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Σ p (log p - log q), where 0 · anything is 0."""
+    p = log_p.exp()
+    none = p == 0
+    return torch.where(none, 0, p * (torch.where(none, 0, log_p) - torch.where(none, 0, log_q))).sum(-1)
+
+
+def token_kl(
+    logits: Tensor,
+    reference_logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    direction: str = "forward",
+) -> Tensor:
+    """The Kullback-Leibler divergence of every row, as `fastpo.token_kl` documents it."""
+    log_q, log_p = _both_logprobs(logits, reference_logits, mask, temperature)
+    if direction == "reverse":
+        log_p, log_q = log_q, log_p
+    kl = _expected_difference(log_p, log_q)
+    # infinite also where what p can draw and q cannot has less than the dtype's least number
+    impossible = ((log_p.exp() == 0) & (log_p > -torch.inf) & (log_q == -torch.inf)).any(-1)
+    kl = kl + torch.where(impossible, torch.inf, 0.0)
+    return kl if mask is None else torch.where(mask, kl, 0)
+
+
+def token_jsd(
+    logits: Tensor,
+    reference_logits: Tensor,
+    *,
+    beta: float = 0.5,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+) -> Tensor:
+    """The generalised Jensen-Shannon divergence of every row, as `fastpo.token_jsd` documents it."""
+    log_q, log_p = _both_logprobs(logits, reference_logits, mask, temperature)
+    # logaddexp has no gradient where both are impossible
+    neither = (log_p == -torch.inf) & (log_q == -torch.inf)
+    shares = [
+        torch.where(neither, 0, log_p) + math.log(beta),
+        torch.where(neither, 0, log_q) + math.log1p(-beta),
+    ]
+    log_m = torch.logaddexp(*shares)
+    jsd = beta * _expected_difference(log_p, log_m) + (1 - beta) * _expected_difference(log_q, log_m)
+    return jsd if mask is None else torch.where(mask, jsd, 0)
 
 
 class LinearLogprobs(NamedTuple):

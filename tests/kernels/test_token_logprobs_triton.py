@@ -230,9 +230,9 @@ class TestLayouts(cases.TestLayouts):
             base.expand(5, 2, 3, 4, 48)[0],
             base[0, 0, 0],
         ):
-            assert kernels._rows(view) is not None
+            assert kernels.rows_of(view) is not None
         for view in (base[..., ::2], base[:, :-1, :-1], base.movedim(-1, 0).contiguous().movedim(0, -1)):
-            assert kernels._rows(view) is None
+            assert kernels.rows_of(view) is None
 
 
 class TestBorders:

@@ -52,10 +52,10 @@ def all_vectors(f: dict[str, Any]) -> bool:
     return loads > 0 and right and f["stores"] == [stores, 0]
 
 
-@pytest.mark.parametrize("which", ["cases", "tiles"])
+@pytest.mark.parametrize("which", ["cases", "tiles", "pairs"])
 @pytest.mark.parametrize("vendor", ["nvidia", "amd"])
 class TestKernels:
-    """Those of token_logprobs ("cases") and of linear_logprobs ("tiles")."""
+    """Those of token_logprobs ("cases"), of linear_logprobs ("tiles") and of vocab_divergence ("pairs")."""
 
     def test_no_register_is_spilled(self, compile_all, vendor, which):
         for name, f in compile_all(which, vendor).items():
@@ -86,7 +86,7 @@ class TestKernels:
             staged = f["kernel"] == "forward" and f["config"] is not None and f["config"][1] > 1
             if f["kernel"] != "combine" and not staged:
                 assert f["barriers"] == 0, name
-            if f["kernel"] in ("backward", "gradient"):
+            if f["kernel"] in ("backward", "gradient", "pair backward"):
                 assert f["shared"] == 0, name
 
     def test_shared_memory_and_precision(self, compile_all, vendor, which):

@@ -21,29 +21,40 @@ from triton.compiler import ASTSource
 
 from fastpo.kernels.triton import linear_logprobs as tiles
 from fastpo.kernels.triton import token_logprobs as kernels
+from fastpo.kernels.triton import vocab_divergence as pairs
+from fastpo.kernels.vocab_divergence import KL, STATE_ROWS
 
 DEFAULT = {
     "forward": kernels.FORWARD_CONFIGS[0],
     "backward": kernels.BACKWARD_CONFIGS[0],
     "fold": tiles.FOLD_CONFIGS[0],
     "gradient": tiles.GRADIENT_CONFIGS[0],
+    "pair": pairs.FORWARD_CONFIGS[0],
+    "pair backward": pairs.BACKWARD_CONFIGS[0],
 }
 STATS = {"none": (), "entropy": ("ENTROPY",), "all": ("ENTROPY", "LOGSUMEXP", "P2", "TOP1")}
-POINTERS = {"targets": "*i64", "top1": "*i64"}
+POINTERS = {"targets": "*i64", "top1": "*i64", "mask": "*u8"}
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
 FRACTIONS = {"forward": ("inverse", "scale"), "fold": ("cap", "inner")}
 FRACTIONS |= {"combine": FRACTIONS["forward"], "backward": FRACTIONS["forward"], "gradient": FRACTIONS["fold"]}
+FRACTIONS |= {name: (*FRACTIONS["forward"], "parameter", "rest") for name in ("pair", "pair backward")}
 # those whose main loop writes
-WRITING = ("backward", "gradient")
+WRITING = ("backward", "gradient", "pair backward")
+# those that read two streams
+PAIRS = ("pair", "pair backward")
+# the numbers of the divergences for which a row is read twice
+OTHERS = sorted(set(STATE_ROWS) - {KL})
 NUMBERS = {"forward": kernels._FORWARD_NUMBERS, "combine": kernels._FORWARD_NUMBERS}
 NUMBERS |= {"backward": kernels._BACKWARD_NUMBERS, "fold": tiles._FOLD_NUMBERS, "gradient": tiles._GRADIENT_NUMBERS}
+NUMBERS |= {"pair": pairs._FORWARD_NUMBERS, "pair backward": pairs._BACKWARD_NUMBERS}
 
 
 class Case(NamedTuple):
     """One compilation: `stats` of the forward; in the backward "none" stands for the gradient of the log-probs alone.
 
     "fold" and "gradient" are the tile kernels of linear_logprobs, as "forward" and "backward" are those of
-    token_logprobs; `out` is the gradient's dtype where it has its own tensor.
+    token_logprobs; `out` is the gradient's dtype where it has its own tensor. "pair" and "pair backward" are those of
+    vocab_divergence for the number `divergence`; with mask, temperatures and both gradients unless `stats` is "none".
 
     `aligned` says whether rows begin and end at multiples of 16 bytes ("yes"), anywhere ("edges"), in the backward
     anywhere and elsewhere than the gradient's ("unlike"), or whether nothing is known of the pointers ("unknown").
@@ -58,12 +69,18 @@ class Case(NamedTuple):
     parts: bool = False
     capped: bool = False
     out: str = ""
+    divergence: int = 0
     options: tuple[tuple[str, int], ...] = ()
 
     @property
     def name(self) -> str:
         cut = "x".join(map(str, self.config or DEFAULT.get(self.kernel, ())))
-        rest = ["parts" * self.parts, "capped" * self.capped, self.out]
+        rest = [
+            "parts" * self.parts,
+            "capped" * self.capped,
+            f"divergence {self.divergence}" * (self.divergence > 0),
+            self.out,
+        ]
         return " ".join([self.kernel, self.arch, self.dtype, self.stats, self.aligned, cut, *rest])
 
 
@@ -106,6 +123,23 @@ def tile_cases(vendor: str) -> Iterator[Case]:
         yield from (Case("gradient", arch, "fp32", capped=True, out=out) for out in ("", "bf16"))
 
 
+def pair_cases(vendor: str) -> Iterator[Case]:
+    """As `cases`, of the kernels of vocab_divergence."""
+    main, others = ("sm_90", ("sm_80", "sm_100")) if vendor == "nvidia" else ("gfx942", ())
+    for dtype in ("bf16", "fp16", "fp32"):
+        for aligned in ("yes", "edges"):
+            for stats in ("none", "all"):
+                yield from (Case(kernel, main, dtype, stats, aligned) for kernel in PAIRS)
+    yield from (Case("pair", main, config=config) for config in pairs.FORWARD_CONFIGS[1:])
+    yield from (Case("pair backward", main, config=config) for config in pairs.BACKWARD_CONFIGS[1:])
+    yield Case("pair backward", main, aligned="unlike")
+    yield from (
+        Case(kernel, main, dtype, divergence=n) for kernel in PAIRS for dtype in ("bf16", "fp32") for n in OTHERS
+    )
+    for arch in others:
+        yield from (Case(kernel, arch, divergence=n) for kernel in PAIRS for n in (0, *OTHERS))
+
+
 def defects(vendor: str) -> Iterator[Case]:
     """Kernels in which the checks have to find something: fewer registers than are needed, and no vectors."""
     main, few = ("sm_90", ("maxnreg", 24)) if vendor == "nvidia" else ("gfx942", ("waves_per_eu", 8))
@@ -143,6 +177,19 @@ def arguments(case: Case) -> tuple[Any, dict[str, Any], set[str], int, int]:
         if case.stats == "none":
             absent = {"temperatures", "entropy", "grad_entropy", "grad_logsumexp"}
         function = kernels.backward_kernel
+    elif case.kernel == "pair":
+        constants |= edges | alike | {"KIND": case.divergence}
+        absent = {"mask", "temperatures"} if case.stats == "none" else set()
+        function = pairs.forward_kernel
+    elif case.kernel == "pair backward":
+        constants |= edges | {
+            "P_ALIKE": alike["ALIKE"],
+            "Q_ALIKE": alike["ALIKE"],
+            "TILES": config.tiles,
+            "KIND": case.divergence,
+        }
+        absent = {"mask", "temperatures", "grad_reference"} if case.stats == "none" else set()
+        function = pairs.backward_kernel
     elif case.kernel == "fold":
         constants |= edges | {"WEIGHTED": flags["ENTROPY"], "SQUARED": flags["P2"]}
         absent = {"top1", "total"} if case.stats == "none" else set()
@@ -153,15 +200,16 @@ def arguments(case: Case) -> tuple[Any, dict[str, Any], set[str], int, int]:
         function = tiles.gradient_kernel
     if case.kernel in ("fold", "gradient") and not case.capped:
         absent |= {"cap", "inner"}
-    lanes = config.warps * (64 if case.arch.startswith("gfx") else 32)
-    return function, constants, absent, config.warps, config.tile // lanes
+    lanes = 64 if case.arch.startswith("gfx") else 32
+    warps = config.threads // lanes if case.kernel in PAIRS else config.warps
+    return function, constants, absent, warps, config.tile // (warps * lanes)
 
 
 def type_of(case: Case, name: str) -> str:
     """The type of an argument."""
     if name in NUMBERS[case.kernel]:
         return "fp32" if name in FRACTIONS[case.kernel] else "i32"
-    if name in ("logits", "gradient", "tile"):
+    if name in ("logits", "gradient", "tile", "reference", "grad_logits", "grad_reference"):
         return f"*{case.dtype}"
     if name == "out":
         return f"*{case.out or case.dtype}"
@@ -270,12 +318,17 @@ def facts(case: Case) -> dict[str, Any]:
         return [len(re.findall(access + p, loop)) for p in (dialect.vector, dialect.single[ELEMENT[dtype]])]
 
     out = case.out or case.dtype
+    streams = 2 if case.kernel in PAIRS else 1
+    outputs = 2 if case.kernel == "pair backward" and case.stats != "none" else 1
     return {
         **case._asdict(),
         "registers": int(re.findall(dialect.registers, report)[0]),
         "spilled": [int(n) for n in re.findall(dialect.spilled, report)],
         "shared": kernel.metadata.shared,
-        "vectors": [vectors * ELEMENT[case.dtype] // ELEMENT[out], vectors * (case.kernel in WRITING)],
+        "vectors": [
+            streams * vectors * ELEMENT[case.dtype] // ELEMENT[out],
+            outputs * vectors * (case.kernel in WRITING),
+        ],
         "loads": count(dialect.load, case.dtype),
         "stores": count(dialect.store, out),
         "barriers": loop.count(dialect.barrier),
@@ -284,5 +337,5 @@ def facts(case: Case) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    chosen = {"cases": cases, "defects": defects, "tiles": tile_cases, "tile defects": tile_defects}[sys.argv[1]]
-    print(json.dumps({case.name: facts(case) for case in chosen(sys.argv[2])}))
+    sets = {"cases": cases, "tiles": tile_cases, "pairs": pair_cases, "defects": defects, "tile defects": tile_defects}
+    print(json.dumps({case.name: facts(case) for case in sets[sys.argv[1]](sys.argv[2])}))

@@ -13,7 +13,7 @@ after the last are its edges, read one by one.
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -121,6 +121,21 @@ def add_at_ids(g, origin, low, high, targets, grads, ids, ignore_index, inverse)
     return g
 
 
+@triton.jit
+def row_start(row, lead, outer_stride, inner_stride, inner):
+    return lead + (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+
+
+@triton.jit
+def row_scale(temperatures, row, keep, inverse, scale):
+    """1 / T and 1 / (T ln 2) of a row, rounded once, as the host rounds those of a common T."""
+    if temperatures is not None:
+        temperature = tl.load(temperatures + row, mask=keep, other=1.0).to(tl.float64)
+        inverse = (tl.full((), 1.0, tl.float64) / temperature).to(tl.float32)
+        scale = (tl.full((), LOG2_E, tl.float64) / temperature).to(tl.float32)
+    return inverse, scale
+
+
 def vector_of(t: Tensor) -> int:
     """Elements in 16 bytes."""
     return 16 // t.element_size()
@@ -130,6 +145,48 @@ def lead_of(t: Tensor) -> int:
     """Elements between a place aligned to 16 bytes and the first; 0 where the storage has no such place."""
     lead = t.data_ptr() % 16 // t.element_size()
     return lead if lead <= t.storage_offset() else 0
+
+
+class Rows(NamedTuple):
+    """Where the rows of a tensor are, in elements, counted from a place aligned to 16 bytes where there is one."""
+
+    base: Tensor
+    lead: int
+    outer_stride: int
+    inner_stride: int
+    inner: int
+
+    def starts(self, vector: int) -> tuple[int, int, int]:
+        """How far rows may begin from a multiple of `vector` elements: the first row, and what each stride adds."""
+        return self.lead % vector, self.outer_stride % vector, self.inner_stride % vector
+
+
+def rows_of(t: Tensor) -> Rows | None:
+    """The rows of (..., n) as two strides; None if they need more, or if the elements of a row are apart."""
+    if t.numel() == 0:
+        return Rows(t, 0, 0, 0, 1)
+    if t.stride(-1) != 1 and t.shape[-1] > 1:
+        return None
+    dims: list[tuple[int, int]] = []
+    for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * stride:
+            dims[-1] = (dims[-1][0] * size, stride)
+        else:
+            dims.append((size, stride))
+    if len(dims) > 2:
+        return None
+    (_, outer_stride), (inner, inner_stride) = [(1, 0), (1, 0), *dims][-2:]
+    lead = lead_of(t)
+    base = t.as_strided((1,), (1,), t.storage_offset() - lead)
+    return Rows(base, lead, outer_stride, inner_stride, inner)
+
+
+def scales(temperatures: Tensor | None, temperature: float) -> tuple[Tensor | None, float, float]:
+    if temperatures is None:
+        return None, 1 / temperature, LOG2_E.value / temperature
+    return temperatures.to(torch.float32).contiguous(), 1.0, 1.0
 
 
 def choose(configs: tuple[Any, ...], vectors: int) -> Any:

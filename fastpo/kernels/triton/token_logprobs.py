@@ -17,8 +17,8 @@ from torch import Tensor
 from fastpo.kernels.triton.softmax import (
     INFINITY,
     LN_2,
-    LOG2_E,
     NO_COLUMN,
+    Rows,
     accumulate,
     add_at_ids,
     choose,
@@ -26,9 +26,12 @@ from fastpo.kernels.triton.softmax import (
     edge_columns,
     first_nan,
     launch,
-    lead_of,
     merge,
     on_device,
+    row_scale,
+    row_start,
+    rows_of,
+    scales,
     vector_of,
     whole_vectors,
 )
@@ -62,27 +65,12 @@ _MOST_PARTS = 128
 
 
 @triton.jit
-def _row_start(row, lead, outer_stride, inner_stride, inner):
-    return lead + (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
-
-
-@triton.jit
 def _row_ids(targets, row, ids, ignore_index, IDS: tl.constexpr):
     """The ids of a row, which of them are to be read, and whether any is."""
     k = tl.arange(0, IDS)
     id = tl.load(targets + row.to(tl.int64) * ids + k, mask=k < ids, other=0).to(tl.int64)
     valid = (k < ids) & (id != ignore_index)
     return id, valid, tl.max(valid.to(tl.int32), 0) > 0
-
-
-@triton.jit
-def _row_scale(temperatures, row, keep, inverse, scale):
-    """1 / T and 1 / (T ln 2) of a row, rounded once, as the host rounds those of a common T."""
-    if temperatures is not None:
-        temperature = tl.load(temperatures + row, mask=keep, other=1.0).to(tl.float64)
-        inverse = (tl.full((), 1.0, tl.float64) / temperature).to(tl.float32)
-        scale = (tl.full((), LOG2_E, tl.float64) / temperature).to(tl.float32)
-    return inverse, scale
 
 
 @triton.jit
@@ -192,8 +180,8 @@ def forward_kernel(
     row = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
     id, valid, keep = _row_ids(targets, row, ids, ignore_index, IDS)
-    inverse, scale = _row_scale(temperatures, row, keep, inverse, scale)
-    start = _row_start(row, lead, outer_stride, inner_stride, inner)
+    inverse, scale = row_scale(temperatures, row, keep, inverse, scale)
+    start = row_start(row, lead, outer_stride, inner_stride, inner)
     base = logits + start
     x_at_ids = _at_ids(base, id, valid, columns)
 
@@ -301,8 +289,8 @@ def combine_kernel(
     """A row from the sums of its parts, always in the same order."""
     row = tl.program_id(0)
     id, valid, keep = _row_ids(targets, row, ids, ignore_index, IDS)
-    inverse, scale = _row_scale(temperatures, row, keep, inverse, scale)
-    base = logits + _row_start(row, lead, outer_stride, inner_stride, inner)
+    inverse, scale = row_scale(temperatures, row, keep, inverse, scale)
+    base = logits + row_start(row, lead, outer_stride, inner_stride, inner)
     x_at_ids = _at_ids(base, id, valid, columns)
     part = tl.arange(0, PARTS)
     at = sums + (row * parts + part) * 5
@@ -388,10 +376,10 @@ def backward_kernel(
     row = tl.program_id(0) // chunks
     chunk = tl.program_id(0) % chunks
     id, valid, keep = _row_ids(targets, row, ids, ignore_index, IDS)
-    inverse, scale = _row_scale(temperatures, row, keep, inverse, scale)
-    start = _row_start(row, lead, outer_stride, inner_stride, inner)
+    inverse, scale = row_scale(temperatures, row, keep, inverse, scale)
+    start = row_start(row, lead, outer_stride, inner_stride, inner)
     base = logits + start
-    out_start = _row_start(row, out_lead, out_outer_stride, out_inner_stride, inner)
+    out_start = row_start(row, out_lead, out_outer_stride, out_inner_stride, inner)
     out = gradient + out_start
     first, head, vectors = whole_vectors(out_start, columns, E, EDGES)
 
@@ -458,42 +446,6 @@ def backward_kernel(
         tl.store(out + column, g.to(gradient.dtype.element_ty), mask=mask)
 
 
-class _Rows(NamedTuple):
-    """Where the rows of a tensor are, in elements, counted from a place aligned to 16 bytes where there is one."""
-
-    base: Tensor
-    lead: int
-    outer_stride: int
-    inner_stride: int
-    inner: int
-
-    def starts(self, vector: int) -> tuple[int, int, int]:
-        """How far rows may begin from a multiple of `vector` elements: the first row, and what each stride adds."""
-        return self.lead % vector, self.outer_stride % vector, self.inner_stride % vector
-
-
-def _rows(t: Tensor) -> _Rows | None:
-    """The rows of (..., n) as two strides; None if they need more, or if the elements of a row are apart."""
-    if t.numel() == 0:
-        return _Rows(t, 0, 0, 0, 1)
-    if t.stride(-1) != 1 and t.shape[-1] > 1:
-        return None
-    dims: list[tuple[int, int]] = []
-    for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if dims and dims[-1][1] == size * stride:
-            dims[-1] = (dims[-1][0] * size, stride)
-        else:
-            dims.append((size, stride))
-    if len(dims) > 2:
-        return None
-    (_, outer_stride), (inner, inner_stride) = [(1, 0), (1, 0), *dims][-2:]
-    lead = lead_of(t)
-    base = t.as_strided((1,), (1,), t.storage_offset() - lead)
-    return _Rows(base, lead, outer_stride, inner_stride, inner)
-
-
 @functools.lru_cache
 def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -507,12 +459,6 @@ def parts_of_a_row(rows: int, vectors: int, processors: int, tile: int) -> int:
     """
     wanted = -(-_PROGRAMS_PER_PROCESSOR * processors // max(rows, 1))
     return max(1, min(wanted, vectors // (_TILES_PER_PROGRAM * tile), _MOST_PARTS))
-
-
-def _scales(temperatures: Tensor | None, temperature: float) -> tuple[Tensor | None, float, float]:
-    if temperatures is None:
-        return None, 1 / temperature, LOG2_E.value / temperature
-    return temperatures.to(torch.float32).contiguous(), 1.0, 1.0
 
 
 def forward(
@@ -543,14 +489,14 @@ def forward(
     outputs = (logprobs, state, output(0), output(1), output(2), output(3, torch.int64))
     if count == 0:
         return outputs
-    rows = _rows(logits) or _rows(logits.contiguous())
+    rows = rows_of(logits) or rows_of(logits.contiguous())
     assert rows is not None
     vector = vector_of(logits)
     config = config or choose(FORWARD_CONFIGS, columns // vector)
     if parts is None:
         processors = _processors(logits.get_device()) if logits.is_cuda else 1
         parts = parts_of_a_row(count, columns // vector, processors, config.tile)
-    temperatures, inverse, scale = _scales(temperatures, temperature)
+    temperatures, inverse, scale = scales(temperatures, temperature)
     arguments = (
         rows.base,
         targets.contiguous(),
@@ -598,15 +544,15 @@ def _write_gradient(
     count = logits.numel() // columns
     if count == 0:
         return
-    rows = _rows(logits)
+    rows = rows_of(logits)
     assert rows is not None
     out = rows
     if gradient is not logits:
-        out = _Rows(gradient, 0, rows.inner * columns if count > rows.inner else 0, columns, rows.inner)
+        out = Rows(gradient, 0, rows.inner * columns if count > rows.inner else 0, columns, rows.inner)
     vector = vector_of(logits)
     config = config or choose(BACKWARD_CONFIGS, columns // vector)
     chunks = max(1, triton.cdiv(columns // vector, config.tile * config.tiles))
-    temperatures, inverse, scale = _scales(temperatures, temperature)
+    temperatures, inverse, scale = scales(temperatures, temperature)
     grad_logprobs, grad_entropy, grad_logsumexp = (None if g is None else g.contiguous() for g in upstream)
     with on_device(logits):
         launch(
@@ -660,7 +606,7 @@ def backward(
     config: Backward | None = None,
 ) -> Tensor:
     """fastpo::token_logprobs_backward. Logits that the forward copies are copied here too."""
-    if _rows(logits) is None:
+    if rows_of(logits) is None:
         logits = logits.contiguous()
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     upstream = (grad_logprobs, grad_entropy, grad_logsumexp)
@@ -686,7 +632,7 @@ def backward_inplace(
     """fastpo::token_logprobs_backward_. Logits that the forward copies are written by a copy."""
     upstream = (grad_logprobs, grad_entropy, grad_logsumexp)
     rest = (targets, state, entropy, temperatures, temperature, ignore_index, upstream, config)
-    to = logits if _rows(logits) is not None else logits.contiguous()
+    to = logits if rows_of(logits) is not None else logits.contiguous()
     _write_gradient(to, to, *rest)
     if to is not logits:
         logits.copy_(to)
