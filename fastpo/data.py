@@ -319,7 +319,8 @@ def large_margin_filter(scores: Any, margin: float, *, mask: Any | None = None) 
     # an infinite score less itself is NaN, which passes nothing
     gaps = values[:, :, None] - values[:, None]
     kept = (gaps > least) & there[:, :, None] & there[:, None]
-    return Pairs(*kept.nonzero().unbind(1), gaps[kept])
+    prompts, chosen, rejected = kept.nonzero().unbind(1)
+    return Pairs(prompts, chosen, rejected, gaps[kept])
 
 
 class Split(NamedTuple):

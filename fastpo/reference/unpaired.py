@@ -136,6 +136,14 @@ def nash(row: Single, win_probability: Tensor, *, beta: float = 0.008, eta: floa
     return -advantage.detach() * row.policy
 
 
+def _later(values: Tensor, ends: Tensor | None) -> Tensor:
+    """The sum over each sequence from every token on; packed ones with the end of each token's sequence."""
+    if ends is None:
+        return values.flip(1).cumsum(1).flip(1)
+    before = torch.cat([values.new_zeros(1), values.cumsum(0)])
+    return before[ends] - before[:-1]
+
+
 def _to_go(sides: Sides, given: Given, hyper: Hyper) -> Prepared:
     """Every token's log-prob times its slope, constant; and models under which the log-ratios are what they were."""
     (side,) = sides
@@ -143,7 +151,7 @@ def _to_go(sides: Sides, given: Given, hyper: Hyper) -> Prepared:
     if side.previous is not None:
         weights["previous"] = hyper["beta"] / hyper["eta"]
     inside, win = side.mask, given["win_probability"].double()
-    slope = 0.5 - win[:, None]
+    slope, ends = 0.5 - win[:, None], None
     if side.cu_seqlens is not None:
         position = torch.arange(len(side.policy), device=win.device)
         row = torch.searchsorted(side.cu_seqlens[1:].long(), position, right=True)
@@ -153,19 +161,12 @@ def _to_go(sides: Sides, given: Given, hyper: Hyper) -> Prepared:
         slope = 0.5 - torch.cat([win, win.new_zeros(1)])[row]
         ends = torch.cat([side.cu_seqlens[1:].long(), position.new_full((1,), len(position))])[row]
 
-    def later(values: Tensor) -> Tensor:
-        """The sum over each sequence from every token on."""
-        if side.cu_seqlens is None:
-            return values.flip(1).cumsum(1).flip(1)
-        before = torch.cat([values.new_zeros(1), values.cumsum(0)])
-        return before[ends] - before[:-1]
-
     policy = side.policy.to(torch.promote_types(side.policy.dtype, torch.float32))
     ratios = {}
     for model, weight in weights.items():
         ratio = (policy - getattr(side, model)).detach()
         ratios[model] = ratio if inside is None else torch.where(inside, ratio, 0)
-        slope = slope + weight * later(ratios[model].double())
+        slope = slope + weight * _later(ratios[model].double(), ends)
     tokens = slope.to(policy.dtype) * (policy if inside is None else torch.where(inside, policy, 0))
     return (side._replace(policy=tokens, **{m: tokens.detach() - ratio for m, ratio in ratios.items()}),), ()
 
