@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fastpo import losses
+from fastpo import data, losses
 from fastpo._info import info
 from fastpo.kernels import (
     LinearLogprobs,
@@ -30,6 +30,7 @@ __all__ = [
     "__version__",
     "balance",
     "completion_logprobs",
+    "data",
     "formula",
     "info",
     "linear_logprobs",

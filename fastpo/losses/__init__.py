@@ -1,7 +1,7 @@
 """Preference objectives: functions of log-probabilities, flat and named as in the literature.
 
-Most functions are built from the registry (`fastpo.reference.objectives()`), one per row; `composed` and `statistics`
-hold the others.
+Most functions are built from the registry (`fastpo.reference.objectives()`), one per row; `composed`, `demonstrations`
+and `statistics` hold the others.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from fastpo.kernels.objective import PairwiseOutput, PolicyOutput, UnpairedOutput
 from fastpo.losses._build import build
 from fastpo.losses.composed import diffusion_dpo, hypo, mixture
+from fastpo.losses.demonstrations import DemonstrationOutput, implicit_reward_sft, implicit_values
 from fastpo.losses.statistics import (
     BetaDPOStatistics,
     Moments,
@@ -28,6 +29,7 @@ globals().update(_FUNCTIONS)
 
 __all__ = [
     "BetaDPOStatistics",
+    "DemonstrationOutput",
     "Moments",
     "PairwiseOutput",
     "PolicyOutput",
@@ -37,6 +39,8 @@ __all__ = [
     "beta_dpo_statistics",
     "diffusion_dpo",
     "hypo",
+    "implicit_reward_sft",
+    "implicit_values",
     "kto_kl",
     "mixture",
     "sampo_sample",

@@ -109,6 +109,7 @@ class Objective:
         inputs: tensors beside the log-probs.
         prepare: from the sides, the inputs and the hyper-parameters to sides and columns of the formula. Without it
             the inputs are the columns.
+        gathers: whether `prepare` takes a process group too, whose ranks' rows are one batch.
         check: what is wrong with the inputs together, in words, or None.
         columns: names of the formula's columns.
         fixed: hyper-parameters of the formula that are no arguments.
@@ -140,6 +141,7 @@ class Objective:
     lengths: Lengths = "none"
     inputs: tuple[Input, ...] = ()
     prepare: Callable[..., Any] | None = None
+    gathers: bool = False
     check: Callable[[Mapping[str, Any]], str | None] | None = None
     columns: tuple[str, ...] = ()
     fixed: Mapping[str, float] = field(default_factory=dict)

@@ -27,6 +27,19 @@ def step_indices(step: int, size: int, count: int, seed: int) -> list[int]:
     return out
 
 
+def stage(step: int, steps: int, stages: int) -> int:
+    """In which of `stages` equal parts of the run a step is; what comes after the run, in the last."""
+    return min(step * stages // steps, stages - 1)
+
+
+def staged_indices(step: int, steps: int, size: int, count: int, seed: int, stages: int) -> list[int]:
+    """The examples of a step where each stage of the run has a part of them, in their order: `step_indices` of it."""
+    now = stage(step, steps, stages)
+    # the first step of a stage is the first whose share reaches it, and so are its examples
+    first, begin, end = (-(-k * n // stages) for k, n in ((now, steps), (now, count), (now + 1, count)))
+    return [begin + i for i in step_indices(step - first, size, end - begin, seed + now)]
+
+
 @lru_cache(maxsize=2)
 def _epoch(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()

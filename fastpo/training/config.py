@@ -42,6 +42,22 @@ class BatchConfig:
 
 
 @dataclass(frozen=True)
+class SyncConfig:
+    """How the reference model follows the policy; by default it does not.
+
+    Args:
+        every: steps between updates of the reference (TR-DPO); 0 for none.
+        alpha: the policy's share in an update, the rest being the old reference's; 1 replaces it.
+        stages: parts of the run, each with its part of the data in the file's order; the policy at the end of one is
+            the reference of the next (sDPO).
+    """
+
+    every: int = 0
+    alpha: float = 0.6
+    stages: int = 1
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The run; without --model and --data, a tiny transformer is trained on a built-in task.
 
@@ -61,6 +77,7 @@ class TrainConfig:
         tracker: where metrics go besides metrics.jsonl.
         optim: the optimiser.
         batch: the batches.
+        sync: a reference model that follows the policy.
     """
 
     model: str | None = None
@@ -78,6 +95,7 @@ class TrainConfig:
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     optim: OptimConfig = field(default_factory=OptimConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
 
     @property
     def built_in(self) -> bool:
@@ -99,6 +117,8 @@ class TrainConfig:
             ("batch.size", self.batch.size, 1),
             ("batch.tokens", self.batch.tokens, 1),
             ("optim.weight_decay", self.optim.weight_decay, 0),
+            ("sync.every", self.sync.every, 0),
+            ("sync.stages", self.sync.stages, 1),
         ):
             if value is not None and value < low:
                 raise UserError(f"--{name} must be at least {low}, got {value:g}")
@@ -109,6 +129,8 @@ class TrainConfig:
         ):
             if not value > 0:
                 raise UserError(f"--{name} must be positive, got {value:g}")
+        if not 0 < self.sync.alpha <= 1:
+            raise UserError(f"--sync.alpha must be in (0, 1], got {self.sync.alpha:g}")
         if not 0 <= self.optim.warmup < 1:
             raise UserError(f"--optim.warmup must be in [0, 1), got {self.optim.warmup:g}")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastpo.algorithms import Algorithm
-from fastpo.training.batches import MicroBatch, collate, plan, step_indices
+from fastpo.training.batches import MicroBatch, collate, plan, staged_indices
 from fastpo.training.data import Example
 from fastpo.training.model import policy_inputs
 
@@ -34,6 +34,8 @@ class Job:
         examples: the training data.
         constants: for every model of the algorithm but the policy, its log-probs of the examples.
         steps, size, tokens, seed, max_norm: as in the configuration.
+        stages: equal parts of the run, each with a part of the examples.
+        before_step: called with the job and the number of steps done, before each step.
     """
 
     accelerator: Any
@@ -48,6 +50,12 @@ class Job:
     tokens: int
     seed: int
     max_norm: float
+    stages: int = 1
+    before_step: Callable[[Job, int], None] | None = None
+
+    def indices(self, step: int) -> list[int]:
+        """The examples of a step."""
+        return staged_indices(step, self.steps, self.size, len(self.examples), self.seed, self.stages)
 
 
 def train(
@@ -63,6 +71,8 @@ def train(
     """Do the steps from `start` on; returns how many were done in all, fewer if a signal asked to stop."""
     with _stop_signal() as stopped:
         for step in range(start, job.steps):
+            if job.before_step is not None:
+                job.before_step(job, step)
             metrics = optimizer_step(job, step)
             done = step + 1
             if done == job.steps or (eval_every and done % eval_every == 0):
@@ -80,7 +90,7 @@ def optimizer_step(job: Job, step: int) -> dict[str, float]:
     """One step on one batch; returns its metrics, summed over micro-batches and ranks."""
     begin = time.perf_counter()
     accelerator = job.accelerator
-    indices = step_indices(step, job.size, len(job.examples), job.seed)
+    indices = job.indices(step)
     batches = list(micro_batches(accelerator, job.examples, indices, job.tokens))
     total: dict[str, Tensor] = {}
     for n, (members, batch) in enumerate(batches):

@@ -23,6 +23,7 @@ from fastpo.training.data import Encoder, Example, load_examples
 from fastpo.training.errors import Interrupted, UserError
 from fastpo.training.loop import Constants, Job, constant_logprobs, evaluate_examples, train
 from fastpo.training.model import Policy, check_same_vocabulary, load_model, load_tokenizer
+from fastpo.training.references import MovingReference
 from fastpo.training.report import Display, Journal, plot, summary, write_summary
 
 CONFIG, METRICS, CURVE, SUMMARY, MODEL = "config.yaml", "metrics.jsonl", "curve.png", "summary.json", "model"
@@ -152,7 +153,14 @@ def _prepare(
 
     constants: dict[str, Constants] = {}
     eval_constants: dict[str, Constants] = {}
-    if "reference" in algorithm.models:
+    follows: MovingReference | None = None
+    if config.sync.every or config.sync.stages > 1:
+        _check_sync(algorithm, config, steps, len(source.examples))
+        # with weights of its own
+        frozen = accelerator.prepare_model(Policy(load_model(source.reference or source.model)), evaluation_mode=True)
+        follows = MovingReference(accelerator, frozen, every=config.sync.every, alpha=config.sync.alpha)
+        constants["reference"] = follows.constants
+    elif "reference" in algorithm.models:
         frozen = policy
         if source.reference is not None:
             frozen = accelerator.prepare_model(Policy(load_model(source.reference)), evaluation_mode=True)
@@ -178,14 +186,32 @@ def _prepare(
         tokens=config.batch.tokens,
         seed=config.seed,
         max_norm=config.optim.max_norm,
+        stages=config.sync.stages,
+        before_step=follows,
     )
     if config.built_in:
         reference = load_model(source.model).to(accelerator.device)
         plain = accelerator.unwrap_model(policy).model
         return job, lambda: task.evaluate(plain, reference, config.seed)
-    if source.eval_examples:
+    if not source.eval_examples:
+        return job, dict
+    if follows is None:
         return job, lambda: evaluate_examples(job, source.eval_examples, eval_constants)
-    return job, dict
+    moving, held_out = follows, source.eval_examples
+
+    def evaluate() -> dict[str, float]:
+        now = moving.of(held_out, range(len(held_out)), job.tokens)
+        return evaluate_examples(job, held_out, {"reference": now})
+
+    return job, evaluate
+
+
+def _check_sync(algorithm: algorithms.Algorithm, config: TrainConfig, steps: int, examples: int) -> None:
+    if "reference" not in algorithm.models:
+        raise UserError(f"--sync needs a reference model, and {algorithm.name} has none")
+    for what, number in (("steps", steps), ("examples", examples)):
+        if config.sync.stages > number:
+            raise UserError(f"--sync.stages {config.sync.stages} is more than there are {what} ({number})")
 
 
 def _check_positions(model: Any, source: Source) -> None:

@@ -31,6 +31,7 @@ HYPER = {
     "lambda_undesirable": 0.8,
     "max_weight": 0.9,
     "dispersion": 0.29,
+    "margin": 0.25,
 }
 
 
@@ -60,7 +61,7 @@ class Case:
 
     @property
     def needs_tokens(self) -> bool:
-        return self.row.tokens
+        return self.row.tokens or self.taken.tokens
 
     def hyper(self) -> dict[str, float]:
         return {name: HYPER[name] for name in self.row.defaults}

@@ -269,7 +269,7 @@ def r_dpo(x) -> Result:
 
 
 def bradley_terry(x) -> Result:
-    return logistic(x.lw - x.ll, mp.mpf(1), mp.mpf(-1))
+    return logistic(x.lw - x.ll - x.margin, mp.mpf(1), mp.mpf(-1))
 
 
 def kto(x, kl: mp.mpf | None = None) -> Result:
@@ -378,9 +378,9 @@ CLOSED: dict[tuple[str, tuple], Callable[..., Result]] = {
     ("apo_zero_unpaired", ()): apo_zero_unpaired,
     ("bco", ()): bco,
     ("npo", ()): npo,
-    ("nash_md", ()): nash,
-    ("nash_ema", ()): nash,
-    ("nash_mp", ()): nash_mp,
+    ("nash_md", ("sequence",)): nash,
+    ("nash_ema", ("sequence",)): nash,
+    ("nash_mp", ("sequence",)): nash_mp,
 }
 # their statistics come from tokens or from the batch: tests/losses/test_statistics.py
 ELSEWHERE = {"aot", "aot_unpaired", "wpo", "mallows_po", "tdpo", "ld_dpo", "sampo"}
@@ -398,7 +398,7 @@ DEFAULTS: dict[str, dict[str, float]] = {
     "dno_prct": {"beta": 0.1},
     "rso_sigmoid": {"beta": 0.05},
     "dpo_norm": {"beta": 5.0},
-    "bradley_terry": {},
+    "bradley_terry": {"margin": 0.0},
     "dno": {"beta": 0.1},
     "mcts_dpo": {"beta": 0.1},
     "slic": {"delta": 1.0, "lambda_": 0.5},
@@ -466,6 +466,7 @@ def hyper_of(name: str) -> list[dict[str, float]]:
         "tau": 0.4,
         "lambda_": 0.6,
         "beta_rejected": 0.25,
+        "margin": 0.75,
         "r_max": 1.5,
         "lambda_desirable": 1.5,
         "lambda_undesirable": 0.7,

@@ -430,14 +430,23 @@ def regularised_nash(beta: float) -> Tensor:
     return policy
 
 
-def semi_gradient(loss: Callable[[Tensor, Tensor], Tensor], start: Tensor, rate: float, steps: int = 400) -> Tensor:
-    """Where grad / pi vanishes, all of it taken with the data fixed: no gradient flows through sampling."""
+def semi_gradient(
+    loss: Callable[[Tensor, Tensor], Tensor],
+    start: Tensor,
+    rate: float,
+    steps: int = 400,
+    law: Callable[[Tensor], Tensor] = lambda policy: policy,
+) -> Tensor:
+    """Where grad / pi vanishes, all of it taken with the data fixed: no gradient flows through sampling.
+
+    `law` gives the samples' law where it is not the policy's.
+    """
     logits = start.clone()
     for _ in range(steps):
         leaf = logits.clone().requires_grad_()
         policy = torch.softmax(logits, 0)
         (gradient,) = torch.autograd.grad(loss(leaf, policy), leaf)
-        logits = logits - rate * gradient / policy
+        logits = logits - rate * gradient / law(policy)
         logits = logits - logits.logsumexp(0)
     return torch.softmax(logits, 0)
 
