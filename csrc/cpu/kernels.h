@@ -124,6 +124,8 @@ struct Kernels {
   void (*dlogits_tile)(const LogitTile&, int64_t begin, int64_t end);
   void (*objective)(const Objective&, int64_t block_rows, int64_t first_block, int64_t last_block);
   void (*spread)(const Spread&, int64_t begin, int64_t end);
+  void (*scan)(const Scan&, int64_t begin, int64_t end);
+  void (*segments)(const Segments&, int64_t begin, int64_t end);
 };
 
 // the table of the instruction set in force

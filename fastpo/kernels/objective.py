@@ -170,24 +170,13 @@ def launched_by(launcher: nvrtc.Launcher) -> dict[str, Callable[..., Any]]:
     return {"objective": forward, "objective_backward": backward}
 
 
-def _why_not_cuda(device: torch.device, *dtypes: torch.dtype) -> str | None:
-    if _native.CUDA.loaded:
-        return _native.why_not_compiled_for(device)
-    return nvrtc.why_not() and f"_cuda: {_native.CUDA.error}; {nvrtc.why_not()}"
-
-
 @torch.library.impl("fastpo::formula_objective", "cuda")
 def _formula_objective(source: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     launcher = nvrtc.Driver("objective.cuh", {"FASTPO_USER_FORMULA": source})
     return _launch.forward(launcher, 0, *arguments)
 
 
-_native.on_cuda("objective", _why_not_cuda, by="compiled" if _native.CUDA.loaded else "NVRTC")
-if not _native.CUDA.loaded:
-    # kept: the implementations go with it
-    _LIBRARY = torch.library.Library("fastpo", "IMPL")
-    for _name, _function in launched_by(nvrtc.Driver("objective.cuh")).items():
-        _LIBRARY.impl(_name, _function, "CUDA")
+_LIBRARY = nvrtc.serve("objective", launched_by)
 
 
 class _Objective(torch.autograd.Function):
