@@ -491,7 +491,7 @@ def evaluate(
     if taken.prepare is not None or first.device.type != "cpu":
         _check_boundaries(row, sides)
     if taken.prepare is not None:
-        group = {"group": process_group} if row.gathers else {}
+        group = {"group": process_group} if row.coupled else {}
         sides, columns = taken.prepare(sides, given, values, **group)
     values = taken.formula_hyper(values)
     columns = tuple(c.expand(rows) if c.dim() == 0 else c for c in columns)

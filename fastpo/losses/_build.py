@@ -105,7 +105,7 @@ def signature(row: Objective) -> str:
     keywords += ["length_norm: bool = False"] * row.length_norm
     keywords.append('reduction: Literal["mean", "sum", "none"] = "mean"')
     keywords.append("num_items: float | Tensor | None = None")
-    keywords += ["process_group: ProcessGroup | bool | None = None"] * row.gathers
+    keywords += ["process_group: ProcessGroup | bool | None = None"] * row.coupled
     return ", ".join([*tensors, "*", *keywords])
 
 
@@ -145,7 +145,7 @@ def _docstring(row: Objective) -> str:
         arguments += _LENGTHS.format(names=", ".join(_named(row, "lengths")), when=when)
     names = "; ".join(f"{library}: {name}" for library, name in row.aliases.items())
     source = f"Source: {row.title}, {row.paper}, {row.equation}." + (f" Elsewhere: {names}." if names else "")
-    parts = [first, rest.strip(), source, f"Args:\n{arguments}{_REDUCTION}{_GROUP * row.gathers}"]
+    parts = [first, rest.strip(), source, f"Args:\n{arguments}{_REDUCTION}{_GROUP * row.coupled}"]
     parts += [f"Returns:\n{_RETURNS[row.kind]}", f"Raises:\n{_RAISES}"]
     return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
@@ -185,7 +185,7 @@ def build(row: Objective) -> Callable[..., Any]:
         inputs=mapping(i.name for i in row.inputs),
         options=mapping(row.options),
         length_norm="length_norm" if row.length_norm else False,
-        process_group=", process_group=process_group" if row.gathers else "",
+        process_group=", process_group=process_group" if row.coupled else "",
     )
     scope: dict[str, Any] = {"__name__": "fastpo.losses"}
     exec(source, scope)

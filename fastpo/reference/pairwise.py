@@ -755,7 +755,7 @@ derive(
     equation="the paired loss",
     defaults={"beta": 0.01},
     prepare=_matched,
-    gathers=True,
+    coupled=True,
     aliases={"trl": "aot"},
     about="""-(1-ε) log σ(β d) - ε log σ(-β d), d the difference of the i-th smallest policy and reference margins.
 
@@ -784,7 +784,7 @@ derive(
     equation="the unpaired loss",
     defaults={"beta": 0.01},
     prepare=_rematched,
-    gathers=True,
+    coupled=True,
     aliases={"trl": "aot_unpaired"},
     about="""-(1-ε) log σ(β d) - ε log σ(-β d), d the i-th smallest chosen minus the i-th smallest rejected log-ratio.
 

@@ -109,7 +109,6 @@ class Objective:
         inputs: tensors beside the log-probs.
         prepare: from the sides, the inputs and the hyper-parameters to sides and columns of the formula. Without it
             the inputs are the columns.
-        gathers: whether `prepare` takes a process group too, whose ranks' rows are one batch.
         check: what is wrong with the inputs together, in words, or None.
         columns: names of the formula's columns.
         fixed: hyper-parameters of the formula that are no arguments.
@@ -121,6 +120,8 @@ class Objective:
         tokens: whether log-probs must come per token.
         scores: what the sides' numbers are called, "policy" unless they are no log-probs.
         online: whether its data are samples of the policy as it is.
+        coupled: whether the loss of a row depends on the other rows of the batch. `prepare` then takes a process group
+            too, whose ranks' rows are one batch.
         public: whether it has a public function; else it is the formula of other rows.
     """
 
@@ -141,7 +142,6 @@ class Objective:
     lengths: Lengths = "none"
     inputs: tuple[Input, ...] = ()
     prepare: Callable[..., Any] | None = None
-    gathers: bool = False
     check: Callable[[Mapping[str, Any]], str | None] | None = None
     columns: tuple[str, ...] = ()
     fixed: Mapping[str, float] = field(default_factory=dict)
@@ -153,6 +153,7 @@ class Objective:
     tokens: bool = False
     scores: str = "policy"
     online: bool = False
+    coupled: bool = False
     public: bool = True
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
+from fastpo import algorithms
 from fastpo.training.errors import UserError
 
 
@@ -33,7 +34,7 @@ class BatchConfig:
     """How much goes into a step and into one forward.
 
     Args:
-        size: examples (pairs) per optimiser step, over all processes.
+        size: examples (pairs, or single completions) per optimiser step, over all processes.
         tokens: most tokens that one forward holds; examples are packed into this budget.
     """
 
@@ -64,7 +65,7 @@ class TrainConfig:
     Args:
         model: causal language model to train: a folder, a .gguf file or a name on the hub.
         reference: what the policy is measured against, if not the model as it is before training.
-        data: preferences in TRL's format, .jsonl or .parquet.
+        data: preferences in TRL's format for the algorithm, .jsonl or .parquet.
         eval_data: more of them, to measure on and not to train on.
         output: folder of the run, if not runs/ALGORITHM (with a number where that holds one).
         max_length: most tokens of prompt and completion; longer completions are cut, longer prompts refused.
@@ -135,16 +136,37 @@ class TrainConfig:
             raise UserError(f"--optim.warmup must be in [0, 1), got {self.optim.warmup:g}")
 
 
+# of the methods whose scale is another than that of DPO's β
+_BUILT_IN_HYPER: Mapping[str, Mapping[str, float]] = {
+    "ipo": {"beta": 0.1},
+    "hinge": {"beta": 0.3},
+    # averages of two or three tokens have the scale of averages of hundreds
+    "dpo_norm": {"beta": 5.0},
+    "simpo": {"beta": 2.0},
+    "alpha_po": {"beta": 2.5},
+    "alpha_dpo": {"beta": 10.0},
+    # without a reference, pairs that it ranks rightly are to have a margin left to reach
+    "slic": {"delta": 10.0},
+    "rso_hinge": {"beta": 0.1},
+    # the share of β that the published defaults have
+    "flex_dpo": {"beta_rejected": 0.8},
+    # smaller ones leave it where it starts, at βh = 0 (see the loss)
+    "discopop": {"tau": 1.0},
+}
+
+
 def built_in_defaults(algorithm: str) -> dict[str, Any]:
     """Defaults of the built-in task: its model is five orders of magnitude smaller than the generic ones expect.
 
     Its answers have two or three tokens, so a margin of a few nats separates them. The published β ask for margins
     that suit hundreds of tokens, and reach them here by moving the mass to answers that nobody rejected.
     """
+    known = algorithms.defaults(algorithm)
+    hyper = {**({"beta": 1.0} if "beta" in known else {}), **_BUILT_IN_HYPER.get(algorithm, {})}
     return {
         "steps": 200,
         "eval_every": 25,
-        "algorithm.beta": {"ipo": 0.1, "hinge": 0.3}.get(algorithm, 1.0),
+        **{f"algorithm.{name}": value for name, value in hyper.items()},
         "optim.lr": 2e-4,
         "batch.size": 64,
         "batch.tokens": 256,

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastpo.training.batches import stage
 from fastpo.training.data import Example
-from fastpo.training.loop import Constants, Job, constant_logprobs
+from fastpo.training.loop import Constants, Job, constant_streams
 
 
 class MovingReference:
@@ -30,16 +30,26 @@ class MovingReference:
     arXiv:2403.19270.
 
     Attributes:
-        constants: the job's, of the examples of the step at hand.
+        constants: the job's, by stream, of the examples of the step at hand.
     """
 
-    def __init__(self, accelerator: Any, model: Any, *, every: int = 0, alpha: float = 0.6) -> None:
+    def __init__(
+        self,
+        accelerator: Any,
+        model: Any,
+        *,
+        every: int = 0,
+        alpha: float = 0.6,
+        statistics: tuple[str, ...] | None = (),
+    ) -> None:
         """
         Args:
             accelerator: devices and processes.
-            model: the reference's `Policy`, prepared, with weights of its own.
+            model: the reference's `Policy` or `Logits`, prepared, with weights of its own.
             every: steps between updates, 0 for none.
             alpha: the policy's share in an update, in (0, 1].
+            statistics: of the reference beside its log-probs, as in `Policy.forward`; None if the loss asks the model
+                itself and there are no constants.
 
         Raises:
             ValueError: every is negative, or alpha is outside its domain.
@@ -49,7 +59,8 @@ class MovingReference:
         if not 0 < alpha <= 1:
             raise ValueError(f"alpha must be in (0, 1], got {alpha:g}")
         self.accelerator, self.model, self.every, self.alpha = accelerator, model, every, alpha
-        self.constants: dict[int, tuple[torch.Tensor, ...]] = {}
+        self.statistics = statistics
+        self.constants: dict[str, Constants] = {}
 
     def __call__(self, job: Job, done: int) -> None:
         """What is due before the step that follows `done` steps."""
@@ -60,9 +71,11 @@ class MovingReference:
         self.constants.clear()
         self.constants.update(self.of(job.examples, sorted(set(job.indices(done))), job.tokens))
 
-    def of(self, examples: Sequence[Example], indices: Sequence[int], tokens: int) -> Constants:
-        """The log-probs of some examples under the reference as it is."""
-        return constant_logprobs(self.accelerator, self.model, examples, indices, tokens)
+    def of(self, examples: Sequence[Example], indices: Sequence[int], tokens: int) -> dict[str, Constants]:
+        """The streams of some examples under the reference as it is."""
+        if self.statistics is None:
+            return {}
+        return constant_streams(self.accelerator, self.model, examples, indices, tokens, statistics=self.statistics)
 
     @torch.no_grad()
     def move(self, policy: nn.Module, alpha: float) -> None:

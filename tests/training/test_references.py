@@ -11,7 +11,7 @@ import torch
 from fastpo.cli import main
 from fastpo.training import loop
 from fastpo.training.batches import stage, staged_indices, step_indices
-from fastpo.training.loop import Job, constant_logprobs, optimizer_step, train
+from fastpo.training.loop import Job, constant_streams, optimizer_step, train
 from fastpo.training.model import Policy
 
 from .conftest import pairs, tiny_model
@@ -29,8 +29,7 @@ def following(steps: int = 6, stages: int = 1, **sync) -> tuple[Job, object]:
     job = make_job()
     reference = Policy(tiny_model(job.policy.model.config.vocab_size))
     follows = MovingReference(job.accelerator, reference, **sync)
-    constants = {"reference": follows.constants}
-    return replace(job, steps=steps, stages=stages, constants=constants, before_step=follows), follows
+    return replace(job, steps=steps, stages=stages, constants=follows.constants, before_step=follows), follows
 
 
 def weights(policy: Policy) -> list[torch.Tensor]:
@@ -82,7 +81,8 @@ def test_log_probs_are_never_stale():
     real = loop.optimizer_step
 
     def checking(job: Job, step: int) -> dict[str, float]:
-        now = constant_logprobs(job.accelerator, follows.model, job.examples, range(len(job.examples)), 4096)
+        everything = range(len(job.examples))
+        now = constant_streams(job.accelerator, follows.model, job.examples, everything, 4096)["reference"]
         held = job.constants["reference"]
         assert set(held) == set(job.indices(step))
         for i, parts in held.items():
@@ -99,6 +99,24 @@ def test_log_probs_are_never_stale():
     assert all(not torch.allclose(checked[0][i], checked[-1][i], atol=1e-4) for i in again)
 
 
+@pytest.mark.parametrize("name", ["mallows_po", "tdpo"])
+def test_what_else_is_known_of_the_reference(name):
+    """Statistics of its distributions move with it, and so does a model that is asked at every step."""
+    from fastpo.training.references import MovingReference
+
+    job = make_job(name, reference_seed=1)
+    frozen = Policy(tiny_model(job.policy.model.config.vocab_size, 1)) if job.reference is None else job.reference
+    statistics = None if job.algorithm.divergence else job.algorithm.statistics["reference"]
+    follows = MovingReference(job.accelerator, frozen, every=1, alpha=1.0, statistics=statistics)
+    job = replace(job, constants=follows.constants, before_step=follows)
+    margins = [m["reward_margin"] for m in run(job)]
+    # from the first update on the policy is its own reference
+    assert abs(margins[0]) > 1e-3
+    assert margins[1:] == pytest.approx([0] * 3, abs=1e-5)
+    streams = {"reference"} | {f"reference_{s}" for s in statistics} if statistics is not None else set()
+    assert set(follows.constants) == streams
+
+
 def test_stages():
     """Each stage has its part of the data, and the policy with which it began as its reference."""
     job, follows = following(steps=6, stages=3)
@@ -107,7 +125,7 @@ def test_stages():
     def seen(done: int) -> None:
         policies.append(weights(job.policy))
         references.append(weights(follows.model))
-        used.append(set(follows.constants))
+        used.append(set(follows.constants["reference"]))
 
     measured = run(job, seen)
     for step in range(6):
