@@ -179,18 +179,18 @@ class TestRejectionLaw:
 
     def frequencies(self, n: int, **more) -> Tensor:
         generator = seeded(n)
-        actions = REFERENCE.multinomial(40_000 * n, replacement=True, generator=generator).view(-1, n)
+        actions = REFERENCE.multinomial(20_000 * n, replacement=True, generator=generator).view(-1, n)
         given = {"candidates": actions} if more.get("collapse") else {}
         out = data.rso_rejection_sample(REWARD[actions], 1, beta=self.beta, generator=generator, **given)
-        return torch.bincount(actions.gather(1, out.indices)[:, 0], minlength=5) / 40_000
+        return torch.bincount(actions.gather(1, out.indices)[:, 0], minlength=5) / 20_000
 
     def test_kept_duplicates(self):
         """Exact for every n, and geometrically near the Gibbs policy."""
         for n in (1, 2, 6, 40):
             law = self.kept(n)
             assert law.sum().item() == pytest.approx(1, abs=1e-12)
-            # five standard deviations of a frequency of 40,000
-            assert (self.frequencies(n) - law).abs().max() < 5 * math.sqrt(0.25 / 40_000)
+            # five standard deviations of a frequency of 20,000
+            assert (self.frequencies(n) - law).abs().max() < 5 * math.sqrt(0.25 / 20_000)
         errors = [(self.kept(n) - self.target).abs().sum().item() / 2 for n in (1, 20, 40, 100)]
         assert errors[0] > 0.2 and errors[3] < 1e-9
         # the probability that a candidate is not accepted where the best one is present
@@ -201,17 +201,17 @@ class TestRejectionLaw:
         """Far from it on a small vocabulary, however many candidates there are."""
         law = self.collapsed()
         assert law.sum().item() == pytest.approx(1, abs=1e-12)
-        assert (self.frequencies(300, collapse=True) - law).abs().max() < 5 * math.sqrt(0.25 / 40_000) + 5 * 0.95**300
+        assert (self.frequencies(150, collapse=True) - law).abs().max() < 5 * math.sqrt(0.25 / 20_000) + 0.95**150
         assert (law - self.target).abs().sum() / 2 > 0.1
         # what was kept is not what was collapsed: the tests above would see the one in place of the other
-        assert (law - self.kept(300)).abs().max() > 20 * math.sqrt(0.25 / 40_000)
+        assert (law - self.kept(150)).abs().max() > 20 * math.sqrt(0.25 / 20_000)
 
     def test_all_that_was_accepted(self):
         """Eight of 64, as in the paper: near the Gibbs policy too, but not at it, as the best ones run out."""
         generator = seeded(9)
-        actions = REFERENCE.multinomial(20_000 * 64, replacement=True, generator=generator).view(-1, 64)
+        actions = REFERENCE.multinomial(10_000 * 64, replacement=True, generator=generator).view(-1, 64)
         out = data.rso_rejection_sample(REWARD[actions], 8, beta=self.beta, generator=generator)
-        law = torch.bincount(actions.gather(1, out.indices).flatten(), minlength=5) / 160_000
+        law = torch.bincount(actions.gather(1, out.indices).flatten(), minlength=5) / 80_000
         assert (law - self.target).abs().sum() / 2 < 0.05
 
 

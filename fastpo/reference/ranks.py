@@ -43,6 +43,8 @@ def gathered(values: Tensor, group: Group) -> tuple[Tensor, int]:
     counts = [torch.empty_like(count) for _ in range(dist.get_world_size(of))]
     dist.all_gather(counts, count, group=of)
     sizes, rank = [int(n) for n in counts], dist.get_rank(of)
+    if not any(sizes):
+        return values, 0
     return _Gather.apply(values, sizes, rank, of), sum(sizes[:rank])
 
 

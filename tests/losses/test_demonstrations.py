@@ -12,7 +12,7 @@ from torch import Tensor
 from fastpo import losses
 
 NAN = math.nan
-mp.mp.dps = 40
+mp.mp.dps = 60
 # φ and φ', as the catalogue has them
 PHI = {
     "total_variation": (lambda x: x, lambda x: mp.mpf(1)),

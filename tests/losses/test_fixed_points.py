@@ -320,16 +320,17 @@ def test_every_theorem_is_here():
 class TestOthers:
     @pytest.mark.parametrize("start", list(STARTS))
     def test_bradley_terry(self, backend, start):
-        """The scores are the reward, up to a constant."""
+        """The scores are the reward, up to a constant; with the same margin for all pairs they are not."""
+        i, j = (t.flatten() for t in torch.meshgrid(torch.arange(N), torch.arange(N), indexing="ij"))
 
-        def loss(scores: Tensor) -> Tensor:
-            i, j = (t.flatten() for t in torch.meshgrid(torch.arange(N), torch.arange(N), indexing="ij"))
-            return (
-                (WEIGHTS * CLEAN).flatten() * losses.bradley_terry(scores[i], scores[j], reduction="none").loss
-            ).sum()
+        def loss(scores: Tensor, **margin: float) -> Tensor:
+            out = losses.bradley_terry(scores[i], scores[j], reduction="none", **margin)
+            return ((WEIGHTS * CLEAN).flatten() * out.loss).sum()
 
         with fastpo.use_backend(backend):
             assert total_variation(minimise(loss, STARTS[start]), normalised(REWARD)) < 1e-9
+            with_margin = minimise(lambda scores: loss(scores, margin=0.3), STARTS[start])
+            assert total_variation(with_margin, normalised(REWARD)) > 1e-2
 
     @pytest.mark.parametrize("start", list(STARTS))
     def test_wpo(self, backend, start):

@@ -206,20 +206,22 @@ class TestNash:
         def mixed(policy: Tensor) -> Tensor:
             return normalised((1 - b) * policy.log() + b * REFERENCE.log())
 
-        def policy_gradient(logits: Tensor, policy: Tensor) -> Tensor:
+        def policy_gradient(logits: Tensor, policy: Tensor, beta: float = BETA) -> Tensor:
             win, logp = PREFERENCE @ mixed(policy), torch.log_softmax(logits, 0)
-            return (policy * losses.nash_md(logp, REFERENCE.log(), win, beta=BETA, reduction="none").loss).sum()
+            return (policy * losses.nash_md(logp, REFERENCE.log(), win, beta=beta, reduction="none").loss).sum()
 
-        def pairs_of_the_mixture(logits: Tensor, policy: Tensor) -> Tensor:
+        def pairs_of_the_mixture(logits: Tensor, policy: Tensor, beta: float = BETA) -> Tensor:
             logp, r, law = torch.log_softmax(logits, 0), REFERENCE.log(), mixed(policy)
             tensors = logp[FIRST], logp[SECOND], r[FIRST], r[SECOND], PREFERENCE.flatten()
-            return (law[FIRST] * law[SECOND] * losses.ipo_md(*tensors, beta=BETA, reduction="none").loss).sum()
+            return (law[FIRST] * law[SECOND] * losses.ipo_md(*tensors, beta=beta, reduction="none").loss).sum()
 
-        if name == "nash_md":
-            found = semi_gradient(policy_gradient, STARTS[start], 0.8)
-        else:
-            found = semi_gradient(pairs_of_the_mixture, STARTS[start], 0.2, law=mixed)
-        assert total_variation(found, target) < 1e-9
+        def run(beta: float) -> Tensor:
+            if name == "nash_md":
+                return semi_gradient(lambda x, p: policy_gradient(x, p, beta), STARTS[start], 0.8)
+            return semi_gradient(lambda x, p: pairs_of_the_mixture(x, p, beta), STARTS[start], 0.2, law=mixed)
+
+        assert total_variation(run(BETA), target) < 1e-9
+        assert total_variation(run(2 * BETA), target) > 1e-2
         assert total_variation(target, TARGET) > 1e-3 * b
 
     def test_online_ipo_with_sampled_labels(self, start):

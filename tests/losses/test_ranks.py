@@ -64,6 +64,9 @@ def process(rank: int, folder: str) -> None:
     out = losses.aot_unpaired(zero, zero, zero.detach(), zero.detach(), num_items=3, process_group=True)
     assert abs(out.loss.item() - rank * 0.6931472) < 1e-6
     out.loss.backward()
+    # and on all of them
+    nothing = torch.zeros(0, requires_grad=True)
+    losses.aot_unpaired(*[nothing] * 4, num_items=3, process_group=True).loss.backward()
     dist.destroy_process_group()
 
 
