@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastpo.bench import Case, LinearDpoCase, LinearLogprobsCase, ObjectiveCase, TokenLogprobsCase
+from fastpo.bench import (
+    Case,
+    GaeCase,
+    GroupCase,
+    LinearDpoCase,
+    LinearLogprobsCase,
+    ObjectiveCase,
+    TokenLogprobsCase,
+)
 from fastpo.bench.processes import spread
 
 FORWARD = TokenLogprobsCase(512, 50_000)
@@ -25,6 +33,11 @@ OBJECTIVE = tuple(
     for pairs, tokens in ((8, 0), (65_536, 0), (1_048_576, 0), (64, 4096))
     for backward in (False, True)
 )
+GAE, LONG_GAE = GaeCase(), GaeCase(512, 4096)
+RAGGED_GAE, PACKED_GAE = (GaeCase(512, 4096, layout) for layout in ("ragged", "packed"))
+ADVANTAGES = (GAE, LONG_GAE, RAGGED_GAE, PACKED_GAE)
+GROUP = GroupCase()
+GROUPED = (GROUP, GroupCase(shuffled=True))
 LINEAR_LOGPROBS = (HALF, HALF_BFLOAT16, HALF_FROZEN, WHOLE)
 LINEAR_DPO = (DPO,)
 GROUPS: dict[str, tuple[Case, ...]] = {
@@ -32,9 +45,11 @@ GROUPS: dict[str, tuple[Case, ...]] = {
     "objective": OBJECTIVE,
     "linear_logprobs": LINEAR_LOGPROBS,
     "linear_dpo": LINEAR_DPO,
+    "advantages": ADVANTAGES,
+    "groups": GROUPED,
 }
 # samples per process, fewer where a call takes a second
-REPETITIONS = {"token_logprobs": 9, "objective": 9, "linear_logprobs": 3, "linear_dpo": 3}
+REPETITIONS = {"token_logprobs": 9, "objective": 9, "linear_logprobs": 3, "linear_dpo": 3, "advantages": 5, "groups": 5}
 
 # how time and memory grow with the vocabulary and the rows
 SWEEP = tuple(
@@ -127,6 +142,11 @@ TARGETS = (
     Target(HALF_BFLOAT16, "speed", 1.6, "fastpo_float32"),
     # 2.2 of one product
     Target(HALF_FROZEN, "bar", 1.1),
+    Target(GAE, "speed", 300.0, "eager"),
+    Target(GAE, "speed", 30.0, "torchrl"),
+    Target(LONG_GAE, "bar", 3.0),
+    Target(GROUP, "speed", 20.0, "loop"),
+    Target(GROUP, "speed", 2.0, "eager"),
     Target(WHOLE, "speed", 1.0, "eager"),
     Target(WHOLE, "memory", 1 / 10, "eager"),
 )

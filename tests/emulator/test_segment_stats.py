@@ -36,9 +36,7 @@ class TestLaunchFromPython:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
     def test_shapes(self, checked, dtype, layout):  # noqa: F811
         eps = torch.finfo(dtype).eps if dtype == torch.float64 else torch.finfo(torch.float32).eps
-        for i, (groups, members) in enumerate(
-            [(0, 3), (1, 0), (1, 1), (3, 31), (9, 5), (1, 1024), (2, 1100)]
-        ):
+        for i, (groups, members) in enumerate([(0, 3), (1, 0), (1, 1), (3, 31), (9, 5), (1, 1024), (2, 1100)]):
             case = make(layout, groups, members, dtype, seed=i)
             for mode in MODES:
                 ours, want = (normalize(case, backend, mode=mode) for backend in ("native", "reference"))
