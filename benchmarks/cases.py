@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from fastpo.bench import (
     Case,
+    GaeCase,
+    GroupCase,
     LinearDpoCase,
     LinearLogprobsCase,
     ObjectiveCase,
@@ -42,6 +44,11 @@ FORMULAS = tuple(
     for pairs, tokens in FORMULA_SIZES
     for formula, options in ObjectiveCase.formulas()
 )
+GAE, LONG_GAE = GaeCase(), GaeCase(512, 4096)
+RAGGED_GAE, PACKED_GAE = (GaeCase(512, 4096, layout) for layout in ("ragged", "packed"))
+ADVANTAGES = (GAE, LONG_GAE, RAGGED_GAE, PACKED_GAE)
+GROUP = GroupCase()
+GROUPED = (GROUP, GroupCase(shuffled=True))
 LINEAR_LOGPROBS = (HALF, HALF_BFLOAT16, HALF_FROZEN, WHOLE)
 LINEAR_DPO = (DPO,)
 GROUPS: dict[str, tuple[Case, ...]] = {
@@ -51,6 +58,8 @@ GROUPS: dict[str, tuple[Case, ...]] = {
     "formulas": FORMULAS,
     "linear_logprobs": LINEAR_LOGPROBS,
     "linear_dpo": LINEAR_DPO,
+    "advantages": ADVANTAGES,
+    "groups": GROUPED,
 }
 # samples per process, fewer where a call takes a second
 REPETITIONS = {
@@ -60,6 +69,8 @@ REPETITIONS = {
     "formulas": 5,
     "linear_logprobs": 3,
     "linear_dpo": 3,
+    "advantages": 5,
+    "groups": 5,
 }
 
 # beside fastpo and eager torch; torch.compile would take an hour
@@ -182,6 +193,11 @@ TARGETS = (
     Target(HALF_BFLOAT16, "speed", 1.6, "fastpo_float32"),
     # 2.2 of one product
     Target(HALF_FROZEN, "bar", 1.1),
+    Target(GAE, "speed", 300.0, "eager"),
+    Target(GAE, "speed", 30.0, "torchrl"),
+    Target(LONG_GAE, "bar", 3.0),
+    Target(GROUP, "speed", 20.0, "loop"),
+    Target(GROUP, "speed", 2.0, "eager"),
     Target(WHOLE, "speed", 1.0, "eager"),
     Target(WHOLE, "memory", 1 / 10, "eager"),
 )

@@ -40,6 +40,8 @@ COLOURS = {
     "core_gathered": "mediumpurple",
     "trl_gathered": "lightskyblue",
     "liger": "tab:brown",
+    "torchrl": "tab:cyan",
+    "loop": "lightgray",
 }
 # in the sweep; and what a provider may take there: bytes beside its results, seconds of a call
 SWEPT = ("fastpo_kept", "compile", "core", "trl")

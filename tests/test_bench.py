@@ -16,6 +16,8 @@ from torch import Tensor
 from fastpo.bench import (
     CheckFailedError,
     Expected,
+    GaeCase,
+    GroupCase,
     LinearDpoCase,
     LinearLogprobsCase,
     ObjectiveCase,
@@ -201,6 +203,24 @@ def test_objective_passes_its_own_check(formula: str, options: Any, tokens: int)
 def test_every_compiled_formula_on_pairs_is_measured() -> None:
     rows = [objective(name) for name, _ in ObjectiveCase.formulas()]
     assert {row.kind for row in rows} == {"pairwise"} and len(rows) == len(_native.CPU.formulas)
+
+
+@pytest.mark.parametrize("layout", ["dense", "ragged", "packed"])
+def test_gae_passes_its_own_check(layout: str) -> None:
+    outcomes = measure(GaeCase(5, 37, layout), only=("read", "copy"), repetitions=1).outcomes
+    assert set(outcomes) == {"fastpo", "eager", "read", "copy"}
+    assert set(outcomes["fastpo"].errors) == {"advantages", "returns"}
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_group_normalize_passes_its_own_check(shuffled: bool) -> None:
+    outcomes = measure(GroupCase(333, shuffled), only=("loop", "read"), repetitions=1).outcomes
+    assert {name: o.status for name, o in outcomes.items()} == {
+        "fastpo": "ok",
+        "eager": "ok",
+        "loop": "ok",
+        "read": "floor",
+    }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])

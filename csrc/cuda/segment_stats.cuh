@@ -155,7 +155,7 @@ FASTPO_DEVICE void take_segment(const Segments& s, Int64 segment, const Members&
     if (x.counts) deviations = merge(deviations, Deviations{x.value - mean, (x.value - mean) * (x.value - mean)});
   }
   deviations = team_merge(cells, deviations, rank, team);
-  const Statistics found = statistics_of(sums, extremes, deviations, s.ddof);
+  const Statistics found = statistics_of(sums, mean, extremes, deviations, s.ddof);
   if (s.statistics && rank == 0) {
     double* out = s.statistics + segment;
     store(out, sums.count);

@@ -25,7 +25,7 @@ FASTPO_FN Sums merge(const Sums& a, const Sums& b) {
   return {a.count + b.count, a.sum + b.sum, a.weight + b.weight, a.weighted + b.weighted};
 }
 
-// of the differences from a first mean, which correct it: a sum of many numbers has the error of all of them
+// Of the differences from a first mean, which they correct: a sum of many numbers has the error of all of them.
 struct Deviations {
   double sum, squares;
 };
@@ -43,9 +43,8 @@ FASTPO_FN double first_mean(const Sums& s) { return s.count > 0 ? s.sum / s.coun
 
 // A constant segment has exactly its number as mean, and no variance; one with no more members than ddof has none
 // either.
-FASTPO_FN Statistics statistics_of(const Sums& s, const Extremes& e, const Deviations& d, int ddof) {
+FASTPO_FN Statistics statistics_of(const Sums& s, double mean, const Extremes& e, const Deviations& d, int ddof) {
   Statistics out{s, e, 0.0, 0.0, s.count > 0 && e.min == e.max};
-  const double mean = first_mean(s);
   if (out.constant) {
     out.mean = e.min;
   } else if (s.count > 0) {

@@ -15,10 +15,12 @@ std::tuple<Tensor, Tensor, Tensor> segment_stats(Tensor values, OptionalTensor w
   const Segments& s = p.arguments;
   if (s.boundaries) {
     bool ordered = s.boundaries[0] == 0 && s.boundaries[s.segments] <= s.total;
-    for (int64_t i = 0; ordered && i < s.segments; ++i) ordered = s.boundaries[i] <= s.boundaries[i + 1];
+    for (int64_t i = 0; i < s.segments; ++i) ordered &= s.boundaries[i] <= s.boundaries[i + 1];
     FASTPO_CHECK(ordered, ValueError, "cu_seqlens must rise from 0 to at most ", s.total, ", the number of values");
+    bool outside = false;
     for (int64_t i = 0; s.order && i < s.total; ++i)
-      STD_TORCH_CHECK(s.order[i] >= 0 && s.order[i] < s.total, "fastpo::segment_stats: order is no permutation");
+      outside |= static_cast<uint64_t>(s.order[i]) >= static_cast<uint64_t>(s.total);
+    STD_TORCH_CHECK(!outside, "fastpo::segment_stats: order is no permutation");
     // members behind the last segment
     if (s.boundaries[s.segments] < s.total) {
       torch::stable::zero_(p.normalized);

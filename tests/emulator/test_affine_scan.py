@@ -58,7 +58,11 @@ class Compiled:
             yield
 
 
-class TestValues(Compiled, cases.TestValues): ...
+class TestValues(Compiled, cases.TestValues):
+    @pytest.fixture(autouse=True)
+    def few_shapes(self, monkeypatch):
+        """A warp's rows, and a block's."""
+        monkeypatch.setattr(cases, "SHAPES", [(1, 0), (0, 5), (1, 1), (3, 7), (5, 33), (1, 1025)])
 
 
 class TestScan(Compiled, cases.TestScan): ...
