@@ -12,9 +12,11 @@ from fastpo.kernels import (
     linear_logprobs,
     pack,
     sequence_logprobs,
+    token_alpha_divergence,
     token_jsd,
     token_kl,
     token_logprobs,
+    token_tv,
     use_backend,
 )
 from fastpo.losses.formula import formula
@@ -36,8 +38,10 @@ __all__ = [
     "losses",
     "pack",
     "sequence_logprobs",
+    "token_alpha_divergence",
     "token_jsd",
     "token_kl",
     "token_logprobs",
+    "token_tv",
     "use_backend",
 ]

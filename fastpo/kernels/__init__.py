@@ -5,7 +5,7 @@ from fastpo.kernels.completions import completion_logprobs, sequence_logprobs
 from fastpo.kernels.linear_logprobs import LinearLogprobs, linear_logprobs
 from fastpo.kernels.packing import balance, pack
 from fastpo.kernels.token_logprobs import TokenLogprobs, token_logprobs
-from fastpo.kernels.vocab_divergence import token_jsd, token_kl
+from fastpo.kernels.vocab_divergence import token_alpha_divergence, token_jsd, token_kl, token_tv
 
 __all__ = [
     "LinearLogprobs",
@@ -15,8 +15,10 @@ __all__ = [
     "linear_logprobs",
     "pack",
     "sequence_logprobs",
+    "token_alpha_divergence",
     "token_jsd",
     "token_kl",
     "token_logprobs",
+    "token_tv",
     "use_backend",
 ]
