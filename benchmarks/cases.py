@@ -17,6 +17,7 @@ from fastpo.bench import (
     VocabDivergenceCase,
 )
 from fastpo.bench.processes import spread
+from fastpo.bench.vocab_divergence import DIVERGENCES
 
 FORWARD = TokenLogprobsCase(512, 50_000)
 ENTROPY = TokenLogprobsCase(512, 50_000, stats=("entropy",))
@@ -30,7 +31,10 @@ WHOLE = LinearLogprobsCase(prompt=0.0, backward=True)
 DPO = LinearDpoCase()
 
 TOKEN_LOGPROBS = (FORWARD, ENTROPY, BACKWARD, BFLOAT16)
-VOCAB_DIVERGENCE = tuple(VocabDivergenceCase(backward=backward) for backward in (False, True))
+VOCAB_DIVERGENCE = (
+    VocabDivergenceCase(),
+    *(VocabDivergenceCase(divergence=name, backward=True) for name in DIVERGENCES),
+)
 OBJECTIVE = tuple(
     ObjectiveCase(pairs, tokens, backward=backward)
     for pairs, tokens in ((8, 0), (65_536, 0), (1_048_576, 0), (64, 4096))

@@ -16,9 +16,11 @@ from fastpo.kernels import (
     pack,
     segment_stats,
     sequence_logprobs,
+    token_alpha_divergence,
     token_jsd,
     token_kl,
     token_logprobs,
+    token_tv,
     use_backend,
 )
 from fastpo.losses.formula import formula
@@ -47,8 +49,10 @@ __all__ = [
     "rewards",
     "segment_stats",
     "sequence_logprobs",
+    "token_alpha_divergence",
     "token_jsd",
     "token_kl",
     "token_logprobs",
+    "token_tv",
     "use_backend",
 ]

@@ -65,7 +65,7 @@ struct TokenLogprobs {
 };
 
 // Of p from q. The order is that of fastpo/kernels/vocab_divergence.py, and grows at its end only.
-enum class Divergence : int { kl, jsd };
+enum class Divergence : int { kl, jsd, skew_kl, total_variation, alpha, count };
 
 // Rows of two streams of logits, of the reference's p = softmax(reference / T) and the policy's q = softmax(logits /
 // T). Everything but them is contiguous; outputs are in the accumulator's type, gradients in that of the logits.
@@ -77,16 +77,26 @@ struct VocabDivergence {
   const void* temperatures;  // per row, in the accumulator's type, or null
   double temperature;
   Divergence kind;
-  double parameter;  // β of jsd
+  double parameter;  // β of jsd, λ of skew_kl, α of alpha
   void* divergence;  // (rows,)
   void* state;  // (numbers(), rows): both largest logits, Σ e^((a - max) / T) of the reference, log of its ratio to
-                // q's; KL(p || m) and KL(q || m) of jsd
+                // q's; KL(p || m) and KL(q || m) of jsd, E of skew_kl; P of total_variation
   // backward
   const void* grad;
   void* grad_logits;  // null if not wanted
   void* grad_reference;
 
-  int numbers() const { return kind == Divergence::jsd ? 6 : 4; }
+  int numbers() const {
+    switch (kind) {
+      case Divergence::jsd:
+        return 6;
+      case Divergence::skew_kl:
+      case Divergence::total_variation:
+        return 5;
+      default:
+        return 4;
+    }
+  }
 };
 
 // Rows of logits for some columns of a vocabulary, between two matrix products. All per-row numbers are double.

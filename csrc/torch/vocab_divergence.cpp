@@ -25,7 +25,7 @@ Prepared prepare(const Tensor& logits, const Tensor& reference, const OptionalTe
   a.mask = static_cast<const bool*>(data_or_null(p.mask));
   a.temperatures = data_or_null(p.temperatures);
   a.temperature = temperature;
-  STD_TORCH_CHECK(kind >= 0 && kind <= static_cast<int64_t>(Divergence::jsd),
+  STD_TORCH_CHECK(kind >= 0 && kind < static_cast<int64_t>(Divergence::count),
                   "fastpo::vocab_divergence: no divergence has the number ", kind);
   a.kind = static_cast<Divergence>(kind);
   a.parameter = parameter;

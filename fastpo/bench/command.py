@@ -14,7 +14,7 @@ from fastpo.bench.linear_logprobs import LinearLogprobsCase
 from fastpo.bench.objective import ObjectiveCase
 from fastpo.bench.processes import LEGEND, environment, heading, measure_in_processes, summarise, table
 from fastpo.bench.token_logprobs import TokenLogprobsCase
-from fastpo.bench.vocab_divergence import VocabDivergenceCase
+from fastpo.bench.vocab_divergence import DIVERGENCES, VocabDivergenceCase
 from fastpo.kernels.token_logprobs import STATISTICS
 from fastpo.reference.registry import objectives
 
@@ -61,12 +61,12 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
     add.add_argument("--stats", nargs="+", choices=STATISTICS, default=[], metavar="STAT", help=", ".join(STATISTICS))
     _providers(add, TokenLogprobsCase.PROVIDERS)
-    help_ = "KL between two models' next-token distributions, from logits"
+    help_ = "divergences between two models' next-token distributions, from logits"
     add = kernels.add_parser("vocab_divergence", parents=[backward, common], help=help_, description=help_)
     add.add_argument("--rows", type=positive, default=VocabDivergenceCase.rows)
     add.add_argument("--vocab", type=positive, default=VocabDivergenceCase.vocab)
     add.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
-    add.add_argument("--direction", choices=("forward", "reverse"), default=VocabDivergenceCase.direction)
+    add.add_argument("--divergence", choices=tuple(DIVERGENCES), default=VocabDivergenceCase.divergence)
     _providers(add, VocabDivergenceCase.PROVIDERS)
     help_ = "log-probs of target tokens from hidden states and the head's weight"
     add = kernels.add_parser("linear_logprobs", parents=[backward, common], help=help_, description=help_)
@@ -127,7 +127,7 @@ def main(argv: list[str]) -> int:
         stats = tuple(dict.fromkeys(args.stats))
         case = TokenLogprobsCase(args.rows, args.vocab, args.dtype, stats, args.backward)
     elif args.kernel == "vocab_divergence":
-        case = VocabDivergenceCase(args.rows, args.vocab, args.dtype, args.direction, args.backward)
+        case = VocabDivergenceCase(args.rows, args.vocab, args.dtype, args.divergence, args.backward)
     elif args.kernel == "linear_logprobs":
         case = LinearLogprobsCase(
             args.rows, args.hidden, args.vocab, args.dtype, args.prompt, args.frozen, args.backward

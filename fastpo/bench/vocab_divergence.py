@@ -1,25 +1,68 @@
-"""The benchmark of `fastpo.token_kl`."""
+"""The benchmark of `fastpo.token_kl` and the other divergences over the vocabulary."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastpo.bench.harness import Expected, Problem, Provider, Run, UnavailableError, compiled, read, with_backward
-from fastpo.kernels.vocab_divergence import token_kl
+from fastpo.kernels import vocab_divergence
 from fastpo.reference import vocabulary
 
 Function = Callable[[Tensor, Tensor], Sequence[Tensor]]
 
 
+class Divergence(NamedTuple):
+    """A divergence: the function of fastpo and of its reference, what people write of the log-probs of the reference
+    and the policy, and the beta of TRL's GKD loss, where that has it."""
+
+    function: str
+    options: dict[str, Any]
+    eager: Callable[[Tensor, Tensor], Tensor]
+    trl: float | None = None
+
+
+def _kl(first: Tensor, second: Tensor) -> Tensor:
+    return (first.exp() * (first - second)).sum(-1)
+
+
+def _jsd(reference: Tensor, policy: Tensor) -> Tensor:
+    mixture = torch.logaddexp(reference, policy) - math.log(2)
+    return (_kl(reference, mixture) + _kl(policy, mixture)) / 2
+
+
+def _skew(reference: Tensor, policy: Tensor) -> Tensor:
+    return _kl(reference, torch.logaddexp(reference + math.log(0.1), policy + math.log(0.9)))
+
+
+def _tv(reference: Tensor, policy: Tensor) -> Tensor:
+    return (reference.exp() - policy.exp()).abs().sum(-1) / 2
+
+
+def _chi2(reference: Tensor, policy: Tensor) -> Tensor:
+    return ((2 * reference - policy).exp().sum(-1) - 1) / 2
+
+
+DIVERGENCES = {
+    "forward": Divergence("token_kl", {}, _kl, 0.0),
+    "reverse": Divergence("token_kl", {"direction": "reverse"}, lambda reference, policy: _kl(policy, reference), 1.0),
+    "jsd": Divergence("token_jsd", {"beta": 0.5}, _jsd, 0.5),
+    "skew": Divergence("token_kl", {"skew": 0.1}, _skew),
+    "tv": Divergence("token_tv", {}, _tv),
+    "chi2": Divergence("token_alpha_divergence", {"alpha": 2.0}, _chi2),
+}
+
+
 @dataclass(frozen=True)
 class VocabDivergenceCase:
-    """The KL of every row of (rows, vocab) normal logits from a reference's, which differ from them by as much noise.
+    """A divergence of every row of (rows, vocab) normal logits from a reference's, which differ from them by as much
+    noise: KL(π_ref ‖ π) or its reverse, GKD's at β = 1/2, the skew KL at 0.1, the total variation, χ²(π_ref ‖ π) / 2.
 
     The backward is to the policy's logits alone, as in training against a frozen reference.
     """
@@ -29,14 +72,19 @@ class VocabDivergenceCase:
     rows: int = 256
     vocab: int = 50_000
     dtype: str = "float32"
-    direction: Literal["forward", "reverse"] = "forward"
+    divergence: str = "forward"
     backward: bool = False
     seed: int = 0
 
     @property
     def name(self) -> str:
         what = "forward" + " + backward" * self.backward
-        return f"vocab_divergence {self.direction} KL {self.rows} x {self.vocab} {self.dtype}, {what}"
+        name = f"{self.divergence} KL" if self.divergence in ("forward", "reverse", "skew") else self.divergence
+        return f"vocab_divergence {name} {self.rows} x {self.vocab} {self.dtype}, {what}"
+
+    @property
+    def of(self) -> Divergence:
+        return DIVERGENCES[self.divergence]
 
     def build(self) -> Problem:
         dtype = getattr(torch, self.dtype)
@@ -75,21 +123,22 @@ class VocabDivergenceCase:
         )
 
     def _fastpo(self, logits: Tensor, reference: Tensor) -> Sequence[Tensor]:
-        return [token_kl(logits, reference, direction=self.direction)]
+        return [getattr(vocab_divergence, self.of.function)(logits, reference, **self.of.options)]
 
     def _eager(self, logits: Tensor, reference: Tensor) -> Sequence[Tensor]:
         """What people write; bf16 and fp16 logits in fp32."""
         accumulate = torch.promote_types(logits.dtype, torch.float32)
         policy, other = (F.log_softmax(t.to(accumulate), -1) for t in (logits, reference))
-        first, second = (other, policy) if self.direction == "forward" else (policy, other)
-        return [(first.exp() * (first - second)).sum(-1)]
+        return [self.of.eager(other, policy)]
 
     def _trl(self) -> Function:
         try:
             from trl.experimental.gkd import GKDTrainer
         except ImportError as error:
             raise UnavailableError(f"TRL's GKDTrainer cannot be imported: {error}") from error
-        beta = 0 if self.direction == "forward" else 1
+        beta = self.of.trl
+        if beta is None:
+            raise UnavailableError("TRL's GKD loss has no such divergence")
 
         def function(logits: Tensor, reference: Tensor) -> Sequence[Tensor]:
             terms = GKDTrainer.generalized_jsd_loss(logits, reference, beta=beta, reduction="none")
@@ -107,19 +156,23 @@ class VocabDivergenceCase:
             rows = slice(start, start + 64)
             x = logits.detach()[rows].double().requires_grad_(self.backward)
             y = reference[rows].double()
-            out = vocabulary.token_kl(x, y, direction=self.direction)
+            out = getattr(vocabulary, self.of.function)(x, y, **self.of.options)
             divergence.append(out.detach())
             log_q, log_p = x.detach().log_softmax(-1), y.log_softmax(-1)
             largest = max(largest, log_q.abs().max().item(), log_p.abs().max().item())
             if self.backward:
                 gradients += torch.autograd.grad(out, x, upstream[rows].double())
-                terms.append(upstream[rows].double().abs().unsqueeze(-1) * (log_q.exp() + log_p.exp()))
+                term = upstream[rows].double().abs().unsqueeze(-1) * (log_q.exp() + log_p.exp())
+                if self.divergence == "tv":
+                    # where the streams meet the slope jumps, and rounding decides
+                    term = torch.where((log_q - log_p).abs() < 1e-4, torch.inf, term)
+                terms.append(term)
         eps = torch.finfo(torch.promote_types(logits.dtype, torch.float32)).eps
         # an implementation may round log-probs; in a gradient that error of log p is a relative error of p
         expected = {"divergence": Expected(torch.cat(divergence), magnitude=largest, eps=eps)}
         if self.backward:
-            if self.direction == "reverse":
-                # q (log q - log p - KL)
+            if self.divergence != "forward":
+                # q (log q - log p - KL), or the like
                 terms = [t * 2 * largest for t in terms]
             weight = torch.cat(terms).clamp_min_(torch.finfo(torch.float32).tiny)
             expected["gradient"] = Expected(torch.cat(gradients), weight, largest, eps)

@@ -7,7 +7,7 @@ from fastpo.kernels.linear_logprobs import LinearLogprobs, linear_logprobs
 from fastpo.kernels.packing import balance, pack
 from fastpo.kernels.segment_stats import SegmentStats, group_normalize, segment_stats
 from fastpo.kernels.token_logprobs import TokenLogprobs, token_logprobs
-from fastpo.kernels.vocab_divergence import token_jsd, token_kl
+from fastpo.kernels.vocab_divergence import token_alpha_divergence, token_jsd, token_kl, token_tv
 
 __all__ = [
     "LinearLogprobs",
@@ -21,8 +21,10 @@ __all__ = [
     "pack",
     "segment_stats",
     "sequence_logprobs",
+    "token_alpha_divergence",
     "token_jsd",
     "token_kl",
     "token_logprobs",
+    "token_tv",
     "use_backend",
 ]

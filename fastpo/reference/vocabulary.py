@@ -86,6 +86,14 @@ def _expected_difference(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(none, 0, p * (torch.where(none, 0, log_p) - torch.where(none, 0, log_q))).sum(-1)
 
 
+def _log_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
+    """log(weight p + (1 - weight) q)."""
+    # logaddexp has no gradient where both are impossible
+    neither = (log_p == -torch.inf) & (log_q == -torch.inf)
+    log_p, log_q = (torch.where(neither, 0, log) for log in (log_p, log_q))
+    return torch.logaddexp(log_p + math.log(weight), log_q + math.log1p(-weight))
+
+
 def token_kl(
     logits: Tensor,
     reference_logits: Tensor,
@@ -93,11 +101,15 @@ def token_kl(
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     direction: str = "forward",
+    skew: float = 0.0,
 ) -> Tensor:
     """The Kullback-Leibler divergence of every row, as `fastpo.token_kl` documents it."""
     log_q, log_p = _both_logprobs(logits, reference_logits, mask, temperature)
     if direction == "reverse":
         log_p, log_q = log_q, log_p
+    if skew:
+        kl = _expected_difference(log_p, _log_mixture(log_p, log_q, skew))
+        return kl if mask is None else torch.where(mask, kl, 0)
     kl = _expected_difference(log_p, log_q)
     # infinite also where what p can draw and q cannot has less than the dtype's least number
     impossible = ((log_p.exp() == 0) & (log_p > -torch.inf) & (log_q == -torch.inf)).any(-1)
@@ -115,15 +127,46 @@ def token_jsd(
 ) -> Tensor:
     """The generalised Jensen-Shannon divergence of every row, as `fastpo.token_jsd` documents it."""
     log_q, log_p = _both_logprobs(logits, reference_logits, mask, temperature)
-    # logaddexp has no gradient where both are impossible
-    neither = (log_p == -torch.inf) & (log_q == -torch.inf)
-    shares = [
-        torch.where(neither, 0, log_p) + math.log(beta),
-        torch.where(neither, 0, log_q) + math.log1p(-beta),
-    ]
-    log_m = torch.logaddexp(*shares)
+    log_m = _log_mixture(log_p, log_q, beta)
     jsd = beta * _expected_difference(log_p, log_m) + (1 - beta) * _expected_difference(log_q, log_m)
     return jsd if mask is None else torch.where(mask, jsd, 0)
+
+
+def token_tv(
+    logits: Tensor,
+    reference_logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+) -> Tensor:
+    """The total variation distance of every row, as `fastpo.token_tv` documents it."""
+    log_q, log_p = _both_logprobs(logits, reference_logits, mask, temperature)
+    # the derivative of |0| is 0
+    tv = (log_q.exp() - log_p.exp()).abs().sum(-1) / 2
+    return tv if mask is None else torch.where(mask, tv, 0)
+
+
+def token_alpha_divergence(
+    logits: Tensor,
+    reference_logits: Tensor,
+    *,
+    alpha: float = 0.5,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+) -> Tensor:
+    """The α-divergence of every row, α not 0 or 1, as `fastpo.token_alpha_divergence` documents it."""
+    log_q, log_p = _both_logprobs(logits, reference_logits, mask, temperature)
+    if alpha > 0.5:
+        log_p, log_q, alpha = log_q, log_p, 1 - alpha
+    # p^α q^(1 - α) - q, which is nothing where p and q are, and has the digits of α log(p / q) where that is small
+    neither = (log_p == -torch.inf) & (log_q == -torch.inf)
+    log_p, log_q = (torch.where(neither, 0, log) for log in (log_p, log_q))
+    small = (alpha * (log_p - log_q)).abs() < 1
+    near = log_q.exp() * torch.expm1(alpha * torch.where(small, log_p - log_q, 0))
+    far = (alpha * log_p + (1 - alpha) * log_q).exp() - log_q.exp()
+    terms = torch.where(neither, 0, torch.where(small, near, far))
+    divergence = terms.sum(-1) / (alpha * (alpha - 1))
+    return divergence if mask is None else torch.where(mask, divergence, 0)
 
 
 class LinearLogprobs(NamedTuple):

@@ -21,6 +21,24 @@ class TestValues(cases.TestValues): ...
 class TestExtremeRows(cases.TestExtremeRows): ...
 
 
+class TestMembers(cases.TestMembers):
+    # of the CPU alone
+    test_gradcheck = None
+
+
+class TestKinds(cases.TestKinds):
+    # of the CPU alone
+    test_compiled = None
+    test_only_the_gradients_that_are_needed = None
+
+
+class TestImpossibleTokens:
+    test_jsd = cases.TestJensenShannon.test_impossible_tokens
+    test_skew = cases.TestSkew.test_impossible_tokens
+    test_tv = cases.TestTotalVariation.test_impossible_tokens
+    test_alpha = cases.TestAlpha.test_impossible_tokens
+
+
 class TestLayouts:
     def test_strides(self, dtype):
         for pair in cases.TestLayouts().layouts(dtype).values():

@@ -16,7 +16,13 @@ from tests.tolerance import assert_within
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("divergence", "grad_logits", "grad_reference")
-FUNCTIONS = {"kl": fastpo.token_kl, "jsd": fastpo.token_jsd}
+FUNCTIONS = {
+    "kl": fastpo.token_kl,
+    "jsd": fastpo.token_jsd,
+    "tv": fastpo.token_tv,
+    "alpha": fastpo.token_alpha_divergence,
+}
+DIRECTIONS = ("forward", "reverse")
 # the divergences for which a row is read twice
 MEMBERS = {
     "jsd 0.5": {"kind": "jsd", "beta": 0.5},
@@ -24,7 +30,21 @@ MEMBERS = {
     "jsd near 0": {"kind": "jsd", "beta": 1e-6},
     "jsd near 1": {"kind": "jsd", "beta": 1 - 2.0**-20},
     "jsd below an eps": {"kind": "jsd", "beta": 1e-30},
+    "skew": {"kind": "kl", "skew": 0.1},
+    "skew reverse": {"kind": "kl", "skew": 0.1, "direction": "reverse"},
+    "skew near 0": {"kind": "kl", "skew": 1e-6},
+    "skew near 1": {"kind": "kl", "skew": 1 - 2.0**-20},
+    "tv": {"kind": "tv"},
+    "alpha 0.5": {"kind": "alpha", "alpha": 0.5},
+    "alpha 0.3": {"kind": "alpha", "alpha": 0.3},
+    "alpha near 0": {"kind": "alpha", "alpha": 1e-6},
+    "alpha below 0": {"kind": "alpha", "alpha": -1e-30},
+    "alpha near 1": {"kind": "alpha", "alpha": 1 - 2.0**-20},
+    "chi2": {"kind": "alpha", "alpha": 2.0},
+    "chi2 reverse": {"kind": "alpha", "alpha": -1.0},
 }
+# one of each kind
+KINDS = [MEMBERS[name] for name in ("jsd 0.1", "skew", "tv", "alpha 0.3")]
 
 
 @pytest.fixture(params=DTYPES, ids=str)
@@ -58,8 +78,8 @@ def mixture(p: np.ndarray, q: np.ndarray, x: np.ndarray, weight: float) -> tuple
     logs, kls = [], []
     for d, other, y in ((p, 1 - w, -x), (q, w, x)):
         # m / d - 1, if that is small
-        more = other * np.expm1(np.clip(y, -10, 10))
-        near = (np.abs(y) < 10) & (np.abs(more) < 0.5)
+        more = other * np.expm1(y)
+        near = np.abs(more) < 0.5
         logs.append(np.where(d > 0, np.where(near, -np.log1p(more), np.log(d / m)), 0))
         terms = np.where(near, more - np.log1p(more), logs[-1] + np.where(d > 0, m / d, 0) - 1)
         series = sum(((-more) ** k / k for k in range(2, 9)), np.longdouble(0))
@@ -76,6 +96,8 @@ def exact(
     kind: str = "kl",
     direction: str = "forward",
     beta: float = 0.5,
+    skew: float = 0.0,
+    alpha: float = 0.5,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The textbook formulas in 80-bit floats, without torch: the truth, for the reference as well.
 
@@ -106,16 +128,32 @@ def exact(
     # by how many eps x = log p - log q is off
     off = relative_p + mean_p + relative_q + mean_q
 
-    def of_mean(i: int, h: np.ndarray, mean: np.ndarray, steep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The slope d (h(x) - mean of h), d = q or p, and its size; |h'| is `steep`."""
+    def of_mean(i: int, h: np.ndarray, means: tuple[np.ndarray, ...], steep: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The slope d (h(x) - mean of h), d = q or p, and its size, in which h, of several operations, and the parts of
+        its mean are rounded; |h'| is `steep`."""
         d, relative, mean_relative = own[i]
-        slope = np.where(d > 0, d * (h - mean), 0)
-        mean_size = total(np.where(d > 0, d * (steep * off + np.abs(h - mean) * relative), 0))
-        return slope, np.abs(slope) * (relative + mean_relative) + d * (steep * off + mean_size)
+        away = h - sum(means)
+        slope = np.where(d > 0, d * away, 0)
+        mean_size = total(np.where(d > 0, d * (steep * off + np.abs(away) * relative), 0))
+        rounded = 2 * np.abs(h) + sum(np.abs(mean) for mean in means)
+        size = np.where(d > 0, d * (rounded + steep * off + mean_size), 0)
+        return slope, np.abs(slope) * (relative + mean_relative) + size
 
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         x = np.where((p > 0) | (q > 0), log_p - log_q, 0)
-        if kind == "kl":
+        if kind == "kl" and skew:
+            m = skew * p + (1 - np.longdouble(skew)) * q
+            (log, _), (value, _) = mixture(p, q, x, skew)
+            weights = np.longdouble(skew), 1 - np.longdouble(skew)
+            # p / m - 1, from terms that are not negative its mean under q, and its slope in x
+            e = np.where(m > 0, weights[1] * (p - q) / m, 0)
+            mean = -weights[0] * weights[1] * total(np.where(m > 0, (p - q) ** 2 / m, 0))
+            steep = np.where(m > 0, weights[1] * p * q / m**2, 0)
+            of_q = tuple(weights[1] * v for v in of_mean(0, -e, (-mean,), steep))
+            h = np.where(p > 0, log - weights[0] * e, 0)
+            steep = np.where(m > 0, weights[1] * q / m, 0) + weights[0] * steep
+            found = [of_q, of_mean(1, h, (value, weights[1] * mean), steep)]
+        elif kind == "kl":
             x = np.where(p > 0, x, 0)
             # terms that are not negative: those of p x cancel down to the 80 bits of a log-prob
             near = np.abs(x) < 1
@@ -124,6 +162,32 @@ def exact(
             p_terms, q_terms = p * (relative_p + mean_p), q * (relative_q + mean_q)
             size = p_terms * (np.abs(x) + np.abs(value)) + p * (relative_q + mean_q)
             found = [(q - p, p_terms + q_terms), (slope, size)]
+        elif kind == "tv":
+            excess = np.where(np.abs(x) < 1, p * np.expm1(np.clip(-x, -1, 1)), q - p)
+            s = np.sign(excess) / 2
+            value, mean = total(np.abs(excess)) / 2, total(p * s)
+            # where rounding decides on the sign, the slope may jump by 1; 2 eps are allowed of a size
+            eps = torch.finfo(torch.promote_types(logits.dtype, torch.float32)).eps
+            steep = np.where((np.abs(x) < 2 * eps * off) & (x != 0), 1 / (2 * eps * off), 0)
+            found = [of_mean(0, s, (mean, value), steep), of_mean(1, -s, (-mean,), steep)]
+        elif kind == "alpha":
+            exchanged = alpha > 0.5
+            if exchanged:
+                # D_α(p, q) = D_(1 - α)(q, p)
+                (log_p, p), (log_q, q) = (log_q, q), (log_p, p)
+                x, alpha, own = -x, 1 - alpha, own[::-1]
+            a = np.longdouble(alpha)
+            product = np.where((p > 0) & (q > 0), np.exp(a * log_p + (1 - a) * log_q), 0)
+            # q E, p F and (p - q - q E) / (1 - α), of which nothing is lost near x = 0
+            y = np.where(np.isfinite(x), x, 0)
+            qe = np.where((np.abs(a * x) < 1) & (q > 0), q * np.expm1(a * y) / a, (product - q) / a)
+            pf = np.where((np.abs((1 - a) * x) < 1) & (p > 0), -p * np.expm1((a - 1) * y), p - product) / (1 - a)
+            series = sum((y**k * (1 - a ** (k - 1)) / math.factorial(k) for k in range(2, 12)), np.longdouble(0))
+            small = np.abs(x) * max(1, abs(alpha)) < 1e-2
+            value = total(np.where(small, q * series, p - q - qe)) / (1 - a)
+            of_q = of_mean(0, np.where(q > 0, -qe / q, 0), ((1 - a) * value,), np.where(q > 0, product / q, 0))
+            of_p = of_mean(1, np.where(p > 0, pf / p, 0), (a * value,), np.where(p > 0, product / p, 0))
+            found = [of_p, of_q] if exchanged else [of_q, of_p]
         else:
             m = beta * p + (1 - np.longdouble(beta)) * q
             logs, parts = mixture(p, q, x, beta)
@@ -132,11 +196,13 @@ def exact(
             # d log(q / m) / dx and d log(p / m) / dx
             steep = [np.where(m > 0, w * d / m, 0) for w, d in zip(weights, (p, q), strict=True)]
             found = [
-                tuple(weights[1 - i] * v for v in of_mean(i, logs[1 - i], parts[1 - i], steep[i])) for i in range(2)
+                tuple(weights[1 - i] * v for v in of_mean(i, logs[1 - i], (parts[1 - i],), steep[i])) for i in range(2)
             ]
     like = torch.float64 if logits.dtype == torch.float64 else torch.float32
     g = upstream(torch.empty(shape, dtype=like)).double().numpy().reshape(-1, 1)
-    size = total(np.abs(found[1][0]) * relative_p + np.abs(found[0][0]) * relative_q) + np.abs(value)
+    # where a row is read twice, q is normalised before terms are added up
+    roundings = 1 if kind == "kl" and not skew else 2
+    size = total(np.abs(found[1][0]) * relative_p + np.abs(found[0][0]) * relative_q) + roundings * np.abs(value)
     values = [np.where(keep[:, None], v, 0) for v in (value, *(g * slope / t for slope, _ in found))]
     sizes = [size, *(np.abs(g) / t * terms for _, terms in found)]
     if direction == "reverse":
@@ -419,28 +485,11 @@ class TestExtremeRows:
 
 @pytest.mark.parametrize("member", MEMBERS.values(), ids=MEMBERS)
 class TestMembers:
-    @pytest.mark.parametrize("vocab", [1, 2, 3, 63, 64, 65, 4097, 9001])
-    def test_vocabulary_sizes(self, dtype, vocab, member):
-        compare(*make(5, vocab, dtype=dtype, seed=vocab), **member)
-
-    def test_long_vocabulary(self, dtype, member):
-        compare(*make(1, 151_936, dtype=dtype), **member)
-
     @pytest.mark.parametrize("apart", [1e-3, 1.0, 30.0])
     def test_near_and_far(self, dtype, apart, member):
+        # a χ² of far ones overflows
+        apart = min(apart, 3.0) if abs(member.get("alpha", 0.5)) >= 1 else apart
         compare(*make(6, 700, dtype=dtype, apart=apart), temperature=0.7, **member)
-
-    def test_layouts(self, dtype, member):
-        for name, pair in TestLayouts().layouts(dtype).items():
-            ours = compare(*pair, **member)
-            assert ours["grad_logits"].shape == pair[0].shape, name
-
-    def test_temperature_per_token(self, dtype, member):
-        logits, reference = make(3, 5, 200, dtype=dtype)
-        temperature = torch.linspace(0.2, 3, 15).view(3, 5)
-        both = compare(logits, reference, temperature=temperature, **member)
-        one = compare(logits[1:2, 2:3], reference[1:2, 2:3], temperature=temperature[1, 2].item(), **member)
-        assert torch.equal(both["divergence"][1, 2], one["divergence"][0, 0])
 
     @pytest.mark.parametrize("apart", [1e-4, 1e-2, 1.0])
     def test_small_divergences(self, apart, member):
@@ -459,6 +508,42 @@ class TestMembers:
             logits[:, vocab // 2 + 1 :] = -math.inf
             ours = evaluate(logits, logits.clone(), **member)
             assert not any(value.any() for value in ours.values())
+
+    def test_gradcheck(self, member):
+        inputs = tuple(t.requires_grad_() for t in make(2, 3, 7, dtype=torch.float64))
+        mask = torch.tensor([[True, True, False], [True, False, True]])
+        options = {name: value for name, value in member.items() if name != "kind"}
+
+        def function(x, y):
+            return FUNCTIONS[member["kind"]](x, y, mask=mask, temperature=0.8, **options)
+
+        with fastpo.use_backend("native"):
+            assert torch.autograd.gradcheck(function, inputs)
+            assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("member", KINDS, ids=lambda member: member["kind"] + " skew" * ("skew" in member))
+class TestKinds:
+    """What does not depend on numbers."""
+
+    @pytest.mark.parametrize("vocab", [1, 2, 63, 65, 4097, 9001])
+    def test_vocabulary_sizes(self, dtype, vocab, member):
+        compare(*make(5, vocab, dtype=dtype, seed=vocab), **member)
+
+    def test_long_vocabulary(self, dtype, member):
+        compare(*make(1, 151_936, dtype=dtype), **member)
+
+    def test_layouts(self, dtype, member):
+        for name, pair in TestLayouts().layouts(dtype).items():
+            ours = compare(*pair, **member)
+            assert ours["grad_logits"].shape == pair[0].shape, name
+
+    def test_temperature_per_token(self, dtype, member):
+        logits, reference = make(3, 5, 200, dtype=dtype)
+        temperature = torch.linspace(0.2, 3, 15).view(3, 5)
+        both = compare(logits, reference, temperature=temperature, **member)
+        one = compare(logits[1:2, 2:3], reference[1:2, 2:3], temperature=temperature[1, 2].item(), **member)
+        assert torch.equal(both["divergence"][1, 2], one["divergence"][0, 0])
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize("which", [0, 1])
@@ -484,18 +569,6 @@ class TestMembers:
             out = FUNCTIONS[member["kind"]](*leaves, **options)
             out.backward(upstream(out))
             assert torch.equal(leaves[i].grad, clean[NAMES[1 + i]]) and leaves[1 - i].grad is None
-
-    def test_gradcheck(self, member):
-        inputs = tuple(t.requires_grad_() for t in make(2, 3, 7, dtype=torch.float64))
-        mask = torch.tensor([[True, True, False], [True, False, True]])
-        options = {name: value for name, value in member.items() if name != "kind"}
-
-        def function(x, y):
-            return FUNCTIONS[member["kind"]](x, y, mask=mask, temperature=0.8, **options)
-
-        with fastpo.use_backend("native"):
-            assert torch.autograd.gradcheck(function, inputs)
-            assert torch.autograd.gradgradcheck(function, inputs)
 
     def test_compiled(self, member):
         options = {name: value for name, value in member.items() if name != "kind"}
@@ -565,6 +638,150 @@ class TestJensenShannon:
                         fastpo.token_jsd(logits, logits, beta=bad)
                 with pytest.raises(TypeError, match="beta must be a number, got str"):
                     fastpo.token_jsd(logits, logits, beta="0.5")
+
+
+class TestSkew:
+    def test_given_distributions(self):
+        p, q = TestReference.P, TestReference.Q
+        logits, reference = (torch.tensor([[math.log(w) for w in d]], dtype=torch.float64) for d in (q, p))
+        forward = sum(a * math.log(a / (0.2 * a + 0.8 * b)) for a, b in zip(p, q, strict=True))
+        reverse = sum(b * math.log(b / (0.2 * b + 0.8 * a)) for a, b in zip(p, q, strict=True))
+        assert abs(forward - reverse) > 1e-3
+        for backend in ("native", "reference"):
+            with fastpo.use_backend(backend):
+                found = [fastpo.token_kl(logits, reference, skew=0.2, direction=d).item() for d in DIRECTIONS]
+            assert found == pytest.approx([forward, reverse], abs=1e-14)
+
+    def test_limits(self):
+        """λ = 0 is the KL, also with its gradients in the limit; D / (1 - λ)² tends to half of chi² under p."""
+        logits, reference = make(4, 300, dtype=torch.float64)
+        for direction in DIRECTIONS:
+            kl = evaluate(logits, reference, direction=direction)
+            near = evaluate(logits, reference, direction=direction, skew=1e-9)
+            for name in NAMES:
+                assert torch.allclose(near[name], kl[name], rtol=1e-6, atol=1e-10), name
+        rest = 2.0**-20
+        p, q = reference.softmax(-1), logits.softmax(-1)
+        half_chi2 = ((p - q) ** 2 / p).sum(-1) / 2
+        found = fastpo.token_kl(logits, reference, skew=1 - rest) / rest**2
+        assert torch.allclose(found, half_chi2, rtol=1e-3)
+
+    @pytest.mark.parametrize("direction", ["forward", "reverse"])
+    @pytest.mark.parametrize("skew", [1e-30, 0.4, 1 - 2.0**-20])
+    def test_impossible_tokens(self, dtype, skew, direction):
+        """To either and to both; the divergence and both gradients stay finite, at most -log λ."""
+        logits, reference = make(5, 5000, dtype=dtype)
+        logits[:, 10:2000] = -math.inf
+        reference[:, 1000:4500] = -math.inf
+        ours = compare(logits, reference, skew=skew, direction=direction)
+        assert all(value.isfinite().all() for value in ours.values())
+        assert (ours["divergence"] <= -math.log(skew)).all()
+
+    def test_messages(self):
+        logits = torch.zeros(2, 5)
+        for backend in ("native", "reference"):
+            with fastpo.use_backend(backend):
+                for bad in (1.0, -0.5, math.nan):
+                    with pytest.raises(ValueError, match=r"skew must be in \[0, 1\), got"):
+                        fastpo.token_kl(logits, logits, skew=bad)
+                with pytest.raises(TypeError, match="skew must be a number, got str"):
+                    fastpo.token_kl(logits, logits, skew="0.5")
+
+
+class TestTotalVariation:
+    def test_given_distributions(self):
+        p, q = TestReference.P, TestReference.Q
+        logits, reference = (torch.tensor([[math.log(w) for w in d]], dtype=torch.float64) for d in (q, p))
+        for backend in ("native", "reference"):
+            with fastpo.use_backend(backend):
+                assert fastpo.token_tv(logits, reference).item() == pytest.approx(0.2, abs=1e-15)
+
+    def test_bounds(self):
+        """1 between certainties of two tokens, with no gradient, and bounded by the KL (Pinsker)."""
+        logits = torch.full((2, 5), -math.inf)
+        logits[0, 1], logits[1, 3] = 2.0, -4.0
+        for backend in ("native", "reference"):
+            ours = evaluate(logits, logits.flip(0), backend, kind="tv")
+            assert ours["divergence"].tolist() == [1.0, 1.0]
+            assert not ours["grad_logits"].any() and not ours["grad_reference"].any()
+        pair = make(50, 300, apart=0.3)
+        assert (fastpo.token_tv(*pair) <= (fastpo.token_kl(*pair) / 2).sqrt()).all()
+
+    def test_impossible_tokens(self, dtype):
+        logits, reference = make(5, 5000, dtype=dtype)
+        logits[:, 10:2000] = -math.inf
+        reference[:, 1000:4500] = -math.inf
+        ours = compare(logits, reference, kind="tv")
+        assert all(value.isfinite().all() for value in ours.values())
+
+
+class TestAlpha:
+    @pytest.mark.parametrize("alpha", [-1.0, -0.3, 0.2, 0.5, 0.8, 1.4, 2.0, 3.0])
+    def test_given_distributions(self, alpha):
+        p, q = TestReference.P, TestReference.Q
+        logits, reference = (torch.tensor([[math.log(w) for w in d]], dtype=torch.float64) for d in (q, p))
+        want = (sum(a**alpha * b ** (1 - alpha) for a, b in zip(p, q, strict=True)) - 1) / (alpha * (alpha - 1))
+        for backend in ("native", "reference"):
+            with fastpo.use_backend(backend):
+                found = fastpo.token_alpha_divergence(logits, reference, alpha=alpha).item()
+            assert found == pytest.approx(want, rel=1e-13)
+
+    def test_names(self):
+        """χ² and Hellinger's distance by their own formulas, and both KLs, which are also the limits."""
+        logits, reference = make(4, 300, dtype=torch.float64)
+        p, q = reference.softmax(-1), logits.softmax(-1)
+        named = {
+            2.0: ((p - q) ** 2 / q).sum(-1) / 2,
+            -1.0: ((p - q) ** 2 / p).sum(-1) / 2,
+            0.5: 2 * ((p.sqrt() - q.sqrt()) ** 2).sum(-1),
+        }
+        for alpha, want in named.items():
+            assert torch.allclose(fastpo.token_alpha_divergence(logits, reference, alpha=alpha), want, rtol=1e-12)
+        for alpha, direction in ((1, "forward"), (0, "reverse")):
+            kl = evaluate(logits, reference, direction=direction)
+            same = evaluate(logits, reference, kind="alpha", alpha=alpha)
+            assert all(torch.equal(same[name], kl[name]) for name in NAMES)
+            for near in (alpha - 1e-9, alpha + 1e-9):
+                found = evaluate(logits, reference, kind="alpha", alpha=near)
+                assert all(torch.allclose(found[name], kl[name], rtol=1e-6, atol=1e-7) for name in NAMES)
+
+    @pytest.mark.parametrize("alpha", [0.3, 0.5, 0.9, 1e-30])
+    def test_impossible_tokens(self, dtype, alpha):
+        """To either and to both; between 0 and 1 the divergence and both gradients stay finite."""
+        logits, reference = make(5, 5000, dtype=dtype)
+        logits[:, 10:2000] = -math.inf
+        if alpha > 1e-3:
+            reference[:, 1000:4500] = -math.inf
+        else:
+            reference[:, 1000:2000] = -math.inf
+        ours = compare(logits, reference, kind="alpha", alpha=alpha)
+        assert all(value.isfinite().all() for value in ours.values())
+
+    def test_infinite(self, dtype):
+        """Outside [0, 1], where one distribution excludes what the other does not; alone in its row."""
+        for alpha, which in ((2.0, 0), (1.5, 0), (-1.0, 1), (-0.1, 1)):
+            pair = make(3, 500, dtype=dtype)
+            clean = evaluate(*pair, kind="alpha", alpha=alpha)
+            pair[0][1, 3] = pair[1][1, 3] = -math.inf
+            finite = compare(*pair, kind="alpha", alpha=alpha)
+            assert all(value.isfinite().all() for value in finite.values())
+            pair[which][1, 7] = -math.inf
+            for backend in ("native", "reference"):
+                ours = evaluate(*pair, backend, kind="alpha", alpha=alpha)
+                assert ours["divergence"][1] == math.inf
+            ours = evaluate(*pair, kind="alpha", alpha=alpha)
+            for name in NAMES:
+                assert torch.equal(ours[name][[0, 2]], clean[name][[0, 2]]), name
+
+    def test_messages(self):
+        logits = torch.zeros(2, 5)
+        for backend in ("native", "reference"):
+            with fastpo.use_backend(backend):
+                for bad in (math.inf, math.nan):
+                    with pytest.raises(ValueError, match="alpha must be finite, got"):
+                        fastpo.token_alpha_divergence(logits, logits, alpha=bad)
+                with pytest.raises(TypeError, match="alpha must be a number, got str"):
+                    fastpo.token_alpha_divergence(logits, logits, alpha="0.5")
 
 
 class TestAutograd:
@@ -660,7 +877,9 @@ class TestCompile:
         logits, reference = make(2, 3, 17, dtype=dtype)
         mask, temperatures = torch.rand(2, 3) < 0.7, torch.rand(2, 3) + 0.5
         op, backward = torch.ops.fastpo.vocab_divergence.default, torch.ops.fastpo.vocab_divergence_backward.default
-        for options in ((None, None, 0.7, 0, 0.0), (mask, temperatures, 1.0, 0, 0.0), (mask, None, 0.7, 1, 0.3)):
+        plain, with_mask = (None, None, 0.7), (mask, None, 0.7)
+        numbers = [(*plain, 0, 0.0), (mask, temperatures, 1.0, 0, 0.0), (*with_mask, 3, 0.0)]
+        for options in [*numbers, *((*with_mask, kind, 0.3) for kind in (1, 2, 4))]:
             torch.library.opcheck(op, (logits, reference, *options))
             divergence, state = op(logits, reference, *options)
             grad = torch.randn_like(divergence)

@@ -163,6 +163,9 @@ class TestLayouts(cases.TestLayouts):
 class TestMembers(cases.TestMembers):
     # fp64, which these kernels do not serve
     test_gradcheck = None
+
+
+class TestKinds(cases.TestKinds):
     test_long_vocabulary = None
 
     @pytest.mark.parametrize("vocab", [1, 2, 65, 4097])
@@ -185,6 +188,23 @@ class TestJensenShannon(cases.TestJensenShannon):
     # fp64, which these kernels do not serve
     test_given_distributions = None
     test_limits_and_symmetry = None
+
+
+class TestSkew(cases.TestSkew):
+    # fp64, which these kernels do not serve
+    test_given_distributions = None
+    test_limits = None
+
+
+class TestTotalVariation(cases.TestTotalVariation):
+    # fp64, which these kernels do not serve
+    test_given_distributions = None
+
+
+class TestAlpha(cases.TestAlpha):
+    # fp64, which these kernels do not serve
+    test_given_distributions = None
+    test_names = None
 
 
 class TestAutograd(cases.TestAutograd):

@@ -10,6 +10,7 @@ in a vector are read by single elements.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ class Backward(NamedTuple):
 FORWARD_CONFIGS = (Forward(256, 256), Forward(128, 128), Forward(64, 64))
 BACKWARD_CONFIGS = (Backward(256, 4, 256), Backward(128, 8, 128), Backward(64, 4, 64))
 
-KL, JSD = (tl.constexpr(kind) for kind in (vocab_divergence.KL, vocab_divergence.JSD))
+KL, JSD, SKEW_KL, TOTAL_VARIATION, ALPHA = (tl.constexpr(i) for i in vocab_divergence.STATE_ROWS)
 NEAR_ZERO = tl.constexpr(LN_2.value / 2)
 LEAST = torch.finfo(torch.float32).tiny
 
@@ -139,23 +140,81 @@ def _mixture(p, q, x, excess, weight, rest):
 
 
 @triton.jit
+def _relative(p, q, excess, weight, rest):
+    """(q - p) / m, and 0 where neither is possible."""
+    m = weight * p + rest * q
+    return tl.where(m > 0, excess / tl.where(m > 0, m, 1.0), 0.0)
+
+
+@triton.jit
+def _signed_half(excess, v):
+    """v times half the sign of q - p."""
+    half = 0.5 * v
+    return tl.where(excess > 0, half, tl.where(excess < 0, -half, 0.0))
+
+
+@triton.jit
+def _alpha(p, q, x, p_log, q_log, excess, alpha, rest):
+    """Of a column p F, q E and the term of the α-divergence, as AlphaDivergence of csrc/cpu/vocab_divergence.inc."""
+    power = alpha * p_log + rest * q_log
+    product = tl.where(power == power, tl.exp(power), 0.0)
+    up = alpha * x
+    down = -rest * x
+    up_near = tl.abs(up) <= NEAR_ZERO
+    up_tail = alpha * _exp_tail(up)
+    policy = tl.where(up_near, q * (x + x * x * up_tail), (product - q) / alpha)
+    down_near = tl.abs(down) <= NEAR_ZERO
+    reference = tl.where(down_near, p * (x - rest * (x * x * _exp_tail(down))), (p - product) / rest)
+    near = up_near & (tl.abs(x) <= NEAR_ZERO)
+    term = tl.where(near, q * (x * x) * (_exp_tail(x) - up_tail), -excess - policy) / rest
+    return reference, policy, term
+
+
+@triton.jit
 def _terms(a, b, p_max, q_max, inverse, scale, log_ratio, ratio, weight, rest, KIND: tl.constexpr):
     """Of a column, the terms of both sums of a divergence that is not the KL."""
     p, q, x, excess, _, _ = _column(a, b, p_max, q_max, inverse, scale, log_ratio, ratio)
-    _, _, first, second = _mixture(p, q, x, excess, weight, rest)
-    return first, second
+    if KIND == TOTAL_VARIATION:
+        term_0 = _signed_half(excess, excess)
+        term_1 = _signed_half(excess, p)
+    elif KIND == ALPHA:
+        p_log = (a - p_max) * inverse
+        q_log = (b - q_max) * inverse + log_ratio
+        _, _, term_0 = _alpha(p, q, x, p_log, q_log, excess, weight, rest)
+        term_1 = tl.zeros_like(term_0)
+    else:
+        _, _, term_0, term_1 = _mixture(p, q, x, excess, weight, rest)
+        if KIND == SKEW_KL:
+            term_1 = excess * _relative(p, q, excess, weight, rest)
+    return term_0, term_1
 
 
 @triton.jit
 def _slopes(
-    a, b, p_max, q_max, inverse, scale, log_ratio, ratio, divergence, first, second, weight, rest, KIND: tl.constexpr
+    a, b, p_max, q_max, inverse, scale, log_ratio, ratio, divergence, extra_0, extra_1, weight, rest, KIND: tl.constexpr
 ):
     """The gradients to the reference's and the policy's logits, over the row's common factor."""
     p, q, x, excess, _, _ = _column(a, b, p_max, q_max, inverse, scale, log_ratio, ratio)
     if KIND == JSD:
         p_log, q_log, _, _ = _mixture(p, q, x, excess, weight, rest)
-        to_reference = tl.where(p > 0, p * (p_log - first), 0.0) * weight
-        to_policy = tl.where(q > 0, q * (q_log - second), 0.0) * rest
+        to_reference = tl.where(p > 0, p * (p_log - extra_0), 0.0) * weight
+        to_policy = tl.where(q > 0, q * (q_log - extra_1), 0.0) * rest
+    elif KIND == SKEW_KL:
+        p_log, _, _, _ = _mixture(p, q, x, excess, weight, rest)
+        e = -rest * _relative(p, q, excess, weight, rest)
+        near = rest * e - p_log * p_log * _exp_tail(p_log)
+        h = tl.where(tl.abs(p_log) <= NEAR_ZERO, near, p_log - weight * e)
+        to_reference = tl.where(p > 0, p * (h - rest * extra_0 - divergence), 0.0)
+        to_policy = q * (extra_0 - e) * rest
+    elif KIND == TOTAL_VARIATION:
+        to_reference = p * extra_0 - _signed_half(excess, p)
+        to_policy = _signed_half(excess, q) - q * (extra_0 + divergence)
+    elif KIND == ALPHA:
+        p_log = (a - p_max) * inverse
+        q_log = (b - q_max) * inverse + log_ratio
+        to_reference, to_policy, _ = _alpha(p, q, x, p_log, q_log, excess, weight, rest)
+        to_reference -= p * (weight * divergence)
+        to_policy = -to_policy - q * (rest * divergence)
     else:
         to_reference = tl.where(p > 0, p * (x - divergence), 0.0)
         to_policy = excess
@@ -307,27 +366,35 @@ def forward_kernel(
         out = tl.where(w == INFINITY, INFINITY, out)
     else:
         ratio = tl.exp(log_ratio)
-        first_sum = tl.zeros((TILE,), tl.float32)
-        second_sum = tl.zeros((TILE,), tl.float32)
+        sum_0 = tl.zeros((TILE,), tl.float32)
+        sum_1 = tl.zeros((TILE,), tl.float32)
         for i in range(0, vectors, TILE):
             inside = (i + lane < vectors)[:, None]
             a = tl.load(p_body + i * E + at_tile, mask=inside, other=-INFINITY).to(tl.float32)
             b = tl.load(body + i * E + at_tile, mask=inside, other=-INFINITY).to(tl.float32)
-            first, second = _terms(a, b, p_top, q_top, inverse, scale, log_ratio, ratio, parameter, rest, KIND)
-            first_sum += tl.sum(first, 1)
-            second_sum += tl.sum(second, 1)
+            term_0, term_1 = _terms(a, b, p_top, q_top, inverse, scale, log_ratio, ratio, parameter, rest, KIND)
+            sum_0 += tl.sum(term_0, 1)
+            sum_1 += tl.sum(term_1, 1)
         if EDGES:
             column, inside = edge_columns(lane, head, vectors, width, 2 * E, E)
             a = tl.load(reference + p_start + column, mask=inside, other=-INFINITY).to(tl.float32)
             b = tl.load(logits + start + column, mask=inside, other=-INFINITY).to(tl.float32)
-            first, second = _terms(a, b, p_top, q_top, inverse, scale, log_ratio, ratio, parameter, rest, KIND)
-            first_sum += first
-            second_sum += second
-        first_total = tl.sum(first_sum, 0) / s
-        second_total = tl.sum(second_sum, 0) / s
-        out = parameter * first_total + rest * second_total
-        tl.store(state + 4 * rows + row, tl.where(keep, first_total, 0.0))
-        tl.store(state + 5 * rows + row, tl.where(keep, second_total, 0.0))
+            term_0, term_1 = _terms(a, b, p_top, q_top, inverse, scale, log_ratio, ratio, parameter, rest, KIND)
+            sum_0 += term_0
+            sum_1 += term_1
+        total_0 = tl.sum(sum_0, 0) / s
+        total_1 = tl.sum(sum_1, 0) / s
+        if KIND == JSD:
+            out = parameter * total_0 + rest * total_1
+            tl.store(state + 4 * rows + row, tl.where(keep, total_0, 0.0))
+            tl.store(state + 5 * rows + row, tl.where(keep, total_1, 0.0))
+        elif KIND == ALPHA:
+            out = tl.where(total_0 < 0, 0.0, total_0)
+        else:
+            out = total_0
+            if KIND == SKEW_KL:
+                total_1 = -parameter * rest * total_1
+            tl.store(state + 4 * rows + row, tl.where(keep, total_1, 0.0))
     # NaN or inf in either stream, or nothing but -inf in one
     out = tl.where((s > 0) & (q > 0) & (s < INFINITY) & (q < INFINITY), out, float("nan"))
     tl.store(divergence + row, tl.where(keep, out, 0.0))
@@ -391,11 +458,12 @@ def backward_kernel(
     log_ratio = tl.load(state + 3 * rows + row)
     ratio = tl.exp(log_ratio)
     result = tl.load(divergence + row)
-    first = 0.0
-    second = 0.0
+    extra_0 = 0.0
+    extra_1 = 0.0
+    if KIND != KL and KIND != ALPHA:
+        extra_0 = tl.load(state + 4 * rows + row)
     if KIND == JSD:
-        first = tl.load(state + 4 * rows + row)
-        second = tl.load(state + 5 * rows + row)
+        extra_1 = tl.load(state + 5 * rows + row)
     factor = tl.load(grad + row) * inverse / tl.load(state + 2 * rows + row)
     # a row that has no divergence has no gradient either
     factor = tl.where(keep, tl.where(result == result, factor, result), 0.0)
@@ -416,7 +484,7 @@ def backward_kernel(
         a = tl.load(p_body + i * E + at_tile, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(q_body + i * E + at_tile, mask=inside, other=0.0).to(tl.float32)
         to_reference, to_policy = _slopes(
-            a, b, p_max, q_max, inverse, scale, log_ratio, ratio, result, first, second, parameter, rest, KIND
+            a, b, p_max, q_max, inverse, scale, log_ratio, ratio, result, extra_0, extra_1, parameter, rest, KIND
         )
         at = first * E + i * E + at_tile
         inside = (i + lane < end)[:, None]
@@ -431,7 +499,7 @@ def backward_kernel(
         a = tl.load(reference + p_start + column, mask=read, other=0.0).to(tl.float32)
         b = tl.load(logits + q_start + column, mask=read, other=0.0).to(tl.float32)
         to_reference, to_policy = _slopes(
-            a, b, p_max, q_max, inverse, scale, log_ratio, ratio, result, first, second, parameter, rest, KIND
+            a, b, p_max, q_max, inverse, scale, log_ratio, ratio, result, extra_0, extra_1, parameter, rest, KIND
         )
         at = start + column
         if grad_logits is not None:
@@ -459,7 +527,7 @@ def _alike(a: Rows, b: Rows, vector: int) -> bool:
 
 def _weights(parameter: float) -> tuple[float, float]:
     """The parameter and what it is short of 1, of which fp32 holds the log."""
-    return max(parameter, LEAST), max(1 - parameter, LEAST)
+    return math.copysign(max(abs(parameter), LEAST), parameter), max(1 - parameter, LEAST)
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
