@@ -15,9 +15,11 @@ namespace fastpo {
   void dlogits_tile(const LogitTile&, int64_t, int64_t);                \
   void objective(const Objective&, int64_t, int64_t);                   \
   void spread(const Spread&, int64_t, int64_t);                         \
+  void policy_objective(const PolicyObjective&, int64_t, int64_t);      \
   }
-#define FASTPO_TABLE(set) \
-  {set::token_logprobs, set::token_logprobs_backward, set::fold_tile, set::dlogits_tile, set::objective, set::spread}
+#define FASTPO_TABLE(set)                                                                                \
+  {set::token_logprobs, set::token_logprobs_backward, set::fold_tile, set::dlogits_tile, set::objective, \
+   set::spread,         set::policy_objective}
 
 FASTPO_DECLARE(baseline)
 #if FASTPO_X86_SETS

@@ -80,6 +80,9 @@ struct LogitTile {
   const double* grads;
 };
 
+// tokens that are brought into one type before a policy objective runs over them
+constexpr int policy_chunk = 1024;
+
 // rows whose sums are held while the formula of an objective runs over them
 constexpr int objective_block = 256;
 
@@ -90,6 +93,7 @@ struct Kernels {
   void (*dlogits_tile)(const LogitTile&, int64_t begin, int64_t end);
   void (*objective)(const Objective&, int64_t first_block, int64_t last_block);
   void (*spread)(const Spread&, int64_t begin, int64_t end);
+  void (*policy_objective)(const PolicyObjective&, int64_t begin, int64_t end);
 };
 
 // the table of the instruction set in force

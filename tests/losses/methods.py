@@ -31,6 +31,7 @@ HYPER = {
     "lambda_undesirable": 0.8,
     "max_weight": 0.9,
     "dispersion": 0.29,
+    "epsilon": 0.3,
 }
 
 
@@ -76,7 +77,7 @@ def _cases() -> list[Case]:
 
 CASES = _cases()
 # a stop-gradient inside: differences of the loss are not its gradient
-DETACHED = {"alpha_dpo", "nash_md", "nash_ema", "nash_mp", "wpo"}
+DETACHED = {"alpha_dpo", "nash_md", "nash_ema", "nash_mp", "p3o", "wpo"}
 
 
 def arguments(case: Case, layout: str, rows: int, tokens: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
