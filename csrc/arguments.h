@@ -132,4 +132,27 @@ struct Segments {
   bool is_double;  // type of the outputs
 };
 
+constexpr int max_policy_numbers = 32;
+constexpr int max_policy_choices = 16;
+
+// An objective on the tokens of sampled completions: see formulas/policy.h. Streams that are absent have no data.
+struct PolicyObjective {
+  Layout layout;
+  const bool* selected;  // in the mask's layout, or null
+  Stream logprobs, old, reference, rollout, entropy;
+  Stream advantages;  // per token, or one per row
+  bool advantage_per_row;
+  bool use_threshold;
+  bool is_double;  // the accumulator's type, that of loss and slopes
+  int formula;
+  double numbers[max_policy_numbers];
+  int choices[max_policy_choices];
+  Int64 rows;
+  double* row_loss;      // (rows,)
+  double* row_sums;      // (rows, sums)
+  double* row_maxima;    // (rows, maxima)
+  void* slopes;          // as the log-probs, contiguous
+  void* entropy_slopes;  // the same, or null if not wanted
+};
+
 }  // namespace fastpo

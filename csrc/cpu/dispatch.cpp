@@ -19,6 +19,7 @@ namespace fastpo {
   void spread(const Spread&, int64_t, int64_t);                             \
   void scan(const Scan&, int64_t, int64_t);                                 \
   void segments(const Segments&, int64_t, int64_t);                         \
+  void policy_objective(const PolicyObjective&, int64_t, int64_t);          \
   }
 #define FASTPO_TABLE(set)          \
   {set::token_logprobs,            \
@@ -30,7 +31,8 @@ namespace fastpo {
    set::objective,                 \
    set::spread,                    \
    set::scan,                      \
-   set::segments}
+   set::segments,                  \
+   set::policy_objective}
 
 FASTPO_DECLARE(baseline)
 #if FASTPO_X86_SETS

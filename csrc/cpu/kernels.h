@@ -121,6 +121,9 @@ struct LogitTile {
   const double* grads;
 };
 
+// tokens that are brought into one type before a policy objective runs over them
+constexpr int policy_chunk = 1024;
+
 // the most rows whose sums are held while the formula of an objective runs over them, and of how many any number of
 // rows is a multiple: whole vectors of every instruction set
 constexpr int objective_block = 256, objective_lanes = 16;
@@ -136,6 +139,7 @@ struct Kernels {
   void (*spread)(const Spread&, int64_t begin, int64_t end);
   void (*scan)(const Scan&, int64_t begin, int64_t end);
   void (*segments)(const Segments&, int64_t begin, int64_t end);
+  void (*policy_objective)(const PolicyObjective&, int64_t begin, int64_t end);
 };
 
 // the table of the instruction set in force

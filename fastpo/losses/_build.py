@@ -205,12 +205,21 @@ from torch.distributed import ProcessGroup
 from fastpo.kernels.objective import PairwiseOutput as PairwiseOutput
 from fastpo.kernels.objective import PolicyOutput as PolicyOutput
 from fastpo.kernels.objective import UnpairedOutput as UnpairedOutput
+from fastpo.kernels.policy import PolicyGradientOutput as PolicyGradientOutput
+from fastpo.kernels.policy import PolicyMetrics as PolicyMetrics
+from fastpo.kernels.policy import kl_reward as kl_reward
 from fastpo.losses.composed import diffusion_dpo as diffusion_dpo
 from fastpo.losses.composed import hypo as hypo
 from fastpo.losses.composed import mixture as mixture
 from fastpo.losses.demonstrations import DemonstrationOutput as DemonstrationOutput
 from fastpo.losses.demonstrations import implicit_reward_sft as implicit_reward_sft
 from fastpo.losses.demonstrations import implicit_values as implicit_values
+from fastpo.losses.filters import clip_cov_tokens as clip_cov_tokens
+from fastpo.losses.filters import entropy_mask as entropy_mask
+from fastpo.losses.filters import kl_cov_tokens as kl_cov_tokens
+from fastpo.losses.filters import mixed_groups as mixed_groups
+from fastpo.losses.filters import overlong_mask as overlong_mask
+from fastpo.losses.filters import tppo_masks as tppo_masks
 from fastpo.losses.statistics import BetaDPOStatistics as BetaDPOStatistics
 from fastpo.losses.statistics import Moments as Moments
 from fastpo.losses.statistics import alpha_dpo_statistics as alpha_dpo_statistics
@@ -218,6 +227,7 @@ from fastpo.losses.statistics import bco_delta as bco_delta
 from fastpo.losses.statistics import beta_dpo_statistics as beta_dpo_statistics
 from fastpo.losses.statistics import kto_kl as kto_kl
 from fastpo.losses.statistics import sampo_sample as sampo_sample
+from fastpo.reference.policy import RolloutCorrection as RolloutCorrection
 
 """
 

@@ -388,6 +388,90 @@ def inpo(pair: Pair, *, beta: float = 0.0025, eta: float = 0.0075) -> Tensor:
     return (margin - 1 / (2 * eta)) ** 2
 
 
+_REWARDS = (
+    Input("chosen_reward", "the first sample's reward"),
+    Input("rejected_reward", "the second's; neither need be the better one"),
+)
+
+
+def _reward_gap(sides: Sides, given: Given, hyper: Hyper) -> Prepared:
+    return sides, (given["chosen_reward"] - given["rejected_reward"],)
+
+
+@register(
+    "pairwise",
+    title="Contrastive Policy Gradient",
+    paper="arXiv:2406.19185",
+    equation="the pair loss; its factor is not verified",
+    domains={"beta": POSITIVE},
+    theory="gibbs",
+    inputs=_REWARDS,
+    prepare=_reward_gap,
+)
+def copg(pair: Pair, reward_gap: Tensor, *, beta: float = 0.1) -> Tensor:
+    """(R - R' - β h)² / (2β): both samples' rewards, regularised by β times the log-ratio, shall be equal.
+
+    The samples may be of any policy. With this factor the gradient by log π(y) is minus the gap of regularised rewards.
+    """
+    return (reward_gap - beta * pair.margin) ** 2 / (2 * beta)
+
+
+def _shaped(pair: Pair, gap: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-ratios to the sampling policy, and the gap of the rewards less β times its log-ratios to the reference."""
+    first, second = pair.chosen_step, pair.rejected_step
+    assert first is not None and second is not None
+    shape = (pair.chosen_logratio - first) - (pair.rejected_logratio - second)
+    return first, second, gap - beta * shape.detach()
+
+
+@register(
+    "pairwise",
+    title="Pairwise Proximal Policy Optimization",
+    paper="arXiv:2310.00212",
+    equation="Theorem 1 and Section 4; ε and the exact clip are not verified",
+    domains={"beta": NOT_NEGATIVE, "epsilon": Domain(0.0, 1.0)},
+    theory="gibbs",
+    previous_model=True,
+    online=True,
+    inputs=_REWARDS,
+    prepare=_reward_gap,
+    options={"clipping": ("separate", "joint")},
+    variants={("separate",): Variant("p3o"), ("joint",): Variant("p3o_joint")},
+)
+def p3o(pair: Pair, reward_gap: Tensor, *, beta: float = 0.1, epsilon: float = 0.2) -> Tensor:
+    """-½ Σ_i min(g_i sg[ρ_j] ρ_i, g_i sg[ρ_j] clip(ρ_i, 1 ± ε)), g_i the gap of sample i's reward to that of j.
+
+    The samples are of the previous iterate; ρ_i is the sequence's ratio to it, cut at e^±20, and rewards are less β
+    times its log-ratio to the reference. `clipping="joint"` clips Δ = log ρ_1 - log ρ_2 to ±ε in
+    -½ min(g sg[ρ_1 ρ_2] Δ, g sg[ρ_1 ρ_2] clip(Δ)). Adding a constant to both rewards changes nothing.
+    """
+    first, second, gap = _shaped(pair, reward_gap, beta)
+    total = torch.zeros_like(gap)
+    for own, other, g in ((first, second, gap), (second, first, -gap)):
+        ratio, weight = own.clamp(-20, 20).exp(), g * other.detach().clamp(-20, 20).exp()
+        total = total - 0.5 * torch.minimum(weight * ratio, weight * ratio.clamp(1 - epsilon, 1 + epsilon))
+    return total
+
+
+@register(
+    "pairwise",
+    title="P3O, clipped jointly",
+    paper="arXiv:2310.00212",
+    equation="Section 4",
+    domains={"beta": NOT_NEGATIVE, "epsilon": Domain(0.0, 1.0)},
+    theory="gibbs",
+    previous_model=True,
+    online=True,
+    inputs=_REWARDS,
+    prepare=_reward_gap,
+    public=False,
+)
+def p3o_joint(pair: Pair, reward_gap: Tensor, *, beta: float = 0.1, epsilon: float = 0.2) -> Tensor:
+    first, second, gap = _shaped(pair, reward_gap, beta)
+    margin, weight = first - second, gap * (first.clamp(-20, 20).exp() * second.clamp(-20, 20).exp()).detach()
+    return -0.5 * torch.minimum(weight * margin, weight * margin.clamp(-epsilon, epsilon))
+
+
 @register(
     "pairwise",
     title="Exploratory Preference Optimization",

@@ -32,6 +32,7 @@ HYPER = {
     "max_weight": 0.9,
     "dispersion": 0.29,
     "margin": 0.25,
+    "epsilon": 0.3,
 }
 
 
@@ -77,7 +78,7 @@ def _cases() -> list[Case]:
 
 CASES = _cases()
 # a stop-gradient inside: differences of the loss are not its gradient
-DETACHED = {"alpha_dpo", "nash_md", "nash_ema", "nash_mp", "wpo"}
+DETACHED = {"alpha_dpo", "nash_md", "nash_ema", "nash_mp", "p3o", "wpo"}
 
 
 def arguments(case: Case, layout: str, rows: int, tokens: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:

@@ -261,6 +261,10 @@ PAIRWISE: dict[tuple[str, str], Callable[[], Setting]] = {
         hyper={"eta": 0.8},
         inputs=lambda i, j: {"previous_chosen": PREVIOUS.log()[i], "previous_rejected": PREVIOUS.log()[j]},
     ),
+    # pairs of any policy, rewards instead of labels
+    ("copg", ""): lambda: Setting(
+        WEIGHTS, gibbs(REWARD), {}, inputs=lambda i, j: {"chosen_reward": REWARD[i], "rejected_reward": REWARD[j]}
+    ),
     # what is added at 0 leaves the theorem of the rest
     ("xpo", "alpha=0"): lambda: Setting(
         **labelled(CLEAN),
@@ -313,6 +317,8 @@ def test_every_theorem_is_here():
     """Rows whose theory is a target or a step; the others have properties."""
     covered = {name for name, _ in PAIRWISE} | {"bradley_terry", "wpo", "tdpo", "bco"}
     covered |= {"online_ipo", "ipo_md", "nash_md", "nash_ema", "nash_mp"}
+    # tests/losses/test_policy_points.py
+    covered |= {"p3o"}
     assert {row.name for row in objectives() if row.theory != "property"} <= covered
 
 
