@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastpo.algorithms import direct
-from fastpo.algorithms.base import Algorithm, Batch, Column, Completions, Hyper, State, StepOutput
+from fastpo.algorithms.base import Algorithm, Batch, Column, Completions, State, StepOutput
 from fastpo.algorithms.pairwise import Pairwise
 from fastpo.algorithms.unpaired import Unpaired
 from fastpo.reference import objectives
@@ -54,7 +54,7 @@ def describe(name: str) -> dict[str, str]:
     return phrases
 
 
-def build(name: str, hyper: Hyper | Mapping[str, Any]) -> Algorithm:
+def build(name: str, hyper: Mapping[str, Any]) -> Algorithm:
     """The algorithm with these hyper-parameters; ValueError for one outside its domain."""
     row = _ROWS[name]
     return _CLASSES[row.kind](row, {**defaults(name), **hyper})

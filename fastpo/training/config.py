@@ -136,22 +136,29 @@ class TrainConfig:
             raise UserError(f"--optim.warmup must be in [0, 1), got {self.optim.warmup:g}")
 
 
-# of the methods whose scale is another than that of DPO's β
-_BUILT_IN_HYPER: Mapping[str, Mapping[str, float]] = {
-    "ipo": {"beta": 0.1},
-    "hinge": {"beta": 0.3},
+# what the built-in task takes for some methods in place of β = 1 and the rate of the others
+_BUILT_IN: Mapping[str, Mapping[str, float]] = {
+    "ipo": {"algorithm.beta": 0.1},
+    "hinge": {"algorithm.beta": 0.3},
+    # the margin of a noisy label is log((1-ε)/ε) / β, the targets are ±1/(2β)
+    "mcts_dpo": {"algorithm.beta": 0.3},
+    "cal_dpo": {"algorithm.beta": 0.25},
+    # ranks over all prompts keep a prompt's own answers apart only while margins are small
+    "aot_unpaired": {"algorithm.beta": 3.0},
     # averages of two or three tokens have the scale of averages of hundreds
-    "dpo_norm": {"beta": 5.0},
-    "simpo": {"beta": 2.0},
-    "alpha_po": {"beta": 2.5},
-    "alpha_dpo": {"beta": 10.0},
-    # without a reference, pairs that it ranks rightly are to have a margin left to reach
-    "slic": {"delta": 10.0},
-    "rso_hinge": {"beta": 0.1},
+    "dpo_norm": {"algorithm.beta": 5.0},
+    "simpo": {"algorithm.beta": 2.0},
+    "alpha_po": {"algorithm.beta": 2.5},
+    "alpha_dpo": {"algorithm.beta": 2.5},
+    # without a reference, the pairs that the model ranks rightly already still have a margin to reach
+    "slic": {"algorithm.delta": 10.0},
+    "rso_hinge": {"algorithm.beta": 0.1},
     # the share of β that the published defaults have
-    "flex_dpo": {"beta_rejected": 0.8},
-    # smaller ones leave it where it starts, at βh = 0 (see the loss)
-    "discopop": {"tau": 1.0},
+    "flex_dpo": {"algorithm.beta_rejected": 0.8},
+    # with a smaller one the slope at the start, βh = 0, points the other way (see the loss)
+    "discopop": {"algorithm.tau": 1.0},
+    # nothing but the size of the step keeps what is not to be unlearned
+    "npo": {"algorithm.beta": 3.0, "optim.lr": 4e-5},
 }
 
 
@@ -161,15 +168,14 @@ def built_in_defaults(algorithm: str) -> dict[str, Any]:
     Its answers have two or three tokens, so a margin of a few nats separates them. The published β ask for margins
     that suit hundreds of tokens, and reach them here by moving the mass to answers that nobody rejected.
     """
-    known = algorithms.defaults(algorithm)
-    hyper = {**({"beta": 1.0} if "beta" in known else {}), **_BUILT_IN_HYPER.get(algorithm, {})}
     return {
         "steps": 200,
         "eval_every": 25,
-        **{f"algorithm.{name}": value for name, value in hyper.items()},
+        **({"algorithm.beta": 1.0} if "beta" in algorithms.defaults(algorithm) else {}),
         "optim.lr": 2e-4,
         "batch.size": 64,
         "batch.tokens": 256,
+        **_BUILT_IN.get(algorithm, {}),
     }
 
 
