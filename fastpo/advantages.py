@@ -3,7 +3,8 @@
 Over tokens, rewards and values are padded (B, T) with a `mask`, or packed (N,) with `cu_seqlens`; results are 0 where
 the mask is False. Of groups, rewards are (prompts, samples), or (N,) with `group_ids`: any integers, equal for the
 samples of a prompt, which need not be adjacent. A reward of NaN is one that could not be had: it counts in no group,
-and its advantage is 0. Everything is computed in double and rounded once, to fp32 (fp64 for fp64 input).
+and its advantage is 0. Scans and the statistics of groups are in double and rounded once, to fp32 (fp64 for fp64
+input).
 """
 
 from __future__ import annotations

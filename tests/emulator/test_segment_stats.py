@@ -22,10 +22,7 @@ from tests.kernels.test_segment_stats import LAYOUTS, make, normalize, stats
 class TestValues(Compiled, cases.TestValues):
     @pytest.fixture(autouse=True)
     def few_shapes(self, monkeypatch):
-        """A thread of the emulator takes as long as a loop over a group: a warp's segments alone.
-
-        TestLaunchFromPython has a block's.
-        """
+        """A warp's segments alone, as the emulator is slow; TestLaunchFromPython has a block's."""
         monkeypatch.setattr(cases, "SHAPES", [(1, 0), (3, 2), (5, 7), (1, 40)])
 
 
