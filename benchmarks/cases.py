@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastpo.bench import Case, LinearDpoCase, LinearLogprobsCase, ObjectiveCase, TokenLogprobsCase
+from fastpo.bench import Case, LinearDpoCase, LinearLogprobsCase, ObjectiveCase, PolicyCase, TokenLogprobsCase
 from fastpo.bench.processes import spread
 
 FORWARD = TokenLogprobsCase(512, 50_000)
@@ -34,17 +34,19 @@ FORMULAS = tuple(
     for pairs, tokens in FORMULA_SIZES
     for formula, options in ObjectiveCase.formulas()
 )
+POLICY = tuple(PolicyCase(backward=backward) for backward in (False, True))
 LINEAR_LOGPROBS = (HALF, HALF_BFLOAT16, HALF_FROZEN, WHOLE)
 LINEAR_DPO = (DPO,)
 GROUPS: dict[str, tuple[Case, ...]] = {
     "token_logprobs": TOKEN_LOGPROBS,
     "objective": OBJECTIVE,
     "formulas": FORMULAS,
+    "policy": POLICY,
     "linear_logprobs": LINEAR_LOGPROBS,
     "linear_dpo": LINEAR_DPO,
 }
 # samples per process, fewer where a call takes a second
-REPETITIONS = {"token_logprobs": 9, "objective": 9, "formulas": 5, "linear_logprobs": 3, "linear_dpo": 3}
+REPETITIONS = {"token_logprobs": 9, "objective": 9, "formulas": 5, "policy": 9, "linear_logprobs": 3, "linear_dpo": 3}
 
 # beside fastpo and eager torch; torch.compile would take an hour
 ONLY: dict[str, tuple[str, ...]] = {"formulas": ()}
@@ -141,6 +143,8 @@ TARGETS = (
     Target(BACKWARD, "speed", 4.0, "eager"),
     Target(BACKWARD, "speed", 1.5, "compile"),
     Target(BFLOAT16, "speed", 1.0, "fastpo_float32"),
+    Target(POLICY[1], "speed", 5.0, "eager"),
+    Target(POLICY[1], "speed", 2.0, "compile"),
     Target(DPO, "speed", 1.8, "eager"),
     Target(DPO, "speed", 1.45, "compile"),
     Target(DPO, "speed", 1.6, "liger"),

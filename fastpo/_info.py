@@ -81,6 +81,11 @@ def _probe_objective(device: torch.device) -> bool:
     return abs(losses.dpo(one, one, one, one).loss.item() - 0.6931472) < 1e-6
 
 
+def _probe_policy(device: torch.device) -> bool:
+    one = torch.ones(1, 1, device=device)
+    return losses.gspo(one, one, one).loss.item() == -1.0
+
+
 def _probe_packing() -> bool:
     return pack([2, 3, 1], 3) == [[1], [0, 2]]
 
@@ -88,7 +93,12 @@ def _probe_packing() -> bool:
 def _services() -> list[Service]:
     """Each kernel is run, not merely looked for: what loads may still fail."""
     services = []
-    probes = {"token_logprobs": _probe_vocabulary, "linear_logprobs": _probe_linear, "objective": _probe_objective}
+    probes = {
+        "token_logprobs": _probe_vocabulary,
+        "linear_logprobs": _probe_linear,
+        "objective": _probe_objective,
+        "policy_objective": _probe_policy,
+    }
     for name, probe in probes.items():
         for device in (torch.device("cpu"), torch.device("cuda")):
             reason = _native.why_not(name, device, torch.float32)

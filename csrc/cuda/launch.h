@@ -10,6 +10,10 @@ namespace fastpo::gpu {
 const char* objective(const Objective&, Int64 tokens, double denominator, void* loss, void* stream);
 const char* objective_spread(const Spread* sides, int count, Int64 tokens, void* stream);
 
+// The rows' numbers of `PolicyObjective` are on the device; sums and maxima are those of all rows.
+const char* policy_objective(const PolicyObjective&, bool reduce, void* loss, double* sums, double* maxima,
+                             void* stream);
+
 Int64 objective_blocks(Int64 rows, Int64 tokens, int streams);
 
 }  // namespace fastpo::gpu

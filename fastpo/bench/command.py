@@ -11,6 +11,7 @@ from fastpo.bench.harness import BASELINE, OWN, Case, CheckFailedError
 from fastpo.bench.linear_dpo import LinearDpoCase
 from fastpo.bench.linear_logprobs import LinearLogprobsCase
 from fastpo.bench.objective import ObjectiveCase
+from fastpo.bench.policy import PolicyCase
 from fastpo.bench.processes import LEGEND, environment, heading, measure_in_processes, summarise, table
 from fastpo.bench.token_logprobs import TokenLogprobsCase
 from fastpo.kernels.token_logprobs import STATISTICS
@@ -82,6 +83,12 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--formula", choices=formulas, default=ObjectiveCase.formula)
     add.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     _providers(add, ObjectiveCase.PROVIDERS)
+    help_ = "GRPO with its penalty and metrics, from log-probs of sampled tokens"
+    add = kernels.add_parser("policy", parents=[backward, common], help=help_, description=help_)
+    add.add_argument("--sequences", type=positive, default=PolicyCase.sequences)
+    add.add_argument("--tokens", type=positive, default=PolicyCase.tokens, help="per sequence, at most")
+    add.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32")
+    _providers(add, PolicyCase.PROVIDERS)
     return root
 
 
@@ -112,6 +119,8 @@ def main(argv: list[str]) -> int:
         )
     elif args.kernel == "linear_dpo":
         case = LinearDpoCase(args.sequences, args.tokens, args.hidden, args.vocab)
+    elif args.kernel == "policy":
+        case = PolicyCase(args.sequences, args.tokens, args.dtype, args.backward)
     else:
         case = ObjectiveCase(args.pairs, args.tokens, args.formula, args.dtype, args.backward)
     where = environment()

@@ -7,14 +7,18 @@ couple the tokens of a sequence is said there.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastpo.kernels import _checks, _native
+from fastpo.kernels.cuda import nvrtc
+from fastpo.kernels.cuda import policy as _launch
+from fastpo.kernels.objective import _why_not_cuda
 from fastpo.reference.policy import (
     AGGREGATIONS,
     ESTIMATORS,
@@ -241,6 +245,19 @@ def _fake(
         logprobs.new_empty((len(SUMS),), dtype=torch.float64),
         logprobs.new_empty((len(MAXIMA),), dtype=torch.float64),
     )
+
+
+def launched_by(launcher: nvrtc.Launcher) -> dict[str, Callable[..., Any]]:
+    """Implementation of the op that launches the kernels of csrc/cuda from Python."""
+    return {"policy_objective": functools.partial(_launch.forward, launcher)}
+
+
+_native.on_cuda("policy_objective", _why_not_cuda, by="compiled" if _native.CUDA.loaded else "NVRTC")
+if not _native.CUDA.loaded:
+    # kept: the implementation goes with it
+    _LIBRARY = torch.library.Library("fastpo", "IMPL")
+    for _name, _function in launched_by(nvrtc.Driver("policy.cuh")).items():
+        _LIBRARY.impl(_name, _function, "CUDA")
 
 
 class _Settings(NamedTuple):

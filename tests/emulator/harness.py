@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from fastpo.kernels import objective as objective_op
+from fastpo.kernels import policy as policy_op
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -137,7 +138,7 @@ def in_place_of_cpu(implementations: Mapping[str, object]) -> Iterator[None]:
 @contextlib.contextmanager
 def python_launch(emulator: Emulator) -> Iterator[None]:
     """The ops as CuPy's launcher runs them."""
-    with in_place_of_cpu(objective_op.launched_by(emulator)):
+    with in_place_of_cpu(objective_op.launched_by(emulator) | policy_op.launched_by(emulator)):
         yield
 
 
@@ -147,7 +148,7 @@ _OPS: list[str] = []
 @contextlib.contextmanager
 def compiled_launch(library: Path) -> Iterator[None]:
     """The ops as the compiled library `_cuda` runs them."""
-    names = ("objective", "objective_backward")
+    names = ("objective", "objective_backward", "policy_objective")
     if not _OPS:
         for name in names:
             schema = getattr(torch.ops.fastpo, name).default._schema

@@ -2,6 +2,7 @@
 #include <string>
 
 #include "../../csrc/cuda/objective.cuh"
+#include "../../csrc/cuda/policy.cuh"
 
 namespace {
 
@@ -27,5 +28,8 @@ const char* simt_run(const char* name, std::int64_t blocks, std::int64_t threads
   KERNEL2(objective_f64, Objective, Shape);
   KERNEL1(objective_sum, LossSum);
   KERNEL2(objective_spread, SpreadSides, Shape);
+  KERNEL1(policy_f32, PolicyObjective);
+  KERNEL1(policy_f64, PolicyObjective);
+  KERNEL1(policy_sum, PolicySum);
   return "there is no such kernel";
 }
