@@ -13,6 +13,7 @@ from fastpo.bench import (
     LinearDpoCase,
     LinearLogprobsCase,
     ObjectiveCase,
+    PolicyCase,
     TokenLogprobsCase,
     VocabDivergenceCase,
 )
@@ -53,6 +54,7 @@ RAGGED_GAE, PACKED_GAE = (GaeCase(512, 4096, layout) for layout in ("ragged", "p
 ADVANTAGES = (GAE, LONG_GAE, RAGGED_GAE, PACKED_GAE)
 GROUP = GroupCase()
 GROUPED = (GROUP, GroupCase(shuffled=True))
+POLICY = tuple(PolicyCase(backward=backward) for backward in (False, True))
 LINEAR_LOGPROBS = (HALF, HALF_BFLOAT16, HALF_FROZEN, WHOLE)
 LINEAR_DPO = (DPO,)
 GROUPS: dict[str, tuple[Case, ...]] = {
@@ -60,6 +62,7 @@ GROUPS: dict[str, tuple[Case, ...]] = {
     "vocab_divergence": VOCAB_DIVERGENCE,
     "objective": OBJECTIVE,
     "formulas": FORMULAS,
+    "policy": POLICY,
     "linear_logprobs": LINEAR_LOGPROBS,
     "linear_dpo": LINEAR_DPO,
     "advantages": ADVANTAGES,
@@ -71,6 +74,7 @@ REPETITIONS = {
     "vocab_divergence": 9,
     "objective": 9,
     "formulas": 5,
+    "policy": 9,
     "linear_logprobs": 3,
     "linear_dpo": 3,
     "advantages": 5,
@@ -172,6 +176,8 @@ TARGETS = (
     Target(BACKWARD, "speed", 4.0, "eager"),
     Target(BACKWARD, "speed", 1.5, "compile"),
     Target(BFLOAT16, "speed", 1.0, "fastpo_float32"),
+    Target(POLICY[1], "speed", 5.0, "eager"),
+    Target(POLICY[1], "speed", 2.0, "compile"),
     Target(DPO, "speed", 1.8, "eager"),
     Target(DPO, "speed", 1.45, "compile"),
     Target(DPO, "speed", 1.6, "liger"),

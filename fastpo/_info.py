@@ -98,6 +98,11 @@ def _probe_segments(device: torch.device) -> bool:
     return group_normalize(values, ids, mode="center").tolist() == [-1.0, 0.0, 1.0]
 
 
+def _probe_policy(device: torch.device) -> bool:
+    one = torch.ones(1, 1, device=device)
+    return losses.gspo(one, one, one).loss.item() == -1.0
+
+
 def _probe_packing() -> bool:
     return pack([2, 3, 1], 3) == [[1], [0, 2]]
 
@@ -110,6 +115,7 @@ def _services() -> list[Service]:
         "vocab_divergence": _probe_divergence,
         "linear_logprobs": _probe_linear,
         "objective": _probe_objective,
+        "policy_objective": _probe_policy,
         "affine_scan": _probe_scan,
         "segment_stats": _probe_segments,
     }

@@ -21,6 +21,7 @@ from fastpo.bench import (
     LinearDpoCase,
     LinearLogprobsCase,
     ObjectiveCase,
+    PolicyCase,
     Problem,
     Provider,
     TokenLogprobsCase,
@@ -199,6 +200,14 @@ def test_objective_passes_its_own_check(formula: str, options: Any, tokens: int)
         outcomes = measure(case, only=("read",), repetitions=1).outcomes
         assert set(outcomes) == {"fastpo", "eager", "read"}
         assert {"loss", "accuracies", "chosen_gradient"} <= set(outcomes["fastpo"].errors)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_policy_passes_its_own_check(dtype: str, backward: bool) -> None:
+    outcomes = measure(PolicyCase(5, 40, dtype, backward), only=("read",), repetitions=1).outcomes
+    assert set(outcomes) == {"fastpo", "eager", "read"}
+    assert {"loss", "kl", "ratio"} <= set(outcomes["fastpo"].errors)
 
 
 def test_every_compiled_formula_on_pairs_is_measured() -> None:

@@ -16,6 +16,8 @@
 // C names, so that NVRTC's need no mangling. With at most 512 threads in a block, each may have 128 registers; told
 // that one block per multiprocessor will do, the assembler does not spill to fit a second.
 #define FASTPO_KERNEL(name, ...) extern "C" __global__ void __launch_bounds__(512, 1) name(__VA_ARGS__)
+// at most 256 threads, which may have all the registers that a thread can address
+#define FASTPO_SMALL_KERNEL(name, ...) extern "C" __global__ void __launch_bounds__(256, 1) name(__VA_ARGS__)
 
 #define FASTPO_PRAGMA(text) _Pragma(#text)
 #define FASTPO_UNROLL(times) FASTPO_PRAGMA(unroll times)

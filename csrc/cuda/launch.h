@@ -14,6 +14,10 @@ const char* objective_spread(const Spread* sides, int count, Int64 tokens, void*
 const char* affine_scan(const Scan&, Int64 tokens, void* stream);
 const char* segment_stats(const Segments&, Int64 members, void* stream);
 
+// The rows' numbers of `PolicyObjective` are on the device; sums and maxima are those of all rows.
+const char* policy_objective(const PolicyObjective&, bool reduce, void* loss, double* sums, double* maxima,
+                             void* stream);
+
 Int64 objective_blocks(Int64 rows, Int64 tokens, int streams);
 
 }  // namespace fastpo::gpu

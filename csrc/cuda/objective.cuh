@@ -7,9 +7,9 @@
 #pragma once
 
 #include "../arguments.h"
-#include "dtypes.cuh"
+#include "rows.cuh"
 #include "shape.cuh"
-// after dtypes.cuh, which defines the namespace
+// after them, which define the namespace
 #include "../formulas/pairwise.h"
 #include "../formulas/unpaired.h"
 
@@ -40,22 +40,6 @@ FASTPO_HOST_DEVICE Shape objective_shape(Int64 rows, Int64 tokens, int streams) 
   }
   s.blocks = clamp<Int64>(ceil_div<Int64>(rows, s.rows), 1, most_blocks);
   return s;
-}
-
-struct Tokens {
-  Int64 first, count;
-};
-
-// Boundaries are read on the device and cannot be refused there: what is not inside the stream has count -1.
-FASTPO_DEVICE Tokens tokens_of(const Layout& layout, Int64 row, Int64 row_stride) {
-  if (!layout.boundaries) return {row * row_stride, layout.tokens};
-  const Int64 begin = load(layout.boundaries + row), end = load(layout.boundaries + row + 1);
-  const bool inside = (row > 0 ? 0 <= begin : 0 == begin) && begin <= end && end <= layout.total;
-  return {inside ? begin : 0, inside ? end - begin : -1};
-}
-
-FASTPO_DEVICE const bool* mask_of(const Layout& layout, Int64 row) {
-  return layout.mask ? layout.mask + tokens_of(layout, row, layout.mask_stride).first : nullptr;
 }
 
 struct Partial {
@@ -189,21 +173,6 @@ FASTPO_DEVICE Dual<A, 1> evaluate(const Objective& o, const Row<A, 1>& row) {
   return Dual<A, 1>{};
 }
 
-// one number, whatever its dtype
-FASTPO_DEVICE double column_of(const Stream& column, Int64 row) {
-  const Int64 at = row * column.row_stride;
-  switch (column.dtype) {
-    case DType::f32:
-      return Element<DType::f32>::widen(load(static_cast<const Storage<DType::f32>*>(column.data) + at));
-    case DType::f64:
-      return Element<DType::f64>::widen(load(static_cast<const Storage<DType::f64>*>(column.data) + at));
-    case DType::bf16:
-      return Element<DType::bf16>::widen(load(static_cast<const Storage<DType::bf16>*>(column.data) + at));
-    default:
-      return Element<DType::f16>::widen(load(static_cast<const Storage<DType::f16>*>(column.data) + at));
-  }
-}
-
 // Loss, slopes and rewards of one row from the sums of its streams; returns the loss.
 template <class A, int k>
 FASTPO_DEVICE A evaluate_row(const Objective& o, Int64 row, const Partial (&sums)[max_streams]) {
@@ -235,29 +204,13 @@ FASTPO_DEVICE A evaluate_row(const Objective& o, Int64 row, const Partial (&sums
   }
   FASTPO_UNROLL(4)
   for (int c = 0; c < max_columns; ++c)
-    r.column[c] = {c < o.columns ? static_cast<A>(column_of(o.column[c], row)) : A(0)};
+    r.column[c] = {c < o.columns ? static_cast<A>(number_at(o.column[c], row * o.column[c].row_stride)) : A(0)};
   const Dual<A, k> loss = evaluate<A>(o, r);
   if (o.loss) store(static_cast<A*>(o.loss) + row, loss.value);
   FASTPO_UNROLL(2)
   for (int side = 0; side < k; ++side)
     store(static_cast<A*>(o.slopes) + side * o.rows + row, loss.slope[side] * static_cast<A>(o.scale));
   return loss.value;
-}
-
-// Sum over the block, of use to its first thread only; all threads take part. `sums` has a cell per warp.
-template <class Cells>
-FASTPO_DEVICE double block_sum(Cells& sums, double value) {
-  const int thread = thread_index(), warps = ceil_div(block_threads(), warp);
-  const double of_warp = warp_sum(value);
-  if (thread % warp == 0) sums[thread / warp] = of_warp;
-  FASTPO_BARRIER();
-  double total = 0;
-  if (thread == 0)
-    for (int i = 0; i < warps; ++i) {
-      const double part = sums[i];
-      total += part;
-    }
-  return total;
 }
 
 template <class A>

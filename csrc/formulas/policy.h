@@ -275,11 +275,26 @@ struct TokenResult {
   T loss, slope, through;  // slopes by the log-prob and by the statistic
 };
 
-// The loss of a token with its slopes. Sums and maxima go to `add(place, value)` and `top(place, value)`.
-template <class Formula, class T, class Add, class Top>
-FASTPO_FN TokenResult<T> evaluate_token(const TokenNumbers<T>& x, const SequenceNumbers<T>& sequence,
-                                        const PolicyNumbers& h, const PolicyChoices& c, const PolicyPresent& present,
-                                        const Add& add, const Top& top) {
+// What a formula gives: the loss, its ratio, and what is clipped.
+template <class T>
+struct PolicyTerms {
+  Dual<T, 2> loss, ratio;
+  T bounded;
+};
+
+template <class Formula, class T>
+FASTPO_FN PolicyTerms<T> terms_of(const PolicyToken<T>& token, const PolicyNumbers& h) {
+  const Dual<T, 2> ratio = Formula::ratio(token);
+  return {Formula::loss(token, ratio, h), ratio, Formula::bounded(token, ratio)};
+}
+
+// The loss of a token with its slopes, `terms(token)` being the formula. Sums and maxima go to `add(place, value)` and
+// `top(place, value)`.
+template <class Terms, class T, class Add, class Top>
+FASTPO_FN TokenResult<T> evaluate_token(const Terms& terms, const TokenNumbers<T>& x,
+                                        const SequenceNumbers<T>& sequence, const PolicyNumbers& h,
+                                        const PolicyChoices& c, const PolicyPresent& present, const Add& add,
+                                        const Top& top) {
   using D = Dual<T, 2>;
   const T zero{}, one = constant<T>(1.0);
   PolicyToken<T> token;
@@ -290,11 +305,12 @@ FASTPO_FN TokenResult<T> evaluate_token(const TokenNumbers<T>& x, const Sequence
   token.old = {old};
   token.advantage = {x.advantage};
   token.selected = {present.selected ? x.selected : zero};
-  const D ratio = Formula::ratio(token);
-  D policy = Formula::loss(token, ratio, h);
+  const PolicyTerms<T> given = terms(token);
+  const D ratio = given.ratio;
+  D policy = given.loss;
 
   // clipped, in the metrics
-  const T bounded = Formula::bounded(token, ratio);
+  const T bounded = given.bounded;
   const T above = select(bounded > constant<T>(h.clip_high), one, zero);
   const T below = select(bounded < constant<T>(h.clip_low), one, zero);
   if (h.both_sides > 0.5) {

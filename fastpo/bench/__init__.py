@@ -17,6 +17,7 @@ from fastpo.bench.harness import (
 from fastpo.bench.linear_dpo import LinearDpoCase
 from fastpo.bench.linear_logprobs import LinearLogprobsCase
 from fastpo.bench.objective import ObjectiveCase
+from fastpo.bench.policy import PolicyCase
 from fastpo.bench.processes import environment, measure_in_processes, summarise, table
 from fastpo.bench.token_logprobs import TokenLogprobsCase
 from fastpo.bench.vocab_divergence import VocabDivergenceCase
@@ -30,6 +31,7 @@ __all__ = [
     "LinearDpoCase",
     "LinearLogprobsCase",
     "ObjectiveCase",
+    "PolicyCase",
     "Problem",
     "Provider",
     "TokenLogprobsCase",

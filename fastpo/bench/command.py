@@ -12,6 +12,7 @@ from fastpo.bench.harness import BASELINE, OWN, Case, CheckFailedError
 from fastpo.bench.linear_dpo import LinearDpoCase
 from fastpo.bench.linear_logprobs import LinearLogprobsCase
 from fastpo.bench.objective import ObjectiveCase
+from fastpo.bench.policy import PolicyCase
 from fastpo.bench.processes import LEGEND, environment, heading, measure_in_processes, summarise, table
 from fastpo.bench.token_logprobs import TokenLogprobsCase
 from fastpo.bench.vocab_divergence import DIVERGENCES, VocabDivergenceCase
@@ -102,6 +103,12 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--rewards", type=positive, default=GroupCase.rewards)
     add.add_argument("--shuffled", action="store_true", help="members of a group are not adjacent")
     _providers(add, GroupCase.PROVIDERS)
+    help_ = "GRPO with its penalty and metrics, from log-probs of sampled tokens"
+    add = kernels.add_parser("policy", parents=[backward, common], help=help_, description=help_)
+    add.add_argument("--sequences", type=positive, default=PolicyCase.sequences)
+    add.add_argument("--tokens", type=positive, default=PolicyCase.tokens, help="per sequence, at most")
+    add.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32")
+    _providers(add, PolicyCase.PROVIDERS)
     return root
 
 
@@ -138,6 +145,8 @@ def main(argv: list[str]) -> int:
         case = GaeCase(args.rows, args.tokens, args.layout)
     elif args.kernel == "group_normalize":
         case = GroupCase(args.rewards, args.shuffled)
+    elif args.kernel == "policy":
+        case = PolicyCase(args.sequences, args.tokens, args.dtype, args.backward)
     else:
         case = ObjectiveCase(args.pairs, args.tokens, args.formula, args.dtype, args.backward)
     where = environment()

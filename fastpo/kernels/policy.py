@@ -7,14 +7,17 @@ couple the tokens of a sequence is said there.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastpo.kernels import _checks, _native
+from fastpo.kernels.cuda import nvrtc
+from fastpo.kernels.cuda import policy as _launch
 from fastpo.reference.policy import (
     AGGREGATIONS,
     ESTIMATORS,
@@ -241,6 +244,15 @@ def _fake(
         logprobs.new_empty((len(SUMS),), dtype=torch.float64),
         logprobs.new_empty((len(MAXIMA),), dtype=torch.float64),
     )
+
+
+def launched_by(launcher: nvrtc.Launcher) -> dict[str, Callable[..., Any]]:
+    """Implementation of the op that launches the kernels of csrc/cuda from Python."""
+    return {"policy_objective": functools.partial(_launch.forward, launcher)}
+
+
+# kept: the implementations go with it
+_LIBRARY = nvrtc.serve("policy_objective", launched_by, "policy.cuh")
 
 
 class _Settings(NamedTuple):

@@ -16,6 +16,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 from fastpo.kernels.affine_scan import launched_by as affine_scan
 from fastpo.kernels.cuda import nvrtc
 from fastpo.kernels.objective import launched_by as objective
+from fastpo.kernels.policy import launched_by as policy
 from fastpo.kernels.segment_stats import launched_by as segment_stats
 
 HERE = Path(__file__).parent
@@ -126,7 +127,7 @@ class Emulator:
 
 
 # the ops of each kernel of csrc/cuda
-KERNELS = (objective, affine_scan, segment_stats)
+KERNELS = (objective, affine_scan, policy, segment_stats)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 
 #include "../../csrc/cuda/affine_scan.cuh"
 #include "../../csrc/cuda/objective.cuh"
+#include "../../csrc/cuda/policy.cuh"
 #include "../../csrc/cuda/segment_stats.cuh"
 
 namespace {
@@ -31,5 +32,8 @@ const char* simt_run(const char* name, std::int64_t blocks, std::int64_t threads
   KERNEL2(objective_spread, SpreadSides, Shape);
   KERNEL2(affine_scan, Scan, Shape);
   KERNEL2(segment_stats, Segments, Shape);
+  KERNEL1(policy_f32, PolicyObjective);
+  KERNEL1(policy_f64, PolicyObjective);
+  KERNEL1(policy_sum, PolicySum);
   return "there is no such kernel";
 }

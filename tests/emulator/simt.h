@@ -167,6 +167,7 @@ const char* launch(const std::function<void()>& kernel, std::int64_t blocks, std
 #define FASTPO_HOST_DEVICE inline
 #define FASTPO_DEVICE inline
 #define FASTPO_KERNEL(name, ...) inline void name(__VA_ARGS__)
+#define FASTPO_SMALL_KERNEL(name, ...) FASTPO_KERNEL(name, __VA_ARGS__)
 #define FASTPO_PRAGMA(text)
 #define FASTPO_UNROLL(times)
 #define FASTPO_ARGUMENT(type) const type&

@@ -205,13 +205,15 @@ def _why_not_cuda(device: torch.device, *dtypes: torch.dtype) -> str | None:
     return why_not() and f"_cuda: {_native.CUDA.error}; {why_not()}"
 
 
-def serve(kernel: str, launched_by: Callable[[Launcher], Mapping[str, object]]) -> torch.library.Library | None:
+def serve(
+    kernel: str, launched_by: Callable[[Launcher], Mapping[str, object]], source: str | None = None
+) -> torch.library.Library | None:
     """Say who serves a kernel of csrc/cuda on CUDA devices: `_cuda`, or NVRTC, by the ops that `launched_by` gives for
     a launcher. They are registered while the result is kept."""
     _native.on_cuda(kernel, _why_not_cuda, by="compiled" if _native.CUDA.loaded else "NVRTC")
     if _native.CUDA.loaded:
         return None
     library = torch.library.Library("fastpo", "IMPL")
-    for name, function in launched_by(Driver(f"{kernel}.cuh")).items():
+    for name, function in launched_by(Driver(source or f"{kernel}.cuh")).items():
         library.impl(name, function, "CUDA")
     return library
