@@ -124,10 +124,10 @@ def _mixture(p, q, x, excess, weight, rest):
     y = tl.maximum(-size, -87.0)
     quotient = tl.exp(y)
     less = tl.where(size <= NEAR_ZERO, y + y * y * _exp_tail(y), quotient - 1)
-    larger_log, larger_rest = _log1p(own + other * quotient, other * less)
     more = own * (-less / quotient)
-    smaller_log, smaller_rest = _log1p(1 + more, more)
+    larger_log, larger_rest = _log1p(own + other * quotient, other * less)
     near = more < 1
+    smaller_log, smaller_rest = _log1p(1 + more, more)
     smaller_log = tl.where(near, smaller_log, size + larger_log)
     larger_term = tl.where(larger > 0, -larger * larger_rest, 0.0)
     far_term = own * tl.abs(excess) - tl.where(smaller > 0, smaller * smaller_log, 0.0)
