@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastpo.bench import (
     Case,
+    GaeCase,
+    GroupCase,
     LinearDpoCase,
     LinearLogprobsCase,
     ObjectiveCase,
@@ -37,17 +40,45 @@ OBJECTIVE = tuple(
     for pairs, tokens in ((8, 0), (65_536, 0), (1_048_576, 0), (64, 4096))
     for backward in (False, True)
 )
+# every compiled formula on pairs: sizes, and how many times as fast as eager torch fastpo shall be on the geometric
+# mean. On 8 pairs a call is nothing but dispatch, and eager's is lean
+FORMULA_SIZES = {(8, 0): 1 / 1.2, (65_536, 0): 1.5, (1_048_576, 0): 2.5, (64, 2048): 3.0}
+FORMULAS = tuple(
+    ObjectiveCase(pairs, tokens, formula, backward=True, options=options)
+    for pairs, tokens in FORMULA_SIZES
+    for formula, options in ObjectiveCase.formulas()
+)
+GAE, LONG_GAE = GaeCase(), GaeCase(512, 4096)
+RAGGED_GAE, PACKED_GAE = (GaeCase(512, 4096, layout) for layout in ("ragged", "packed"))
+ADVANTAGES = (GAE, LONG_GAE, RAGGED_GAE, PACKED_GAE)
+GROUP = GroupCase()
+GROUPED = (GROUP, GroupCase(shuffled=True))
 LINEAR_LOGPROBS = (HALF, HALF_BFLOAT16, HALF_FROZEN, WHOLE)
 LINEAR_DPO = (DPO,)
 GROUPS: dict[str, tuple[Case, ...]] = {
     "token_logprobs": TOKEN_LOGPROBS,
     "vocab_divergence": VOCAB_DIVERGENCE,
     "objective": OBJECTIVE,
+    "formulas": FORMULAS,
     "linear_logprobs": LINEAR_LOGPROBS,
     "linear_dpo": LINEAR_DPO,
+    "advantages": ADVANTAGES,
+    "groups": GROUPED,
 }
 # samples per process, fewer where a call takes a second
-REPETITIONS = {"token_logprobs": 9, "vocab_divergence": 9, "objective": 9, "linear_logprobs": 3, "linear_dpo": 3}
+REPETITIONS = {
+    "token_logprobs": 9,
+    "vocab_divergence": 9,
+    "objective": 9,
+    "formulas": 5,
+    "linear_logprobs": 3,
+    "linear_dpo": 3,
+    "advantages": 5,
+    "groups": 5,
+}
+
+# beside fastpo and eager torch; torch.compile would take an hour
+ONLY: dict[str, tuple[str, ...]] = {"formulas": ()}
 
 # how time and memory grow with the vocabulary and the rows
 SWEEP = tuple(
@@ -105,6 +136,32 @@ class Target:
         return what if self.provider == "fastpo" else f"{self.provider}: {what}"
 
 
+@dataclass(frozen=True)
+class Overall:
+    """A speed over eager torch asked on the geometric mean over many cases."""
+
+    what: str
+    cases: tuple[ObjectiveCase, ...]
+    asked: float
+
+    def measured(self, summaries: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+        """The mean of the cases' medians, their range, and the worst case; None if one is missing."""
+        if any(case.name not in summaries for case in self.cases):
+            return None
+        speeds = {c.formula: summaries[c.name]["providers"]["eager"]["speed"]["median"] for c in self.cases}
+        mean = math.exp(sum(map(math.log, speeds.values())) / len(speeds))
+        worst = min(speeds, key=speeds.__getitem__)
+        return {"median": mean, "min": speeds[worst], "max": max(speeds.values()), "worst": worst}
+
+
+OVERALL = tuple(
+    Overall(
+        f"{len(ObjectiveCase.formulas())} formulas, {pairs} pairs" + f" x {tokens} tokens" * bool(tokens),
+        tuple(c for c in FORMULAS if (c.pairs, c.tokens) == (pairs, tokens)),
+        asked,
+    )
+    for (pairs, tokens), asked in FORMULA_SIZES.items()
+)
 TARGETS = (
     Target(FORWARD, "speed", 6.0, "eager"),
     Target(FORWARD, "speed", 4.5, "trl"),
@@ -140,6 +197,11 @@ TARGETS = (
     Target(HALF_BFLOAT16, "speed", 1.6, "fastpo_float32"),
     # 2.2 of one product
     Target(HALF_FROZEN, "bar", 1.1),
+    Target(GAE, "speed", 300.0, "eager"),
+    Target(GAE, "speed", 30.0, "torchrl"),
+    Target(LONG_GAE, "bar", 3.0),
+    Target(GROUP, "speed", 20.0, "loop"),
+    Target(GROUP, "speed", 2.0, "eager"),
     Target(WHOLE, "speed", 1.0, "eager"),
     Target(WHOLE, "memory", 1 / 10, "eager"),
 )

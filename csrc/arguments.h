@@ -1,5 +1,5 @@
-// What the objective kernels are told, as plain structs that CPU, GPU and the Python launcher
-// (fastpo/kernels/cuda/objective.py restates them) share.
+// What the kernels are told, as plain structs that CPU, GPU and the Python launchers (fastpo/kernels/cuda restates
+// them) share.
 #pragma once
 
 #include "formulas/types.h"
@@ -66,6 +66,93 @@ struct Spread {
   DType dtype;
   bool is_double;  // type of grad and slopes
   bool grad_per_row;
+};
+
+// a contiguous tensor of numbers, or null
+struct Numbers {
+  const void* data;
+  DType dtype;
+};
+
+// What is walked: x_t = a x_(t+1) + b over given a and b; its gradient; or returns and advantages, whose a and b are
+// made of rewards and values.
+enum class ScanKind : int { affine, adjoint, advantage };
+
+constexpr int max_scan_streams = 4;
+
+// Rows of tokens, walked from their end to their beginning, or the other way.
+struct Scan {
+  // affine: a, b; adjoint: a, the gradient of x, x before each step; advantage: rewards, values, next values,
+  // log-ratios
+  Numbers stream[max_scan_streams];
+  Numbers initial;         // per row: x before the first step; advantage: the value behind the row's last token
+  const bool* mask;        // what is masked is passed over, and its outputs are 0
+  const bool* terminated;  // per token
+  const bool* truncated;
+  const bool* repeat;  // per row: the value behind the last token is that token's own
+  const int* boundaries;
+  Int64 rows;
+  Int64 tokens;  // per row, if there are no boundaries
+  Int64 total;
+  // affine: x, x before each step; adjoint: gradients of a and b; advantage: advantages, returns. Null if not wanted
+  void* out[2];
+  void* last;  // per row: x after the last step
+  double gamma, lambda, rho_bar, c_bar;
+  double* composites;  // long rows on the CPU: what each chunk does to x, as a slope and a shift; then x before it
+  Int64 chunks;        // per row
+  int phase;           // 0: rows in one piece; 1: composites of the chunks; 2: chunks from their x
+  ScanKind kind;
+  bool reverse;
+  bool holes;      // advantage: masked tokens between others are steps without reward and value
+  bool is_double;  // type of the outputs
+};
+
+// what a member becomes: less the mean; and divided by the standard deviation; less the mean of the others; of the
+// best member its lead over the second, and 0 of the others; and that divided by the standard deviation
+enum class Normalize : int { center, standardize, leave_one_out, lead, standardized_lead };
+
+// Segments of numbers: rows, or sequences between boundaries, or members in an order between boundaries.
+struct Segments {
+  Numbers values;
+  Numbers weights;  // of the mean that is taken off
+  const bool* mask;
+  const Int64* order;
+  const Int64* boundaries;
+  Int64 segments;
+  Int64 members;  // per segment, if there are no boundaries
+  Int64 total;
+  double* statistics;  // (6, segments): count, sum, mean, variance, min, max; or null
+  void* normalized;    // per member, or null
+  bool* informative;   // per member: it counts, and its segment is not constant; or null
+  double eps;
+  int ddof;
+  Normalize mode;
+  bool skip_nan;  // a NaN does not count
+  bool raw_singletons;
+  bool is_double;  // type of the outputs
+};
+
+constexpr int max_policy_numbers = 32;
+constexpr int max_policy_choices = 16;
+
+// An objective on the tokens of sampled completions: see formulas/policy.h. Streams that are absent have no data.
+struct PolicyObjective {
+  Layout layout;
+  const bool* selected;  // in the mask's layout, or null
+  Stream logprobs, old, reference, rollout, entropy;
+  Stream advantages;  // per token, or one per row
+  bool advantage_per_row;
+  bool use_threshold;
+  bool is_double;  // the accumulator's type, that of loss and slopes
+  int formula;
+  double numbers[max_policy_numbers];
+  int choices[max_policy_choices];
+  Int64 rows;
+  double* row_loss;      // (rows,)
+  double* row_sums;      // (rows, sums)
+  double* row_maxima;    // (rows, maxima)
+  void* slopes;          // as the log-probs, contiguous
+  void* entropy_slopes;  // the same, or null if not wanted
 };
 
 }  // namespace fastpo

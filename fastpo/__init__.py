@@ -2,15 +2,19 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fastpo import losses
+from fastpo import advantages, data, losses, rewards
 from fastpo._info import info
 from fastpo.kernels import (
     LinearLogprobs,
+    SegmentStats,
     TokenLogprobs,
+    affine_scan,
     balance,
     completion_logprobs,
+    group_normalize,
     linear_logprobs,
     pack,
+    segment_stats,
     sequence_logprobs,
     token_alpha_divergence,
     token_jsd,
@@ -28,15 +32,22 @@ except PackageNotFoundError:  # a source tree that is not installed
 
 __all__ = [
     "LinearLogprobs",
+    "SegmentStats",
     "TokenLogprobs",
     "__version__",
+    "advantages",
+    "affine_scan",
     "balance",
     "completion_logprobs",
+    "data",
     "formula",
+    "group_normalize",
     "info",
     "linear_logprobs",
     "losses",
     "pack",
+    "rewards",
+    "segment_stats",
     "sequence_logprobs",
     "token_alpha_divergence",
     "token_jsd",

@@ -11,8 +11,10 @@ import torch
 
 from fastpo import losses
 from fastpo.kernels import _native
+from fastpo.kernels.affine_scan import affine_scan
 from fastpo.kernels.linear_logprobs import linear_logprobs
 from fastpo.kernels.packing import pack
+from fastpo.kernels.segment_stats import group_normalize
 from fastpo.kernels.token_logprobs import token_logprobs
 from fastpo.kernels.vocab_divergence import token_kl
 
@@ -87,6 +89,15 @@ def _probe_objective(device: torch.device) -> bool:
     return abs(losses.dpo(one, one, one, one).loss.item() - 0.6931472) < 1e-6
 
 
+def _probe_scan(device: torch.device) -> bool:
+    return affine_scan(0.5, torch.ones(1, 3, device=device)).tolist() == [[1.75, 1.5, 1.0]]
+
+
+def _probe_segments(device: torch.device) -> bool:
+    values, ids = torch.tensor([1.0, 5.0, 3.0], device=device), torch.tensor([7, -2, 7], device=device)
+    return group_normalize(values, ids, mode="center").tolist() == [-1.0, 0.0, 1.0]
+
+
 def _probe_packing() -> bool:
     return pack([2, 3, 1], 3) == [[1], [0, 2]]
 
@@ -99,6 +110,8 @@ def _services() -> list[Service]:
         "vocab_divergence": _probe_divergence,
         "linear_logprobs": _probe_linear,
         "objective": _probe_objective,
+        "affine_scan": _probe_scan,
+        "segment_stats": _probe_segments,
     }
     for name, probe in probes.items():
         for device in (torch.device("cpu"), torch.device("cuda")):

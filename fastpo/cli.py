@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import field, make_dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastpo import algorithms
 from fastpo.training.config import TrainConfig, built_in_defaults
@@ -95,7 +95,8 @@ def _parser(name: str) -> Any:
     )
     phrases = algorithms.describe(name)
     defaults = algorithms.defaults(name)
-    hyper = make_dataclass(name, [(k, type(v), field(default=v)) for k, v in defaults.items()])
+    words = {key: Literal[values] for key, values in algorithms.choices(name).items()}
+    hyper = make_dataclass(name, [(k, words.get(k, type(v)), field(default=v)) for k, v in defaults.items()])
     arguments = "".join(f"    {k}: {text}.\n" for k, text in phrases.items())
     hyper.__doc__ = f"{algorithms.title(name)}.\n\nArgs:\n{arguments}"
     parser.add_class_arguments(hyper, "algorithm")
@@ -176,14 +177,33 @@ def _algorithms(argv: list[str]) -> int:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("name", "data", "hyper-parameters"):
+    for column in ("name", "data", "models"):
         table.add_column(column, no_wrap=True)
-    table.add_column("method")
+    for column in ("defaults", "theory", "source"):
+        table.add_column(column)
     for row in objectives():
-        hyper = "\n".join(f"{k}={v:g} in {row.domains[k]}" for k, v in row.defaults.items())
-        table.add_row(row.name, row.kind, hyper, f"{row.title}\n{row.paper}, {row.equation}")
-    Console().print(table)
+        shown = _row(row)
+        options = [f"{name}={values[0]}" for name, values in row.options.items()]
+        hyper = [f"{name}={value:g} in {row.domains[name]}" for name, value in row.defaults.items()]
+        table.add_row(
+            row.name,
+            "\n".join([shown["data"], *shown["columns"]]),
+            "\n".join(row.models),
+            "\n".join([*hyper, *options]),
+            row.theory,
+            f"{row.title}, {row.paper}, {row.equation}",
+        )
+    console = Console()
+    console.print(table)
+    trained = ", ".join(algorithms.names())
+    console.print(f"\nfastpo train takes {trained}.", highlight=False)
     return 0
+
+
+def _data(row: Any) -> str:
+    """The data kind in words."""
+    kinds = {"pairwise": "pairs", "unpaired": "single completions", "policy": "samples"}
+    return kinds[row.kind] + " of the policy" * row.online
 
 
 def _row(row: Any) -> dict[str, Any]:
@@ -191,6 +211,9 @@ def _row(row: Any) -> dict[str, Any]:
         "name": row.name,
         "title": row.title,
         "kind": row.kind,
+        "data": _data(row),
+        "columns": [column.name for column in algorithms.columns(row.name)],
+        "trainable": row.name in algorithms.names(),
         "paper": row.paper,
         "equation": row.equation,
         "models": list(row.models),

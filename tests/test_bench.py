@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from fastpo.bench import (
     CheckFailedError,
     Expected,
+    GaeCase,
+    GroupCase,
     LinearDpoCase,
     LinearLogprobsCase,
     ObjectiveCase,
@@ -33,6 +35,8 @@ from fastpo.bench import (
 )
 from fastpo.bench.harness import Measurement, Outcome, check, interleave, peak_bytes, read
 from fastpo.bench.vocab_divergence import DIVERGENCES
+from fastpo.kernels import _native
+from fastpo.reference.registry import objective
 
 
 @dataclass(frozen=True)
@@ -186,12 +190,38 @@ def test_vocab_divergence_passes_its_own_check(dtype: str, divergence: str, back
 
 
 @pytest.mark.parametrize("tokens", [0, 9])
-@pytest.mark.parametrize("formula", ["dpo", "cdpo", "robust_dpo", "ipo", "hinge"])
-def test_objective_passes_its_own_check(formula: str, tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("formula", "options"), ObjectiveCase.formulas(), ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_objective_passes_its_own_check(formula: str, options: Any, tokens: int) -> None:
     for dtype in ("float32", "float64"):
-        outcomes = measure(ObjectiveCase(33, tokens, formula, dtype, True), only=("read",), repetitions=1).outcomes
+        case = ObjectiveCase(33, tokens, formula, dtype, True, options=options)
+        outcomes = measure(case, only=("read",), repetitions=1).outcomes
         assert set(outcomes) == {"fastpo", "eager", "read"}
         assert {"loss", "accuracies", "chosen_gradient"} <= set(outcomes["fastpo"].errors)
+
+
+def test_every_compiled_formula_on_pairs_is_measured() -> None:
+    rows = [objective(name) for name, _ in ObjectiveCase.formulas()]
+    assert {row.kind for row in rows} == {"pairwise"} and len(rows) == len(_native.CPU.formulas)
+
+
+@pytest.mark.parametrize("layout", ["dense", "ragged", "packed"])
+def test_gae_passes_its_own_check(layout: str) -> None:
+    outcomes = measure(GaeCase(5, 37, layout), only=("read", "copy"), repetitions=1).outcomes
+    assert set(outcomes) == {"fastpo", "eager", "read", "copy"}
+    assert set(outcomes["fastpo"].errors) == {"advantages", "returns"}
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_group_normalize_passes_its_own_check(shuffled: bool) -> None:
+    outcomes = measure(GroupCase(333, shuffled), only=("loop", "read"), repetitions=1).outcomes
+    assert {name: o.status for name, o in outcomes.items()} == {
+        "fastpo": "ok",
+        "eager": "ok",
+        "loop": "ok",
+        "read": "floor",
+    }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])

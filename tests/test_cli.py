@@ -80,6 +80,13 @@ def test_algorithms_prints_every_row(capsys, monkeypatch):
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows] == [row.name for row in objectives()]
     assert all(row["name"] in table and row["paper"] in table for row in rows)
+    for column in ("name", "data", "models", "defaults", "theory", "source"):
+        assert column in table.splitlines()[0]
+    by_name = {row["name"]: row for row in rows}
+    assert [row["name"] for row in rows if row["trainable"]] == algorithms.names()
+    assert by_name["odpo"]["columns"] == ["chosen_score", "rejected_score"]
+    assert (by_name["kto"]["data"], by_name["spin"]["data"]) == ("single completions", "pairs of the policy")
+    assert by_name["simpo"]["models"] == ["policy"] and by_name["kto"]["models"] == ["policy", "reference"]
 
 
 def test_info_prints_the_report(capsys):
@@ -103,6 +110,26 @@ def test_command_line_wins_over_yaml_wins_over_defaults(tmp_path):
 def test_every_algorithm_takes_its_hyper_parameters(name):
     hyper, _, _ = cli._parse(name, ["--model", "m", "--data", "d"])
     assert hyper == algorithms.defaults(name)
+
+
+def test_words_are_chosen_from_those_that_the_loss_knows(fails):
+    hyper, _, _ = cli._parse("f_dpo", ["--model", "m", "--data", "d", "--algorithm.divergence", "jsd"])
+    assert hyper["divergence"] == "jsd" and hyper["convention"] is None
+    assert "divergence" in fails("train", "f_dpo", "--algorithm.divergence", "hellinger")
+    hyper, _, _ = cli._parse("beta_dpo", ["--algorithm.kept", "0.5"])
+    assert hyper == {"beta": 1.0, "alpha": 0.6, "kept": 0.5, "decay": 0.9}
+    assert "kept must be in (0, 1] for beta_dpo, got 2" in fails("train", "beta_dpo", "--algorithm.kept", "2")
+
+
+def test_data_of_another_kind(train, fails):
+    argv = train()
+    argv[1] = "odpo"
+    assert 'data.jsonl, row 1: there is no "chosen_score"' in fails(*argv)
+    argv = train(rows=[{"prompt": "a", "completion": "b", "label": 3}])
+    argv[1] = "kto"
+    assert 'data.jsonl, row 1: "label" must be true or false, got 3' in fails(*argv)
+    argv[1] = "simpo"
+    assert "--reference: simpo has no reference model" in fails(*argv, "--reference", "m")
 
 
 def test_unknown_algorithm_suggests_the_nearest(fails):

@@ -12,7 +12,7 @@ PACKAGE = Path(fastpo.__file__).parent
 FLOORS = [
     {"reference"},
     {"kernels"},
-    {"losses", "advantages", "rewards", "schedules", "scores", "nn"},
+    {"losses", "data", "advantages", "rewards", "schedules", "scores", "nn"},
     {"algorithms"},
     {"training"},
     # the front door and the tools stand above the library

@@ -15,14 +15,24 @@ namespace fastpo {
   void vocab_divergence_backward(const VocabDivergence&, int64_t, int64_t); \
   void fold_tile(const LogitTile&, int64_t, int64_t);                       \
   void dlogits_tile(const LogitTile&, int64_t, int64_t);                    \
-  void objective(const Objective&, int64_t, int64_t);                       \
+  void objective(const Objective&, int64_t, int64_t, int64_t);              \
   void spread(const Spread&, int64_t, int64_t);                             \
+  void scan(const Scan&, int64_t, int64_t);                                 \
+  void segments(const Segments&, int64_t, int64_t);                         \
+  void policy_objective(const PolicyObjective&, int64_t, int64_t);          \
   }
-#define FASTPO_TABLE(set)                                 \
-  {set::token_logprobs,   set::token_logprobs_backward,   \
-   set::vocab_divergence, set::vocab_divergence_backward, \
-   set::fold_tile,        set::dlogits_tile,              \
-   set::objective,        set::spread}
+#define FASTPO_TABLE(set)          \
+  {set::token_logprobs,            \
+   set::token_logprobs_backward,   \
+   set::vocab_divergence,          \
+   set::vocab_divergence_backward, \
+   set::fold_tile,                 \
+   set::dlogits_tile,              \
+   set::objective,                 \
+   set::spread,                    \
+   set::scan,                      \
+   set::segments,                  \
+   set::policy_objective}
 
 FASTPO_DECLARE(baseline)
 #if FASTPO_X86_SETS

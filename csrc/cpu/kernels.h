@@ -121,8 +121,12 @@ struct LogitTile {
   const double* grads;
 };
 
-// rows whose sums are held while the formula of an objective runs over them
-constexpr int objective_block = 256;
+// tokens that are brought into one type before a policy objective runs over them
+constexpr int policy_chunk = 1024;
+
+// the most rows whose sums are held while the formula of an objective runs over them, and of how many any number of
+// rows is a multiple: whole vectors of every instruction set
+constexpr int objective_block = 256, objective_lanes = 16;
 
 struct Kernels {
   void (*token_logprobs)(const TokenLogprobs&, int64_t begin, int64_t end);
@@ -131,8 +135,11 @@ struct Kernels {
   void (*vocab_divergence_backward)(const VocabDivergence&, int64_t begin, int64_t end);
   void (*fold_tile)(const LogitTile&, int64_t begin, int64_t end);
   void (*dlogits_tile)(const LogitTile&, int64_t begin, int64_t end);
-  void (*objective)(const Objective&, int64_t first_block, int64_t last_block);
+  void (*objective)(const Objective&, int64_t block_rows, int64_t first_block, int64_t last_block);
   void (*spread)(const Spread&, int64_t begin, int64_t end);
+  void (*scan)(const Scan&, int64_t begin, int64_t end);
+  void (*segments)(const Segments&, int64_t begin, int64_t end);
+  void (*policy_objective)(const PolicyObjective&, int64_t begin, int64_t end);
 };
 
 // the table of the instruction set in force

@@ -10,6 +10,10 @@ namespace fastpo::gpu {
 const char* objective(const Objective&, Int64 tokens, double denominator, void* loss, void* stream);
 const char* objective_spread(const Spread* sides, int count, Int64 tokens, void* stream);
 
+// `tokens` per row, `members` per segment, on average
+const char* affine_scan(const Scan&, Int64 tokens, void* stream);
+const char* segment_stats(const Segments&, Int64 members, void* stream);
+
 Int64 objective_blocks(Int64 rows, Int64 tokens, int streams);
 
 }  // namespace fastpo::gpu

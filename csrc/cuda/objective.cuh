@@ -8,27 +8,18 @@
 
 #include "../arguments.h"
 #include "dtypes.cuh"
+#include "shape.cuh"
 // after dtypes.cuh, which defines the namespace
 #include "../formulas/pairwise.h"
 #include "../formulas/unpaired.h"
 
 namespace FASTPO_NAMESPACE {
 
-// How a kernel is launched. fastpo/kernels/cuda/objective.py restates it for the launch through CuPy.
-struct Shape {
-  Int64 blocks;
-  int threads;  // per block
-  int team;     // threads per stream and row
-  int rows;     // per block
-};
-
-constexpr int short_row = 1024;  // tokens that one warp sums
 constexpr int long_team = 128;
 constexpr int most_threads = 512;
 constexpr int single_rows = 256;     // per block, of teams of one thread
 constexpr int most_rows = 32;        // per block, of larger teams
 constexpr Int64 busy_blocks = 1024;  // more rows per block only where this many blocks remain
-constexpr Int64 most_blocks = 16384;
 
 // `tokens` per row, of the longest stream on average
 FASTPO_HOST_DEVICE Shape objective_shape(Int64 rows, Int64 tokens, int streams) {

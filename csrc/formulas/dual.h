@@ -156,6 +156,11 @@ FASTPO_FN auto operator>(const Given<T>& a, double c) {
   return a.value > constant<T>(c);
 }
 
+template <class T>
+FASTPO_FN auto operator<(const Given<T>& a, double c) {
+  return a.value < constant<T>(c);
+}
+
 template <class T, int k>
 FASTPO_FN Dual<T, k> operator*(const Given<T>& c, const Dual<T, k>& a) {
   return chain(a, c.value * a.value, c.value);

@@ -5,6 +5,22 @@
 
 namespace FASTPO_NAMESPACE {
 
+// P3O's loss of one side from its log-ratio, the other side's, and the gap of rewards to it; the ratio is clipped.
+template <class T, int k>
+FASTPO_FN Dual<T, k> p3o_side(const Dual<T, k>& step, const Dual<T, k>& other, const Dual<T, k>& gap, double epsilon) {
+  const Dual<T, k> ratio = exp(clip(step, -20.0, 20.0)), weight = gap * detach(exp(clip(other, -20.0, 20.0)));
+  return -0.5 * minimum(weight * ratio, weight * clip(ratio, 1 - epsilon, 1 + epsilon));
+}
+
+// of both sides, whose difference of log-ratios is clipped
+template <class T, int k>
+FASTPO_FN Dual<T, k> p3o_both(const Dual<T, k>& first, const Dual<T, k>& second, const Dual<T, k>& gap,
+                              double epsilon) {
+  const Dual<T, k> weight = gap * detach(exp(clip(first, -20.0, 20.0)) * exp(clip(second, -20.0, 20.0)));
+  const Dual<T, k> margin = first - second;
+  return -0.5 * minimum(weight * margin, weight * clip(margin, -epsilon, epsilon));
+}
+
 // A formula's number is its place in the list, and compiled graphs keep it: append only.
 // w, l: log-ratios of the chosen and the rejected completion to the reference; policy_*, reference_*: log-probs;
 // step_*: log-ratios to the previous iterate; n_w, n_l: lengths; c: columns; h: hyper-parameters.
@@ -56,7 +72,11 @@ namespace FASTPO_NAMESPACE {
   F(orpo, -policy_w - h.lambda_ * log_sigmoid(log_odds(policy_w) - log_odds(policy_l)))                                \
   F(simper, exp(policy_l) - exp(policy_w))                                                                             \
   F(rrhf, relu(policy_l / n_l - policy_w / n_w) - h.alpha * policy_w)                                                  \
-  F(r_dpo, -log_sigmoid(h.beta*(w - l) + h.alpha * (n_w - n_l)))
+  F(r_dpo, -log_sigmoid(h.beta*(w - l) + h.alpha * (n_w - n_l)))                                                       \
+  F(copg, square(c[0] - h.beta * (w - l)) / (2 * h.beta))                                                              \
+  F(p3o, p3o_side(step_w, step_l, c[0] - h.beta * detach((w - step_w) - (l - step_l)), h.epsilon) +                    \
+             p3o_side(step_l, step_w, h.beta * detach((w - step_w) - (l - step_l)) - c[0], h.epsilon))                 \
+  F(p3o_joint, p3o_both(step_w, step_l, c[0] - h.beta * detach((w - step_w) - (l - step_l)), h.epsilon))
 
 #define FASTPO_FORMULA(name, loss)                                                                \
   struct name {                                                                                   \

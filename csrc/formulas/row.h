@@ -19,7 +19,8 @@ namespace FASTPO_NAMESPACE {
   X(beta_rejected)                 \
   X(r_max)                         \
   X(lambda_desirable)              \
-  X(lambda_undesirable)
+  X(lambda_undesirable)            \
+  X(epsilon)
 
 struct Hyper {
 #define FASTPO_FIELD(name) double name;

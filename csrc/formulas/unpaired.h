@@ -12,7 +12,8 @@ namespace FASTPO_NAMESPACE {
     (c[0] * h.lambda_desirable + (1 - c[0]) * h.lambda_undesirable) * sigmoid((1 - 2 * c[0]) * (h.beta * (y - c[1])))) \
   F(bco, -(c[2] * log_sigmoid((2 * c[0] - 1) * (h.beta * y - c[1]))))                                                  \
   F(npo, 2 / h.beta * softplus(h.beta * y))                                                                            \
-  F(nash, -(detach(c[0] - 0.5 - h.beta * y - h.eta * step) * policy))
+  F(nash, -(detach(c[0] - 0.5 - h.beta * y - h.eta * step) * policy))                                                  \
+  F(nash_to_go, policy)
 
 #define FASTPO_FORMULA(name, loss)                                                                \
   struct name {                                                                                   \

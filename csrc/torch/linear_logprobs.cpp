@@ -1,4 +1,4 @@
-// fastpo::fold_tile, fastpo::dlogits_tile and fastpo::advise_huge_pages on the CPU. The schemas are in fastpo/kernels/linear_logprobs.py.
+// fastpo::fold_tile and fastpo::dlogits_tile on the CPU. The schemas are in fastpo/kernels/linear_logprobs.py.
 #include "tensor.h"
 
 namespace fastpo {
@@ -61,13 +61,10 @@ void dlogits_tile(Tensor tile, int64_t first, Tensor targets, Tensor inverse, do
   torch::stable::parallel_for(0, t.rows, grain(t), [&](int64_t begin, int64_t end) { k.dlogits_tile(t, begin, end); });
 }
 
-void advise(Tensor t) { advise_huge_pages(t); }
-
 }  // namespace
 }  // namespace fastpo
 
 STABLE_TORCH_LIBRARY_IMPL(fastpo, CPU, m) {
   m.impl("fold_tile", TORCH_BOX(&fastpo::fold_tile));
   m.impl("dlogits_tile", TORCH_BOX(&fastpo::dlogits_tile));
-  m.impl("advise_huge_pages", TORCH_BOX(&fastpo::advise));
 }

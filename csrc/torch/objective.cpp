@@ -23,13 +23,17 @@ std::tuple<Tensor, Tensor, Tensor> forward(int64_t formula, Tensors streams, Opt
   Objective& o = p.arguments;
   advise_huge_pages(p.slopes);
   advise_huge_pages(p.rewards);
-  const int64_t blocks = (o.rows + objective_block - 1) / objective_block;
+  // a thread is worth waking for about 32k tokens
+  constexpr int64_t worth = 32768;
+  const int64_t block_rows =
+      std::clamp<int64_t>(worth / p.tokens / objective_lanes * objective_lanes, objective_lanes, objective_block);
+  const int64_t blocks = (o.rows + block_rows - 1) / block_rows;
   std::vector<double> block_loss(static_cast<size_t>(blocks));
   o.block_loss = block_loss.data();
-  // a thread is worth waking for about 32k tokens
-  const int64_t grain = std::max<int64_t>(1, 32768 / (p.tokens * objective_block));
+  const int64_t grain = std::max<int64_t>(1, worth / (p.tokens * block_rows));
   const Kernels& k = kernels();
-  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) { k.objective(o, begin, end); });
+  torch::stable::parallel_for(0, blocks, grain,
+                              [&](int64_t begin, int64_t end) { k.objective(o, block_rows, begin, end); });
   if (reduce) {
     double total = 0;
     for (double x : block_loss) total += x;

@@ -1,4 +1,4 @@
-"""One small class per method: which data it eats, which models it asks, which loss it takes.
+"""One class per kind of data: which models a method asks, which inputs it takes, which loss.
 
 An algorithm knows nothing of models, files or optimisers; the training loop knows nothing of algorithms.
 """
@@ -6,15 +6,17 @@ An algorithm knows nothing of models, files or optimisers; the training loop kno
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from fastpo.algorithms.base import Algorithm, Completions, StepOutput
+from fastpo.algorithms import direct
+from fastpo.algorithms.base import Algorithm, Batch, Column, Completions, State, StepOutput
 from fastpo.algorithms.pairwise import Pairwise
+from fastpo.algorithms.unpaired import Unpaired
 from fastpo.reference import objectives
 
-_CLASSES = {"pairwise": Pairwise}
-# those whose training is tested
-_NAMES = ("dpo", "cdpo", "robust_dpo", "ipo", "hinge")
-_ROWS = {row.name: row for row in objectives() if row.kind in _CLASSES and row.name in _NAMES}
+_CLASSES: dict[str, type[Pairwise] | type[Unpaired]] = {"pairwise": Pairwise, "unpaired": Unpaired}
+# policies on data that are given: samples of the policy as it is need another loop, reward models another head
+_ROWS = {row.name: row for row in objectives() if row.kind in _CLASSES and row.scores == "policy" and not row.online}
 
 
 def names() -> list[str]:
@@ -27,25 +29,49 @@ def title(name: str) -> str:
     return _ROWS[name].title
 
 
-def defaults(name: str) -> dict[str, float | bool]:
+def defaults(name: str) -> dict[str, Any]:
     """The hyper-parameters of an algorithm and their default values."""
-    row = _ROWS[name]
-    return {**row.defaults, **({"length_norm": False} if row.length_norm else {})}
+    return direct.defaults(_ROWS[name])
+
+
+def choices(name: str) -> dict[str, tuple[str | None, ...]]:
+    """The hyper-parameters that are words, and their admissible values."""
+    return dict(_ROWS[name].options)
+
+
+def columns(name: str) -> tuple[Column, ...]:
+    """The numbers that an algorithm reads of every example; none of one that cannot be trained."""
+    return build(name, {}).columns if name in _ROWS else ()
 
 
 def describe(name: str) -> dict[str, str]:
     """One phrase per hyper-parameter, for help texts."""
     row = _ROWS[name]
-    phrases = {key: f"a number in {domain}" for key, domain in row.domains.items()}
+    phrases = {key: f"a number in {domain}" for key, domain in direct.domains(row).items()}
+    phrases |= {key: f"one of {', '.join(map(str, values))}" for key, values in row.options.items()}
     if row.length_norm:
         phrases["length_norm"] = "use per-token averages of the log-probs instead of sums"
     return phrases
 
 
-def build(name: str, hyper: Mapping[str, float | bool]) -> Algorithm:
+def build(name: str, hyper: Mapping[str, Any]) -> Algorithm:
     """The algorithm with these hyper-parameters; ValueError for one outside its domain."""
     row = _ROWS[name]
     return _CLASSES[row.kind](row, {**defaults(name), **hyper})
 
 
-__all__ = ["Algorithm", "Completions", "StepOutput", "build", "defaults", "describe", "names", "title"]
+__all__ = [
+    "Algorithm",
+    "Batch",
+    "Column",
+    "Completions",
+    "State",
+    "StepOutput",
+    "build",
+    "choices",
+    "columns",
+    "defaults",
+    "describe",
+    "names",
+    "title",
+]

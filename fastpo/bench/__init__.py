@@ -3,6 +3,7 @@
 A case builds its inputs and lists its providers; every provider's result is checked before it is timed.
 """
 
+from fastpo.bench.advantages import GaeCase, GroupCase
 from fastpo.bench.command import main
 from fastpo.bench.harness import (
     Case,
@@ -24,6 +25,8 @@ __all__ = [
     "Case",
     "CheckFailedError",
     "Expected",
+    "GaeCase",
+    "GroupCase",
     "LinearDpoCase",
     "LinearLogprobsCase",
     "ObjectiveCase",

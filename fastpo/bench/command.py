@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from fastpo.bench.advantages import GaeCase, GroupCase
 from fastpo.bench.harness import BASELINE, OWN, Case, CheckFailedError
 from fastpo.bench.linear_dpo import LinearDpoCase
 from fastpo.bench.linear_logprobs import LinearLogprobsCase
@@ -90,6 +91,17 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--formula", choices=formulas, default=ObjectiveCase.formula)
     add.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     _providers(add, ObjectiveCase.PROVIDERS)
+    help_ = "advantages and returns from rewards and values"
+    add = kernels.add_parser("gae", parents=[common], help=help_, description=help_)
+    add.add_argument("--rows", type=positive, default=GaeCase.rows)
+    add.add_argument("--tokens", type=positive, default=GaeCase.tokens)
+    add.add_argument("--layout", choices=("dense", "ragged", "packed"), default=GaeCase.layout)
+    _providers(add, GaeCase.PROVIDERS)
+    help_ = "rewards normalised in ragged groups"
+    add = kernels.add_parser("group_normalize", parents=[common], help=help_, description=help_)
+    add.add_argument("--rewards", type=positive, default=GroupCase.rewards)
+    add.add_argument("--shuffled", action="store_true", help="members of a group are not adjacent")
+    _providers(add, GroupCase.PROVIDERS)
     return root
 
 
@@ -122,6 +134,10 @@ def main(argv: list[str]) -> int:
         )
     elif args.kernel == "linear_dpo":
         case = LinearDpoCase(args.sequences, args.tokens, args.hidden, args.vocab)
+    elif args.kernel == "gae":
+        case = GaeCase(args.rows, args.tokens, args.layout)
+    elif args.kernel == "group_normalize":
+        case = GroupCase(args.rewards, args.shuffled)
     else:
         case = ObjectiveCase(args.pairs, args.tokens, args.formula, args.dtype, args.backward)
     where = environment()

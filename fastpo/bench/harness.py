@@ -88,14 +88,15 @@ class Expected:
 
 @dataclass(frozen=True)
 class Problem:
-    """A case with its inputs: `expected()` gives one entry per output of a run, in that order.
+    """A case with its inputs: `expected()` gives one entry per output of a run, in that order; None where that would
+    take too long, and nothing is checked.
 
     `bytes` is what GB/s counts: every input once, and with a backward every gradient once.
     `bar` names the floors of which the slower one bounds the time from below.
     """
 
     providers: Sequence[Provider]
-    expected: Callable[[], dict[str, Expected]]
+    expected: Callable[[], dict[str, Expected]] | None
     bytes: int
     bar: tuple[str, ...] = ()
 
@@ -155,7 +156,7 @@ def check(
     skip: Mapping[str, str] | None = None,
 ) -> dict[str, Run]:
     """Prepare and check the providers; returns those to be timed. `outcomes` is filled in."""
-    expected = problem.expected()
+    expected = None if problem.expected is None else problem.expected()
     baseline_errors: dict[str, float] = {}
     runs: dict[str, Run] = {}
     # the bound on fastpo's errors is made of the baseline's
@@ -186,7 +187,7 @@ def check(
             continue
         outcome.result_bytes = sum(o.nbytes for o in outputs)
         wrong = []
-        for (name, exact), got in zip(expected.items(), outputs, strict=True):
+        for (name, exact), got in zip(expected.items(), outputs, strict=True) if expected is not None else ():
             off = outcome.errors[name] = exact.error(got)
             allowed = exact.allowed(got.dtype, baseline_errors.get(name) if provider.name == OWN else None)
             if off > allowed:
@@ -237,6 +238,19 @@ def _timed(run: Run, calls: int) -> float:
     return (perf_counter() - start) / calls
 
 
+class _Clock:
+    """A run that notes its seconds."""
+
+    def __init__(self, run: Run):
+        self.run, self.seconds = run, 0.0
+
+    def __call__(self) -> Sequence[Tensor]:
+        start = perf_counter()
+        out = self.run()
+        self.seconds = perf_counter() - start
+        return out
+
+
 def peak_bytes(run: Run) -> int | None:
     """How far one call raises the process's resident memory above where it stood, its results included.
 
@@ -274,7 +288,7 @@ def measure(
     Args:
         case: what to run.
         only: names of the providers to run, besides fastpo and eager torch; None for all.
-        repetitions: samples per provider.
+        repetitions: samples per provider; 0 takes the time of the one call whose memory is weighed.
         skip: names of providers that would take too much here, and why; eager torch may be among them.
 
     Raises:
@@ -286,11 +300,14 @@ def measure(
         runs = check(problem, outcomes, only, skip)
     except CheckFailedError as error:
         raise CheckFailedError(f"{case.name}: {error}") from None
-    for name, seconds in interleave(runs, repetitions).items():
-        outcomes[name].seconds = seconds
+    if repetitions:
+        for name, seconds in interleave(runs, repetitions).items():
+            outcomes[name].seconds = seconds
     for name, run in runs.items():
-        if outcomes[name].status != "floor":
-            outcomes[name].peak_bytes = peak_bytes(run)
+        if outcomes[name].status != "floor" or not repetitions:
+            clock = _Clock(run)
+            outcomes[name].peak_bytes = peak_bytes(clock)
+            outcomes[name].seconds = outcomes[name].seconds or clock.seconds
     listed = {p.name: outcomes[p.name] for p in problem.providers if p.name in outcomes}
     return Measurement(case.name, problem.bar, listed)
 

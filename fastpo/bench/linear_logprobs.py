@@ -28,6 +28,8 @@ _SEQUENCE = 128
 _TRL_COLUMNS = 32_768
 # elements of the logits that the exact results are made of at a time
 _BLOCK = 1 << 24
+# elements of the logits up to which results are checked
+_CHECKED = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,10 @@ class LinearLogprobsCase:
             )
             label = "floor: the 3 matrix products with kept logits"
             providers.append(Provider("products_kept", label, lambda: alone(1), floor=True))
+        large = self.rows * self.vocab > _CHECKED
         return Problem(
             providers,
-            expected=lambda: self._expected(hidden, weight, targets, upstream),
+            expected=None if large else lambda: self._expected(hidden, weight, targets, upstream),
             bytes=0,
             bar=("products",),
         )

@@ -48,6 +48,9 @@ class Library:
     formulas: dict[str, int] = field(default_factory=dict)
     unpaired_formulas: dict[str, int] = field(default_factory=dict)
     hyper_parameters: tuple[str, ...] = ()
+    policy_formulas: dict[str, int] = field(default_factory=dict)
+    policy_numbers: tuple[str, ...] = ()
+    policy_choices: tuple[str, ...] = ()
 
     @property
     def loaded(self) -> bool:
@@ -87,6 +90,9 @@ def _load(name: str) -> Library:
         library.formulas = {n: i for i, n in enumerate(library.text("fastpo_formulas").split(","))}
         library.unpaired_formulas = {n: i for i, n in enumerate(library.text("fastpo_unpaired_formulas").split(","))}
         library.hyper_parameters = tuple(library.text("fastpo_hyper_parameters").split(","))
+        library.policy_formulas = {n: i for i, n in enumerate(library.text("fastpo_policy_formulas").split(","))}
+        library.policy_numbers = tuple(library.text("fastpo_policy_numbers").split(","))
+        library.policy_choices = tuple(library.text("fastpo_policy_choices").split(","))
         # reads FASTPO_CPU_CAPABILITY; an unknown or unsupported value is an error, not a fallback
         problem = library.text("fastpo_capability_error")
     except AttributeError as error:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 LN2 = math.log(2)
+# elements of a tile that are handled in fp64 by torch at a time
+_WIDE = 1 << 20
 
 
 class Tiling(NamedTuple):
@@ -191,14 +193,6 @@ class Problem:
         return self.cap * torch.tanh(self.logit_scale / self.cap * logits) if self.cap else logits
 
 
-def allocate(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory that may be large, on the device of `like` and by default of its dtype."""
-    out = like.new_empty(shape, dtype=dtype or like.dtype)
-    if not out.is_cuda:
-        torch.ops.fastpo.advise_huge_pages(out)
-    return out
-
-
 def multiplies_into_wide(t: Tensor) -> bool:
     """Whether there are products of narrow matrices with an fp32 result, so that logits are not rounded."""
     return t.is_cuda
@@ -286,7 +280,7 @@ def forward(
     top1 = p.targets.new_zeros(p.rows) if stats & 8 else None
     total = p.inverse.new_zeros(p.rows) if stats & 16 else None
     logits = p.rows * p.weight.shape[0]
-    kept = allocate(p.buffer, logits if 0 < logits * p.tile_dtype.itemsize <= budget else 0)
+    kept = p.buffer.new_empty(logits if 0 < logits * p.tile_dtype.itemsize <= budget else 0)
     expected = expected and not kept.numel()
     sums = torch.zeros((p.rows if expected else 0, p.hidden.shape[1]), dtype=p.accumulate, device=device)
     peaks = []
@@ -494,6 +488,28 @@ def backward(
     return d_hidden.to(dtype), d_weight.out, d_bias.to(dtype), d_lora_a.to(dtype), d_lora_b.out
 
 
+def variance(p: Problem, state: Tensor, entropy: Tensor) -> Tensor:
+    """Per row, the variance of what is under the softmax, in fp64, from logits that are computed again."""
+    largest, s = p.take(state.t()).unbind(1)
+    largest, log_sum = largest * p.inverse, s.log()
+    mean = largest + log_sum - p.take(entropy)
+    out = torch.zeros_like(mean)
+    for part in p.slices():
+        # in fp64 there are a few copies
+        height = max(1, _WIDE // part.columns)
+        for tile in p.tiles(part):
+            data = tile.within(p.buffer)
+            p.fill(data, part, tile.rows)
+            for r in range(0, len(data), height):
+                rows = slice(tile.rows.start + r, min(tile.rows.start + r + height, tile.rows.stop))
+                x = p.capped(data[r : r + height]) * p.inverse[rows, None]
+                probability = torch.exp(x - (largest[rows] + log_sum[rows])[:, None])
+                # an impossible token adds 0, not 0 · inf
+                off = torch.where(probability == 0, 0, x - mean[rows, None])
+                out[rows] += (probability * off.square()).sum(1)
+    return p.put(all_reduce(out, p.group))
+
+
 class SliceGradient:
     """The gradient of a matrix with a row per token, slice by slice: summed in fp32 whatever its dtype.
 
@@ -503,7 +519,7 @@ class SliceGradient:
     def __init__(self, p: Problem, like: Tensor | None, wanted: int):
         self.wanted = bool(wanted) and like is not None
         like = p.weight if like is None else like
-        self.out = allocate(like, *like.shape) if self.wanted else like.new_empty(0)
+        self.out = like.new_empty(like.shape if self.wanted else 0)
         apart = self.wanted and like.dtype != p.accumulate and p.rows > p.height
         self.sums = like.new_empty((min(p.width, len(like)), like.shape[1]) if apart else 0, dtype=p.accumulate)
 

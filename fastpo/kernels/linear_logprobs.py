@@ -37,8 +37,6 @@ torch.library.define(
     "(Tensor(a!) tile, int first, Tensor targets, Tensor inverse, float logit_scale, float cap, Tensor state, "
     "Tensor at, Tensor? slope, Tensor grads, Tensor(b!)? out=None) -> ()",
 )
-# of fresh memory on a CPU: its pages are to be large ones, which are faulted in many times faster
-torch.library.define("fastpo::advise_huge_pages", "(Tensor t) -> ()")
 # hidden (N, H), targets (N, K); cap 0 stands for none
 _PROBLEM = (
     "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? rows, "
@@ -58,6 +56,10 @@ torch.library.define(
     "fastpo::linear_logprobs_backward",
     f"({_PROBLEM}, Tensor state, Tensor shard, Tensor kept, Tensor peaks, Tensor? entropy, Tensor? grad_logprobs, "
     "Tensor? grad_entropy, Tensor? grad_logsumexp, float skip, int needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+# what the gradient of the entropy with respect to temperature needs beside what there is: (N,), fp64
+torch.library.define(
+    "fastpo::linear_logprobs_variance", f"({_PROBLEM}, Tensor state, Tensor shard, Tensor entropy) -> Tensor"
 )
 
 
@@ -134,6 +136,11 @@ def _fake_backward(
     )
 
 
+@torch.library.register_fake("fastpo::linear_logprobs_variance")
+def _fake_variance(hidden: Tensor, *_: Any) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=torch.float64)
+
+
 _native.on_cuda("linear_logprobs", _native.why_not_triton, by="Triton")
 
 
@@ -156,6 +163,14 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     with torch.autocast(state.device.type, enabled=False):
         first, width = shard.tolist()
         return _tiles.backward(_tiles.Problem(*problem, first=first, width=width), state, *rest)
+
+
+@torch.library.impl("fastpo::linear_logprobs_variance", ("CPU", "CUDA"))
+def _variance(*args: Any) -> Tensor:
+    *problem, state, shard, entropy = args
+    with torch.autocast(state.device.type, enabled=False):
+        first, width = shard.tolist()
+        return _tiles.variance(_tiles.Problem(*problem, first=first, width=width), state, entropy)
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -222,7 +237,7 @@ class _LinearLogprobs(torch.autograd.Function):
             for at, grad, needed in zip((0, 1, 3, 4, 5), found, ctx.needed, strict=True):
                 grads[at] = grad if needed else None
         if ctx.needs_input_grad[7]:
-            grads[7] = _temperature_gradient(tensors, ctx.options, state, logprobs, entropy, upstream)
+            grads[7] = _temperature_gradient(tensors, ctx.options, state, shard, logprobs, entropy, upstream)
         return tuple(grads)
 
 
@@ -269,16 +284,15 @@ def _temperature_gradient(
     tensors: tuple[Tensor | None, ...],
     options: _Options,
     state: Tensor,
+    shard: Tensor,
     logprobs: Tensor,
     entropy: Tensor,
     upstream: tuple[Tensor | None, ...],
 ) -> Tensor:
-    """d/dT log p = -(log p + H) / T and d/dT logsumexp = -(logsumexp - H) / T."""
+    """d/dT log p = -(log p + H) / T, d/dT logsumexp = -(logsumexp - H) / T, d/dT H = Var[z / T] / T."""
     targets, rows, temperatures = tensors[2], tensors[6], tensors[7]
     assert targets is not None and temperatures is not None
     grad_logprobs, grad_entropy, grad_logsumexp = upstream
-    if grad_entropy is not None:
-        raise RuntimeError("linear_logprobs: the entropy has no gradient with respect to temperature")
     valid = _counted(targets, rows, options)
     total = torch.zeros_like(entropy)
     if grad_logprobs is not None:
@@ -287,6 +301,9 @@ def _temperature_gradient(
         scale = 1.0 if options.cap else options.logit_scale
         logsumexp = state[0] * scale / temperatures.double() + state[1].log()
         total = total - grad_logsumexp * (logsumexp - entropy)
+    if grad_entropy is not None:
+        spread = torch.ops.fastpo.linear_logprobs_variance(*tensors, *options, state, shard, entropy)
+        total = total + grad_entropy * spread
     return torch.where(valid.any(-1), total / temperatures, 0).to(temperatures.dtype)
 
 
@@ -529,7 +546,7 @@ def linear_logprobs(
     Matrix products, forward and backward together: three where the logits of the rows that count fit into
     `memory_budget`, four where the backward computes them again (also under torch.compile), two where only `hidden`
     needs a gradient (a frozen head), one where nothing does. The gradient of the entropy under a frozen head takes two
-    with kept logits, else four.
+    with kept logits, else four; that with respect to temperature one more.
 
     Memory beside inputs, results and their gradients, with n the rows that count, b the bytes of an element of
     `hidden` and a those of an accumulator (4, or 8 for fp64): a buffer of 1 MiB per thread on a CPU, 256 MiB on a GPU
@@ -580,8 +597,7 @@ def linear_logprobs(
             hold different targets.
         IndexError: a target is out of range; the message names its place. On other devices than the CPU only with
             FASTPO_DEBUG=1; without it, such a target has the log-prob NaN there.
-        RuntimeError: a second derivative (create_graph) is asked for of more than 2^26 logits or over a process group,
-            or the entropy's gradient with respect to temperature.
+        RuntimeError: a second derivative (create_graph) is asked for of more than 2^26 logits or over a process group.
     """
     stats = tuple(stats)
     sharded = process_group is not None

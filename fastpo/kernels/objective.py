@@ -170,24 +170,13 @@ def launched_by(launcher: nvrtc.Launcher) -> dict[str, Callable[..., Any]]:
     return {"objective": forward, "objective_backward": backward}
 
 
-def _why_not_cuda(device: torch.device, *dtypes: torch.dtype) -> str | None:
-    if _native.CUDA.loaded:
-        return _native.why_not_compiled_for(device)
-    return nvrtc.why_not() and f"_cuda: {_native.CUDA.error}; {nvrtc.why_not()}"
-
-
 @torch.library.impl("fastpo::formula_objective", "cuda")
 def _formula_objective(source: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     launcher = nvrtc.Driver("objective.cuh", {"FASTPO_USER_FORMULA": source})
     return _launch.forward(launcher, 0, *arguments)
 
 
-_native.on_cuda("objective", _why_not_cuda, by="compiled" if _native.CUDA.loaded else "NVRTC")
-if not _native.CUDA.loaded:
-    # kept: the implementations go with it
-    _LIBRARY = torch.library.Library("fastpo", "IMPL")
-    for _name, _function in launched_by(nvrtc.Driver("objective.cuh")).items():
-        _LIBRARY.impl(_name, _function, "CUDA")
+_LIBRARY = nvrtc.serve("objective", launched_by)
 
 
 class _Objective(torch.autograd.Function):
@@ -288,7 +277,7 @@ def _differentiable_backward(
     average = bool(ctx.use_lengths & AVERAGE)
     loss, *_ = _reference(row, tuple(Side(*part) for part in parts), hyper, average, tuple(columns))
     if ctx.reduce:
-        loss = _mean(loss, ctx.denominator)
+        loss = mean_of(loss, ctx.denominator)
     inputs = [s for s, n in zip(policies, needed, strict=True) if n]
     found = iter(torch.autograd.grad(loss, inputs, grad, create_graph=True))
     return [next(found) if n else None for n in needed]
@@ -337,8 +326,10 @@ def _layout_of(side: str, what: str) -> str:
     return f"{side}_{what}" if side else what
 
 
-def _check_side(row: Objective, name: str, side: Side, policy_of: Tensor, lengths_needed: bool) -> int:
-    """Check one side of the rows; returns their number."""
+def _check_side(
+    row: Objective, name: str, side: Side, policy_of: Tensor, lengths_needed: bool, tokens_for: str | None
+) -> int:
+    """Check one side of the rows; returns their number. `tokens_for` needs log-probs per token."""
     of, first = _of(row.scores, name), _of(row.scores, row.sides[0])
     policy = _checks.tensor(of, side.policy, _checks.FLOATS)
     _checks.same_device(of, policy, first, policy_of)
@@ -351,8 +342,8 @@ def _check_side(row: Objective, name: str, side: Side, policy_of: Tensor, length
     elif policy.dim() not in (1, 2):
         raise ValueError(f"{of} has shape {tuple(policy.shape)}, expected (B,) or (B, T)")
     tokens = packed or policy.dim() == 2
-    if row.tokens and not tokens:
-        raise ValueError(f"{of} is (B,), summed already, but {row.name} needs it per token: (B, T), or (N,) packed")
+    if tokens_for is not None and not tokens:
+        raise ValueError(f"{of} is (B,), summed already, but {tokens_for} needs it per token: (B, T), or (N,) packed")
     for model, stream in zip(("reference", "previous"), (side.reference, side.previous), strict=True):
         if model in row.models:
             given = _checks.tensor(_of(model, name), stream, _checks.FLOATS)
@@ -407,9 +398,10 @@ def _check_input(row: Objective, given: Input, value: object, sides: tuple[Side,
     return tensor if given.gradient else tensor.detach()
 
 
-def _denominator(
+def mean_denominator(
     reduction: str, num_items: float | Tensor | None, rows: int, policy: Tensor, name: str
 ) -> float | None:
+    """What the sum over the rows is divided by, None for their number; 1 where num_items is a tensor."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     if num_items is not None and reduction != "mean":
@@ -431,7 +423,7 @@ def _denominator(
     return None
 
 
-def _mean(loss: Tensor, denominator: float | None) -> Tensor:
+def mean_of(loss: Tensor, denominator: float | None) -> Tensor:
     return loss.mean() if denominator is None else loss.sum() / denominator
 
 
@@ -466,6 +458,7 @@ def evaluate(
     length_norm: bool = False,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
+    process_group: Any = None,
 ) -> tuple[Tensor, ...]:
     """Loss and rewards of each side of a registry row; the functions of `fastpo.losses` document the arguments."""
     taken, translate, average = _choose(row, options) if options else (row, None, False)
@@ -477,23 +470,29 @@ def evaluate(
         raise ValueError(f"{row.name}: {problem}")
     lengths_needed = length_norm or taken.lengths in ("average", "count")
     first = sides[0].policy
-    rows = _check_side(row, row.sides[0], sides[0], first, lengths_needed)
-    if len(sides) == 2 and (other := _check_side(row, row.sides[1], sides[1], first, lengths_needed)) != rows:
+    tokens_for = row.name if row.tokens else None
+    if taken.tokens and not row.tokens:
+        tokens_for = f"{row.name} with {', '.join(f'{name}={value!r}' for name, value in options.items())}"
+    needs = lengths_needed, tokens_for
+    rows = _check_side(row, row.sides[0], sides[0], first, *needs)
+    if len(sides) == 2 and (other := _check_side(row, row.sides[1], sides[1], first, *needs)) != rows:
         names = [_of(row.scores, side) for side in row.sides]
         raise ValueError(f"{names[1]} has {other} rows, {names[0]} has {rows}: pairs need as many of both")
-    denominator = _denominator(reduction, num_items, rows, first, _of(row.scores, row.sides[0]))
+    denominator = mean_denominator(reduction, num_items, rows, first, _of(row.scores, row.sides[0]))
     given = _check_inputs(row, taken, inputs, sides, rows) if row.inputs else {}
     columns = tuple(given.values())
     if each is not None:
         taken = objective(row.per_row[each])
-        columns = (_check_input(row, Input(each, "", domain=row.domains[each]), hyper[each], sides, rows),)
+        given = {each: _check_input(row, Input(each, "", domain=row.domains[each]), hyper[each], sides, rows)}
+        columns = tuple(given.values())
     if translate is not None:
         values = translate(values)
     # the compiled CPU kernel looks at boundaries itself
     if taken.prepare is not None or first.device.type != "cpu":
         _check_boundaries(row, sides)
     if taken.prepare is not None:
-        sides, columns = taken.prepare(sides, given, values)
+        group = {"group": process_group} if row.coupled else {}
+        sides, columns = taken.prepare(sides, given, values, **group)
     values = taken.formula_hyper(values)
     columns = tuple(c.expand(rows) if c.dim() == 0 else c for c in columns)
     streams = [s.policy for s in sides]
@@ -531,7 +530,7 @@ def evaluate(
         results = (loss, *rewards.unbind(0))
     else:
         loss, *each_reward = _reference(taken, sides, values, length_norm, columns)
-        results = (loss if reduction == "none" else _mean(loss, denominator), *each_reward)
+        results = (loss if reduction == "none" else mean_of(loss, denominator), *each_reward)
     if isinstance(num_items, Tensor):
         return results[0] / num_items.to(results[0].dtype), *results[1:]
     return results

@@ -1,7 +1,8 @@
 """Preference objectives: functions of log-probabilities, flat and named as in the literature.
 
-Most functions are built from the registry (`fastpo.reference.objectives()`), one per row; `composed` and `statistics`
-hold the others.
+Most functions are built from two tables, one per row: preferences from `fastpo.reference.objectives()`, policy
+gradients from `fastpo.reference.policy.policies()`. `composed`, `demonstrations`, `statistics` and `filters` hold the
+others.
 """
 
 from __future__ import annotations
@@ -10,8 +11,19 @@ from collections.abc import Callable
 from typing import Any
 
 from fastpo.kernels.objective import PairwiseOutput, PolicyOutput, UnpairedOutput
+from fastpo.kernels.policy import PolicyGradientOutput, PolicyMetrics, kl_reward
+from fastpo.losses import _policy
 from fastpo.losses._build import build
 from fastpo.losses.composed import diffusion_dpo, hypo, mixture
+from fastpo.losses.demonstrations import DemonstrationOutput, implicit_reward_sft, implicit_values
+from fastpo.losses.filters import (
+    clip_cov_tokens,
+    entropy_mask,
+    kl_cov_tokens,
+    mixed_groups,
+    overlong_mask,
+    tppo_masks,
+)
 from fastpo.losses.statistics import (
     BetaDPOStatistics,
     Moments,
@@ -21,25 +33,40 @@ from fastpo.losses.statistics import (
     kto_kl,
     sampo_sample,
 )
+from fastpo.reference.policy import RolloutCorrection, policies
 from fastpo.reference.registry import objectives
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {row.name: build(row) for row in objectives()}
+_FUNCTIONS |= {row.name: _policy.build(row) for row in policies()}
 globals().update(_FUNCTIONS)
 
 __all__ = [
     "BetaDPOStatistics",
+    "DemonstrationOutput",
     "Moments",
     "PairwiseOutput",
+    "PolicyGradientOutput",
+    "PolicyMetrics",
     "PolicyOutput",
+    "RolloutCorrection",
     "UnpairedOutput",
     "alpha_dpo_statistics",
     "bco_delta",
     "beta_dpo_statistics",
+    "clip_cov_tokens",
     "diffusion_dpo",
+    "entropy_mask",
     "hypo",
+    "implicit_reward_sft",
+    "implicit_values",
+    "kl_cov_tokens",
+    "kl_reward",
     "kto_kl",
+    "mixed_groups",
     "mixture",
+    "overlong_mask",
     "sampo_sample",
+    "tppo_masks",
     *_FUNCTIONS,
 ]
 

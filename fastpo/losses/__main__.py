@@ -2,6 +2,6 @@
 
 from pathlib import Path
 
-from fastpo.losses._build import stub
+from fastpo.losses import _build, _policy
 
-Path(__file__).with_name("__init__.pyi").write_text(stub())
+Path(__file__).with_name("__init__.pyi").write_text(_build.stub() + _policy.stub())

@@ -39,6 +39,12 @@ _REDUCTION = """\
         the whole batch, so that micro-batches and ranks add up to one gradient.
 """
 
+_GROUP = """\
+    process_group: ranks whose pairs are one batch, True for the default group; each may have another number of pairs.
+        Each rank's loss is that of its own pairs: the sum of all ranks' losses over one num_items is the loss of the
+        batch, and its gradient theirs.
+"""
+
 _OPTIONS = {
     "length_norm": """\
     length_norm: use per-token averages instead of sums; a sequence without tokens counts as one token long.
@@ -99,6 +105,7 @@ def signature(row: Objective) -> str:
     keywords += ["length_norm: bool = False"] * row.length_norm
     keywords.append('reduction: Literal["mean", "sum", "none"] = "mean"')
     keywords.append("num_items: float | Tensor | None = None")
+    keywords += ["process_group: ProcessGroup | bool | None = None"] * row.coupled
     return ", ".join([*tensors, "*", *keywords])
 
 
@@ -138,7 +145,7 @@ def _docstring(row: Objective) -> str:
         arguments += _LENGTHS.format(names=", ".join(_named(row, "lengths")), when=when)
     names = "; ".join(f"{library}: {name}" for library, name in row.aliases.items())
     source = f"Source: {row.title}, {row.paper}, {row.equation}." + (f" Elsewhere: {names}." if names else "")
-    parts = [first, rest.strip(), source, f"Args:\n{arguments}{_REDUCTION}"]
+    parts = [first, rest.strip(), source, f"Args:\n{arguments}{_REDUCTION}{_GROUP * row.coupled}"]
     parts += [f"Returns:\n{_RETURNS[row.kind]}", f"Raises:\n{_RAISES}"]
     return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
@@ -150,7 +157,7 @@ def build(_evaluate, _row, _Side, _Output):
     def {name}({signature}) -> {output}:
         return _Output(*_evaluate(
             _row, ({sides},), {{{hyper}}}, {{{inputs}}}, options={{{options}}}, length_norm={length_norm},
-            reduction=reduction, num_items=num_items
+            reduction=reduction, num_items=num_items{process_group}
         ))
     return {name}
 """
@@ -178,6 +185,7 @@ def build(row: Objective) -> Callable[..., Any]:
         inputs=mapping(i.name for i in row.inputs),
         options=mapping(row.options),
         length_norm="length_norm" if row.length_norm else False,
+        process_group=", process_group=process_group" if row.coupled else "",
     )
     scope: dict[str, Any] = {"__name__": "fastpo.losses"}
     exec(source, scope)
@@ -192,13 +200,26 @@ _STUB_HEADER = """\
 from typing import Literal
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastpo.kernels.objective import PairwiseOutput as PairwiseOutput
 from fastpo.kernels.objective import PolicyOutput as PolicyOutput
 from fastpo.kernels.objective import UnpairedOutput as UnpairedOutput
+from fastpo.kernels.policy import PolicyGradientOutput as PolicyGradientOutput
+from fastpo.kernels.policy import PolicyMetrics as PolicyMetrics
+from fastpo.kernels.policy import kl_reward as kl_reward
 from fastpo.losses.composed import diffusion_dpo as diffusion_dpo
 from fastpo.losses.composed import hypo as hypo
 from fastpo.losses.composed import mixture as mixture
+from fastpo.losses.demonstrations import DemonstrationOutput as DemonstrationOutput
+from fastpo.losses.demonstrations import implicit_reward_sft as implicit_reward_sft
+from fastpo.losses.demonstrations import implicit_values as implicit_values
+from fastpo.losses.filters import clip_cov_tokens as clip_cov_tokens
+from fastpo.losses.filters import entropy_mask as entropy_mask
+from fastpo.losses.filters import kl_cov_tokens as kl_cov_tokens
+from fastpo.losses.filters import mixed_groups as mixed_groups
+from fastpo.losses.filters import overlong_mask as overlong_mask
+from fastpo.losses.filters import tppo_masks as tppo_masks
 from fastpo.losses.statistics import BetaDPOStatistics as BetaDPOStatistics
 from fastpo.losses.statistics import Moments as Moments
 from fastpo.losses.statistics import alpha_dpo_statistics as alpha_dpo_statistics
@@ -206,6 +227,7 @@ from fastpo.losses.statistics import bco_delta as bco_delta
 from fastpo.losses.statistics import beta_dpo_statistics as beta_dpo_statistics
 from fastpo.losses.statistics import kto_kl as kto_kl
 from fastpo.losses.statistics import sampo_sample as sampo_sample
+from fastpo.reference.policy import RolloutCorrection as RolloutCorrection
 
 """
 

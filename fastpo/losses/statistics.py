@@ -8,33 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastpo.kernels import _checks
+from fastpo.reference.ranks import gathered, summed_over
 from fastpo.reference.sequence import Side, sequence_sum, token_ranks
 
 if TYPE_CHECKING:
-    # a torch without distributed has no such class
-    Group = dist.ProcessGroup | bool | None
-
-
-def _summed(values: Tensor, group: Group) -> Tensor:
-    """The sum over the ranks."""
-    if group is not None and group is not False:
-        values = values.clone()
-        dist.all_reduce(values, group=None if group is True else group)
-    return values
-
-
-def _gathered(values: Tensor, group: Group) -> tuple[Tensor, int]:
-    """All ranks' rows, of which every rank has as many, and where ours begin."""
-    if group is None or group is False:
-        return values, 0
-    of = None if group is True else group
-    parts = [torch.empty_like(values) for _ in range(dist.get_world_size(of))]
-    dist.all_gather(parts, values.contiguous(), group=of)
-    return torch.cat(parts), dist.get_rank(of) * len(values)
+    from fastpo.reference.ranks import Group
 
 
 def _row(name: str, value: Tensor, rows: int | None = None) -> Tensor:
@@ -79,7 +60,7 @@ def kto_kl(
     ratios = sums[0] - sums[1]
     if ratios.shape[0] == 0 and process_group is None:
         raise ValueError("policy has no rows: the mean of an empty batch is undefined")
-    total, count = _summed(torch.stack([ratios.sum(), ratios.new_tensor(float(len(ratios)))]), process_group)
+    total, count = summed_over(torch.stack([ratios.sum(), ratios.new_tensor(float(len(ratios)))]), process_group)
     return (total / count).clamp(min=0)
 
 
@@ -113,7 +94,7 @@ def bco_delta(
     _fraction("decay", decay)
     kept = [torch.where(side, values, 0).sum() for side in (labels, ~labels)]
     counts = [side.sum().to(values.dtype) for side in (labels, ~labels)]
-    sums = _summed(torch.stack([*kept, *counts]), process_group)
+    sums = summed_over(torch.stack([*kept, *counts]), process_group)
     present = sums[2:] > 0
     means = torch.where(present, sums[:2] / sums[2:].clamp(min=1), 0)
     now = means.sum() / present.sum().clamp(min=1)
@@ -178,7 +159,7 @@ def beta_dpo_statistics(
         decay: of the moving mean and standard deviation.
         previous: the last batch's `moments`.
         generator: draws the pairs; over ranks, with the same seed on each.
-        process_group: ranks whose margins count together; each has as many.
+        process_group: ranks whose margins count together.
 
     Raises:
         TypeError, ValueError: margins are not (B,) floats with B > 0, or a number is outside its domain.
@@ -189,7 +170,7 @@ def beta_dpo_statistics(
     _fraction("decay", decay)
     _fraction("kept", kept, one=True)
     ours = _row("margins", margins)
-    everyone, first = _gathered(ours, process_group)
+    everyone, first = gathered(ours, process_group)
     if len(everyone) == 0:
         raise ValueError("margins has no rows")
     moments = _moments(everyone, previous, decay)
@@ -212,13 +193,13 @@ def alpha_dpo_statistics(
         gaps: (B,), the chosen minus the rejected log-ratio per token.
         decay: of the moving averages.
         previous: what the last batch gave.
-        process_group: ranks whose gaps count together; each has as many.
+        process_group: ranks whose gaps count together.
 
     Raises:
         TypeError, ValueError: gaps are not (B,) floats with B > 0, or decay is outside [0, 1).
     """
     _fraction("decay", decay)
-    everyone, _ = _gathered(_row("gaps", gaps), process_group)
+    everyone, _ = gathered(_row("gaps", gaps), process_group)
     if len(everyone) == 0:
         raise ValueError("gaps has no rows")
     return _moments(everyone, previous, decay)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastpo.reference.ranks import gathered
 from fastpo.reference.registry import (
     ANY,
     NOT_NEGATIVE,
@@ -26,6 +27,9 @@ from fastpo.reference.registry import (
     register,
 )
 from fastpo.reference.sequence import Side, per_token, summed, token_ranks
+
+if TYPE_CHECKING:
+    from fastpo.reference.ranks import Group
 
 
 class Pair(NamedTuple):
@@ -214,19 +218,6 @@ derive(
 
 The default β (Tulu 3's) is not verified; TRL's is 0.1. RSO's "sigmoid-norm" is plain DPO: another method.""",
 )
-derive(
-    "bradley_terry",
-    "dpo",
-    title="Bradley-Terry reward model",
-    paper="R. A. Bradley, M. E. Terry, Biometrika 39 (1952)",
-    equation="the log-likelihood of the choice",
-    domains={},
-    fixed={"beta": 1.0},
-    reference_model=False,
-    scores="reward",
-    aliases={"trl": "RewardTrainer"},
-    about="-log σ(r_w - r_l) of the scores of a reward model: the negative log-likelihood of the choice.",
-)
 
 
 @register(
@@ -395,6 +386,90 @@ def inpo(pair: Pair, *, beta: float = 0.0025, eta: float = 0.0075) -> Tensor:
     share = beta / eta
     margin = share * pair.margin + (1 - share) * (pair.chosen_step - pair.rejected_step)
     return (margin - 1 / (2 * eta)) ** 2
+
+
+_REWARDS = (
+    Input("chosen_reward", "the first sample's reward"),
+    Input("rejected_reward", "the second's; neither need be the better one"),
+)
+
+
+def _reward_gap(sides: Sides, given: Given, hyper: Hyper) -> Prepared:
+    return sides, (given["chosen_reward"] - given["rejected_reward"],)
+
+
+@register(
+    "pairwise",
+    title="Contrastive Policy Gradient",
+    paper="arXiv:2406.19185",
+    equation="the pair loss; its factor is not verified",
+    domains={"beta": POSITIVE},
+    theory="gibbs",
+    inputs=_REWARDS,
+    prepare=_reward_gap,
+)
+def copg(pair: Pair, reward_gap: Tensor, *, beta: float = 0.1) -> Tensor:
+    """(R - R' - β h)² / (2β): both samples' rewards, regularised by β times the log-ratio, shall be equal.
+
+    The samples may be of any policy. With this factor the gradient by log π(y) is minus the gap of regularised rewards.
+    """
+    return (reward_gap - beta * pair.margin) ** 2 / (2 * beta)
+
+
+def _shaped(pair: Pair, gap: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-ratios to the sampling policy, and the gap of the rewards less β times its log-ratios to the reference."""
+    first, second = pair.chosen_step, pair.rejected_step
+    assert first is not None and second is not None
+    shape = (pair.chosen_logratio - first) - (pair.rejected_logratio - second)
+    return first, second, gap - beta * shape.detach()
+
+
+@register(
+    "pairwise",
+    title="Pairwise Proximal Policy Optimization",
+    paper="arXiv:2310.00212",
+    equation="Theorem 1 and Section 4; ε and the exact clip are not verified",
+    domains={"beta": NOT_NEGATIVE, "epsilon": Domain(0.0, 1.0)},
+    theory="gibbs",
+    previous_model=True,
+    online=True,
+    inputs=_REWARDS,
+    prepare=_reward_gap,
+    options={"clipping": ("separate", "joint")},
+    variants={("separate",): Variant("p3o"), ("joint",): Variant("p3o_joint")},
+)
+def p3o(pair: Pair, reward_gap: Tensor, *, beta: float = 0.1, epsilon: float = 0.2) -> Tensor:
+    """-½ Σ_i min(g_i sg[ρ_j] ρ_i, g_i sg[ρ_j] clip(ρ_i, 1 ± ε)), g_i the gap of sample i's reward to that of j.
+
+    The samples are of the previous iterate; ρ_i is the sequence's ratio to it, cut at e^±20, and rewards are less β
+    times its log-ratio to the reference. `clipping="joint"` clips Δ = log ρ_1 - log ρ_2 to ±ε in
+    -½ min(g sg[ρ_1 ρ_2] Δ, g sg[ρ_1 ρ_2] clip(Δ)). Adding a constant to both rewards changes nothing.
+    """
+    first, second, gap = _shaped(pair, reward_gap, beta)
+    total = torch.zeros_like(gap)
+    for own, other, g in ((first, second, gap), (second, first, -gap)):
+        ratio, weight = own.clamp(-20, 20).exp(), g * other.detach().clamp(-20, 20).exp()
+        total = total - 0.5 * torch.minimum(weight * ratio, weight * ratio.clamp(1 - epsilon, 1 + epsilon))
+    return total
+
+
+@register(
+    "pairwise",
+    title="P3O, clipped jointly",
+    paper="arXiv:2310.00212",
+    equation="Section 4",
+    domains={"beta": NOT_NEGATIVE, "epsilon": Domain(0.0, 1.0)},
+    theory="gibbs",
+    previous_model=True,
+    online=True,
+    inputs=_REWARDS,
+    prepare=_reward_gap,
+    public=False,
+)
+def p3o_joint(pair: Pair, reward_gap: Tensor, *, beta: float = 0.1, epsilon: float = 0.2) -> Tensor:
+    first, second, gap = _shaped(pair, reward_gap, beta)
+    margin, weight = first - second, gap * (first.clamp(-20, 20).exp() * second.clamp(-20, 20).exp()).detach()
+    return -0.5 * torch.minimum(weight * margin, weight * margin.clamp(-epsilon, epsilon))
 
 
 @register(
@@ -711,18 +786,49 @@ log(s_w / s_l) with "log_ratio". Under "log" scores that do not rank the chosen 
 )
 
 
+def _margin(sides: Sides, given: Given, hyper: Hyper) -> Prepared:
+    if "margin" in given:
+        return sides, (-given["margin"],)
+    return sides, (torch.full((), -hyper["margin"], dtype=torch.float64, device=sides[0].policy.device),)
+
+
+derive(
+    "bradley_terry",
+    "offset_dpo",
+    title="Bradley-Terry reward model",
+    paper="R. A. Bradley, M. E. Terry, Biometrika 39 (1952)",
+    equation="the log-likelihood of the choice; the margin is arXiv:2307.09288's",
+    domains={"margin": NOT_NEGATIVE},
+    defaults={"margin": 0.0},
+    fixed={"beta": 1.0, "label_smoothing": 0.0},
+    hyper=lambda h: {},
+    prepare=_margin,
+    per_row={"margin": "bradley_terry"},
+    theory="gibbs",
+    reference_model=False,
+    scores="reward",
+    aliases={"trl": "RewardTrainer"},
+    about="""-log σ(r_w - r_l - m) of the scores of a reward model: without m the negative log-likelihood of the choice.
+
+m is Llama 2's margin, larger for responses that are more different; one number, or one per pair. With a margin the
+scores are no longer those of the Bradley-Terry model, also where it is the same for all pairs.""",
+)
+
+
 def _sums(side: Side) -> tuple[Tensor, Tensor]:
     """log-probs under the policy and the reference, constants."""
     assert side.reference is not None
     return side.sums()[0].detach(), side._replace(policy=side.reference).sums()[0].detach()
 
 
-def _matched(sides: Sides, given: Given, hyper: Hyper) -> Prepared:
+def _matched(sides: Sides, given: Given, hyper: Hyper, group: Group = None) -> Prepared:
     (policy_w, reference_w), (policy_l, reference_l) = map(_sums, sides)
-    policy, reference = policy_w - policy_l, reference_w - reference_l
+    margins, first = gathered(torch.stack([policy_w - policy_l, reference_w - reference_l], 1), group)
+    policy, reference = margins.unbind(1)
+    ours = slice(first, first + len(policy_w))
     # the reference's margin of the same rank takes the place of its own
-    rank = policy.argsort(stable=True).argsort()
-    return sides, (hyper["beta"] * (reference - reference.sort().values[rank]),)
+    rank = policy.argsort(stable=True).argsort()[ours]
+    return sides, (hyper["beta"] * (reference[ours] - reference.sort().values[rank]),)
 
 
 derive(
@@ -733,20 +839,25 @@ derive(
     equation="the paired loss",
     defaults={"beta": 0.01},
     prepare=_matched,
+    coupled=True,
     aliases={"trl": "aot"},
     about="""-(1-ε) log σ(β d) - ε log σ(-β d), d the difference of the i-th smallest policy and reference margins.
 
 The margins log π(y_w) - log π(y_l) of the batch are sorted, and so are the reference's: the cost of the optimal
-transport between them. The batch is what one call sees; the method wants the global one.""",
+transport between them. The batch is what one call sees, or with process_group all ranks' calls: the method wants the
+global one.""",
 )
 
 
-def _rematched(sides: Sides, given: Given, hyper: Hyper) -> Prepared:
+def _rematched(sides: Sides, given: Given, hyper: Hyper, group: Group = None) -> Prepared:
     chosen, rejected = sides
-    (policy_w, reference_w), (policy_l, reference_l) = map(_sums, sides)
-    rank = (policy_w - reference_w).argsort(stable=True).argsort()
-    partner = (policy_l - reference_l).argsort(stable=True)[rank]
-    return (chosen, Side(rejected.sums()[0][partner], reference_l[partner])), ()
+    (policy_w, reference_w), (_, reference_l) = map(_sums, sides)
+    ratio, first = gathered(policy_w - reference_w, group)
+    rank = ratio.argsort(stable=True).argsort()[first : first + len(policy_w)]
+    # a partner's gradient goes to the rank that has it
+    policy_l, reference_l = (gathered(t, group)[0] for t in (rejected.sums()[0], reference_l))
+    partner = (policy_l.detach() - reference_l).argsort(stable=True)[rank]
+    return (chosen, Side(policy_l[partner], reference_l[partner])), ()
 
 
 derive(
@@ -757,11 +868,13 @@ derive(
     equation="the unpaired loss",
     defaults={"beta": 0.01},
     prepare=_rematched,
+    coupled=True,
     aliases={"trl": "aot_unpaired"},
     about="""-(1-ε) log σ(β d) - ε log σ(-β d), d the i-th smallest chosen minus the i-th smallest rejected log-ratio.
 
 Chosen and rejected responses need not belong together, but are as many. Each chosen one is compared with the rejected
-one of its rank, whose reward stands at its place in rejected_rewards. The batch is what one call sees.""",
+one of its rank, whose reward stands at its place in rejected_rewards. The batch is what one call sees, or with
+process_group all ranks' calls; the backward then communicates too, so that every rank must run it.""",
 )
 
 

@@ -120,6 +120,8 @@ class Objective:
         tokens: whether log-probs must come per token.
         scores: what the sides' numbers are called, "policy" unless they are no log-probs.
         online: whether its data are samples of the policy as it is.
+        coupled: whether the loss of a row depends on the other rows of the batch. `prepare` then takes a process group
+            too, whose ranks' rows are one batch.
         public: whether it has a public function; else it is the formula of other rows.
     """
 
@@ -151,6 +153,7 @@ class Objective:
     tokens: bool = False
     scores: str = "policy"
     online: bool = False
+    coupled: bool = False
     public: bool = True
 
     @property

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastpo.reference.pairwise import Given, Hyper, Prepared, Sides
-from fastpo.reference.registry import NOT_NEGATIVE, POSITIVE, PROBABILITY, Input, Objective, derive, register
+from fastpo.reference.registry import NOT_NEGATIVE, POSITIVE, PROBABILITY, Input, Objective, Variant, derive, register
 from fastpo.reference.sequence import Side, summed
 
 
@@ -136,9 +136,73 @@ def nash(row: Single, win_probability: Tensor, *, beta: float = 0.008, eta: floa
     return -advantage.detach() * row.policy
 
 
-derive(
+def _later(values: Tensor, ends: Tensor | None) -> Tensor:
+    """The sum over each sequence from every token on; packed ones with the end of each token's sequence."""
+    if ends is None:
+        return values.flip(1).cumsum(1).flip(1)
+    before = torch.cat([values.new_zeros(1), values.cumsum(0)])
+    return before[ends] - before[:-1]
+
+
+def _to_go(sides: Sides, given: Given, hyper: Hyper) -> Prepared:
+    """Every token's log-prob times its slope, constant; and models under which the log-ratios are what they were."""
+    (side,) = sides
+    weights = {"reference": hyper["beta"]}
+    if side.previous is not None:
+        weights["previous"] = hyper["beta"] / hyper["eta"]
+    inside, win = side.mask, given["win_probability"].double()
+    slope, ends = 0.5 - win[:, None], None
+    if side.cu_seqlens is not None:
+        position = torch.arange(len(side.policy), device=win.device)
+        row = torch.searchsorted(side.cu_seqlens[1:].long(), position, right=True)
+        known = row < len(win)
+        inside = known if inside is None else inside & known
+        # one row more for the tokens of no sequence
+        slope = 0.5 - torch.cat([win, win.new_zeros(1)])[row]
+        ends = torch.cat([side.cu_seqlens[1:].long(), position.new_full((1,), len(position))])[row]
+
+    policy = side.policy.to(torch.promote_types(side.policy.dtype, torch.float32))
+    ratios = {}
+    for model, weight in weights.items():
+        ratio = (policy - getattr(side, model)).detach()
+        ratios[model] = ratio if inside is None else torch.where(inside, ratio, 0)
+        slope = slope + weight * _later(ratios[model].double(), ends)
+    tokens = slope.to(policy.dtype) * (policy if inside is None else torch.where(inside, policy, 0))
+    return (side._replace(policy=tokens, **{m: tokens.detach() - ratio for m, ratio in ratios.items()}),), ()
+
+
+@register(
+    "policy",
+    title="Nash-MD policy gradient, token by token",
+    paper="arXiv:2312.00886",
+    equation="App. F",
+    domains={"beta": NOT_NEGATIVE, "eta": NOT_NEGATIVE},
+    theory="selfplay",
+    online=True,
+    tokens=True,
+    inputs=(_WIN,),
+    prepare=_to_go,
+    public=False,
+)
+def nash_to_go(row: Single, *, beta: float = 0.008, eta: float = 0.0) -> Tensor:
+    """Σ_t sg(1/2 - P + β Σ_{s≥t} k_s) log π_t: the sum of what `_to_go` made of the tokens."""
+    return row.policy
+
+
+def _forms(name: str, **changes: Any) -> None:
+    """A row over `nash` under both forms of the KL's gradient."""
+    derive(f"{name}_to_go", "nash_to_go", public=False, **changes)
+    derive(
+        name,
+        "nash",
+        options={"kl": ("sequence", "to_go")},
+        variants={("sequence",): Variant(name), ("to_go",): Variant(f"{name}_to_go")},
+        **changes,
+    )
+
+
+_forms(
     "nash_md",
-    "nash",
     domains={"beta": NOT_NEGATIVE},
     fixed={"eta": 0.0},
     aliases={"trl": "NashMDTrainer (its KL gradient drops later tokens)"},
@@ -146,20 +210,21 @@ derive(
 
 y is a sample of the policy, the opponent the mixture of policy and reference (coefficient 0.125 to 0.375; at 0 the
 fixed point is the Nash equilibrium). β is the paper's τ. The value is a surrogate: only its gradient means something.
-TRL's per-token KL gradient drops the later tokens; this is the gradient of the sequence's KL.""",
+kl="to_go" takes at every token the log-ratio of it and the later ones in place of the sequence's: as unbiased, and
+of smaller variance. TRL's per-token KL gradient drops the later tokens, which is another fixed point.""",
 )
-derive(
+_forms(
     "nash_ema",
-    "nash",
     equation="App. F.3",
     title="Nash-EMA policy gradient",
     domains={"beta": NOT_NEGATIVE},
     fixed={"eta": 0.0},
-    about="-sg(P - 1/2 - β K) log π(y): `nash_md` whose opponent is a moving average of the policy's weights.",
+    about="""-sg(P - 1/2 - β K) log π(y): `nash_md` whose opponent is a moving average of the policy's weights.
+
+kl="to_go" is as there.""",
 )
-derive(
+_forms(
     "nash_mp",
-    "nash",
     title="Nash-MP (proximal point) policy gradient",
     paper="arXiv:2505.19731",
     equation="the single-loss form; not verified",
@@ -170,7 +235,7 @@ derive(
     about="""-sg(P - 1/2 - β K - (β/η) K_t) log π(y), K_t the log-ratio to a target, a moving average of the policy.
 
 Derived from the second version's abstract: weights, defaults and the target's update are not verified, and parity
-with the paper is not claimed.""",
+with the paper is not claimed. kl="to_go" is as in `nash_md`, for both log-ratios.""",
 )
 
 

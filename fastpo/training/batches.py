@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -25,6 +26,19 @@ def step_indices(step: int, size: int, count: int, seed: int) -> list[int]:
         epoch, start = divmod(step * size + len(out), count)
         out += _epoch(count, seed, epoch)[start : start + size - len(out)]
     return out
+
+
+def stage(step: int, steps: int, stages: int) -> int:
+    """In which of `stages` equal parts of the run a step is; what comes after the run, in the last."""
+    return min(step * stages // steps, stages - 1)
+
+
+def staged_indices(step: int, steps: int, size: int, count: int, seed: int, stages: int) -> list[int]:
+    """The examples of a step where each stage of the run has a part of them, in their order: `step_indices` of it."""
+    now = stage(step, steps, stages)
+    # the first step of a stage is the first whose share reaches it, and so are its examples
+    first, begin, end = (-(-k * n // stages) for k, n in ((now, steps), (now, count), (now + 1, count)))
+    return [begin + i for i in step_indices(step - first, size, end - begin, seed + now)]
 
 
 @lru_cache(maxsize=2)
@@ -56,7 +70,7 @@ def check_budget(examples: Sequence[Example], budget: int, name: str) -> None:
     longest = max(range(len(examples)), key=lambda i: examples[i].tokens)
     if examples[longest].tokens > budget:
         raise UserError(
-            f"{name}, row {longest + 1}: the example has {examples[longest].tokens:,} tokens, "
+            f"{name}, row {examples[longest].row}: the example has {examples[longest].tokens:,} tokens, "
             f"which is more than --batch.tokens {budget:,}"
         )
 
@@ -71,6 +85,7 @@ class MicroBatch:
         predictors: (n,) positions in the row whose logits predict a completion token.
         targets: (n,) those tokens.
         completions: how the n tokens fall into completions.
+        numbers: (examples, columns) what the data say of each beside.
     """
 
     input_ids: Tensor
@@ -78,6 +93,7 @@ class MicroBatch:
     predictors: Tensor
     targets: Tensor
     completions: Completions
+    numbers: Tensor
 
 
 def collate(examples: Sequence[Example], device: torch.device) -> MicroBatch:
@@ -96,11 +112,37 @@ def collate(examples: Sequence[Example], device: torch.device) -> MicroBatch:
             positions += range(len(example.prompt) + len(completion))
             targets += completion
             lengths.append(len(completion))
-    ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
     return MicroBatch(
         torch.tensor(ids, device=device),
         torch.tensor(positions, device=device),
         torch.tensor(predictors, device=device),
         torch.tensor(targets, device=device),
-        Completions(tuple(lengths), ends),
+        layout(lengths, device),
+        torch.tensor([example.numbers for example in examples], dtype=torch.float64).to(device),
     )
+
+
+def layout(lengths: Sequence[int], device: torch.device) -> Completions:
+    """Completions of these lengths, one behind the other."""
+    return Completions(tuple(lengths), torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device))
+
+
+def step_layout(examples: Sequence[Example], device: torch.device) -> Completions:
+    """The completions of all examples of a step as one micro-batch would have them."""
+    parts = range(len(examples[0].completions))
+    return layout([len(example.completions[k]) for k in parts for example in examples], device)
+
+
+def places(whole: Completions, count: int, positions: Sequence[int], parts: int) -> Tensor:
+    """Where the tokens of some examples stand among those of the step, in the order in which `collate` has them.
+
+    Args:
+        whole: the layout of the step.
+        count: examples of the step.
+        positions: of the examples among them.
+        parts: the first so many completions of each.
+    """
+    starts = [0, *accumulate(whole.lengths)]
+    slots = [k * count + position for k in range(parts) for position in positions]
+    found = [torch.arange(starts[slot], starts[slot + 1]) for slot in slots]
+    return torch.cat(found).to(whole.cu_seqlens.device)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
+from fastpo import algorithms
 from fastpo.training.errors import UserError
 
 
@@ -33,12 +34,28 @@ class BatchConfig:
     """How much goes into a step and into one forward.
 
     Args:
-        size: examples (pairs) per optimiser step, over all processes.
+        size: examples (pairs, or single completions) per optimiser step, over all processes.
         tokens: most tokens that one forward holds; examples are packed into this budget.
     """
 
     size: int = 32
     tokens: int = 4096
+
+
+@dataclass(frozen=True)
+class SyncConfig:
+    """How the reference model follows the policy; by default it does not.
+
+    Args:
+        every: steps between updates of the reference (TR-DPO); 0 for none.
+        alpha: the policy's share in an update, the rest being the old reference's; 1 replaces it.
+        stages: parts of the run, each with its part of the data in the file's order; the policy at the end of one is
+            the reference of the next (sDPO).
+    """
+
+    every: int = 0
+    alpha: float = 0.6
+    stages: int = 1
 
 
 @dataclass(frozen=True)
@@ -48,7 +65,7 @@ class TrainConfig:
     Args:
         model: causal language model to train: a folder, a .gguf file or a name on the hub.
         reference: what the policy is measured against, if not the model as it is before training.
-        data: preferences in TRL's format, .jsonl or .parquet.
+        data: preferences in TRL's format for the algorithm, .jsonl or .parquet.
         eval_data: more of them, to measure on and not to train on.
         output: folder of the run, if not runs/ALGORITHM (with a number where that holds one).
         max_length: most tokens of prompt and completion; longer completions are cut, longer prompts refused.
@@ -61,6 +78,7 @@ class TrainConfig:
         tracker: where metrics go besides metrics.jsonl.
         optim: the optimiser.
         batch: the batches.
+        sync: a reference model that follows the policy.
     """
 
     model: str | None = None
@@ -78,6 +96,7 @@ class TrainConfig:
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     optim: OptimConfig = field(default_factory=OptimConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
 
     @property
     def built_in(self) -> bool:
@@ -99,6 +118,8 @@ class TrainConfig:
             ("batch.size", self.batch.size, 1),
             ("batch.tokens", self.batch.tokens, 1),
             ("optim.weight_decay", self.optim.weight_decay, 0),
+            ("sync.every", self.sync.every, 0),
+            ("sync.stages", self.sync.stages, 1),
         ):
             if value is not None and value < low:
                 raise UserError(f"--{name} must be at least {low}, got {value:g}")
@@ -109,8 +130,36 @@ class TrainConfig:
         ):
             if not value > 0:
                 raise UserError(f"--{name} must be positive, got {value:g}")
+        if not 0 < self.sync.alpha <= 1:
+            raise UserError(f"--sync.alpha must be in (0, 1], got {self.sync.alpha:g}")
         if not 0 <= self.optim.warmup < 1:
             raise UserError(f"--optim.warmup must be in [0, 1), got {self.optim.warmup:g}")
+
+
+# what the built-in task takes for some methods in place of β = 1 and the rate of the others
+_BUILT_IN: Mapping[str, Mapping[str, float]] = {
+    "ipo": {"algorithm.beta": 0.1},
+    "hinge": {"algorithm.beta": 0.3},
+    # the margin of a noisy label is log((1-ε)/ε) / β, the targets are ±1/(2β)
+    "mcts_dpo": {"algorithm.beta": 0.3},
+    "cal_dpo": {"algorithm.beta": 0.25},
+    # ranks over all prompts keep a prompt's own answers apart only while margins are small
+    "aot_unpaired": {"algorithm.beta": 3.0},
+    # averages of two or three tokens have the scale of averages of hundreds
+    "dpo_norm": {"algorithm.beta": 5.0},
+    "simpo": {"algorithm.beta": 2.0},
+    "alpha_po": {"algorithm.beta": 2.5},
+    "alpha_dpo": {"algorithm.beta": 2.5},
+    # without a reference, the pairs that the model ranks rightly already still have a margin to reach
+    "slic": {"algorithm.delta": 10.0},
+    "rso_hinge": {"algorithm.beta": 0.1},
+    # the share of β that the published defaults have
+    "flex_dpo": {"algorithm.beta_rejected": 0.8},
+    # with a smaller one the slope at the start, βh = 0, points the other way (see the loss)
+    "discopop": {"algorithm.tau": 1.0},
+    # nothing but the size of the step keeps what is not to be unlearned
+    "npo": {"algorithm.beta": 3.0, "optim.lr": 4e-5},
+}
 
 
 def built_in_defaults(algorithm: str) -> dict[str, Any]:
@@ -122,10 +171,11 @@ def built_in_defaults(algorithm: str) -> dict[str, Any]:
     return {
         "steps": 200,
         "eval_every": 25,
-        "algorithm.beta": {"ipo": 0.1, "hinge": 0.3}.get(algorithm, 1.0),
+        **({"algorithm.beta": 1.0} if "beta" in algorithms.defaults(algorithm) else {}),
         "optim.lr": 2e-4,
         "batch.size": 64,
         "batch.tokens": 256,
+        **_BUILT_IN.get(algorithm, {}),
     }
 
 

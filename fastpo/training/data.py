@@ -1,28 +1,47 @@
 """Preference files in TRL's formats, read and turned into token ids.
 
-A row is {"prompt", "chosen", "rejected"}, or without "prompt", which is then what chosen and rejected have in
-common. The values are strings, or lists of {"role", "content"} that the tokenizer's chat template renders.
+A row of pairs is {"prompt", "chosen", "rejected"}, or without "prompt", which is then what chosen and rejected have in
+common. An unpaired row is {"prompt", "completion", "label"}, the label true or false; a pair in its place stands for
+two of them. The values are strings, or lists of {"role", "content"} that the tokenizer's chat template renders.
+
+Some algorithms read numbers beside: "chosen_score" and "rejected_score" (or "score_chosen" and "score_rejected", or
+their difference as "margin"), "chosen_visits" and "rejected_visits", "density_ratio".
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+from fastpo.algorithms import Column
 from fastpo.training.errors import UserError
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
+# what else a column may be called
+OTHER_NAMES = {"chosen_score": "score_chosen", "rejected_score": "score_rejected"}
+
+
 class Example(NamedTuple):
-    """One row as token ids: a prompt and its completions (of a pair: chosen, rejected), each with its EOS."""
+    """One row as token ids.
+
+    Attributes:
+        prompt: its tokens.
+        completions: of a pair chosen and rejected, else one; each with its EOS.
+        numbers: what the row says beside, in the order of the algorithm's columns.
+        row: its number in the file, from 1.
+    """
 
     prompt: list[int]
     completions: tuple[list[int], ...]
+    numbers: tuple[float, ...] = ()
+    row: int = 0
 
     @property
     def tokens(self) -> int:
@@ -79,26 +98,90 @@ def _is_conversation(value: Any) -> bool:
     )
 
 
-def _fields(row: dict[str, Any], where: str) -> tuple[Any, Any, Any]:
-    for name in ("chosen", "rejected"):
+def _require(row: dict[str, Any], names: Sequence[str], where: str) -> None:
+    for name in names:
         if row.get(name) is None:
             has = ", ".join(key for key, value in row.items() if value is not None)
             raise UserError(f'{where}: there is no "{name}" (it has: {has})')
-    values = [row[name] for name in ("prompt", "chosen", "rejected") if row.get(name) is not None]
+
+
+def _same_form(values: Sequence[Any], names: str, where: str) -> None:
     if not all(isinstance(v, str) for v in values) and not all(_is_conversation(v) for v in values):
-        raise UserError(f"{where}: prompt, chosen and rejected must all be strings or all be lists of role and content")
+        raise UserError(f"{where}: {names} must all be strings or all be lists of role and content")
+
+
+def _pair(row: dict[str, Any], where: str) -> tuple[Any, Any, Any]:
+    """Prompt, chosen and rejected."""
+    _require(row, ("chosen", "rejected"), where)
+    values = [row[name] for name in ("prompt", "chosen", "rejected") if row.get(name) is not None]
+    _same_form(values, "prompt, chosen and rejected", where)
     if not (row["chosen"] and row["rejected"]) and row.get("prompt") is None:
         raise UserError(f"{where}: chosen or rejected is empty, and there is no prompt")
     return (values[0], values[1], values[2]) if len(values) == 3 else _split_prompt(values[0], values[1])
 
 
-class Encoder:
-    """Rows of text to examples of token ids."""
+def _single(row: dict[str, Any], where: str) -> tuple[Any, Any]:
+    """Prompt and completion."""
+    _require(row, ("prompt", "completion"), where)
+    _same_form([row["prompt"], row["completion"]], "prompt and completion", where)
+    return row["prompt"], row["completion"]
 
-    def __init__(self, tokenizer: Any, name: str, max_length: int) -> None:
+
+def _unpaired(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """An unpaired row as it is; of a pair, its two completions with their labels."""
+    if row.get("completion") is not None or row.get("chosen") is None:
+        return [row]
+    prompt, chosen, rejected = _pair(row, where)
+    rest = {key: value for key, value in row.items() if key not in ("prompt", "chosen", "rejected")}
+    return [
+        {**rest, "prompt": prompt, "completion": completion, "label": label}
+        for completion, label in ((chosen, True), (rejected, False))
+    ]
+
+
+def _number(row: dict[str, Any], column: Column, where: str) -> float:
+    """What a row has in a column."""
+    names = [column.name, OTHER_NAMES.get(column.name, column.name)]
+    name = next((name for name in names if row.get(name) is not None), None)
+    if name is None and column.name in OTHER_NAMES and row.get("margin") is not None:
+        # only the difference of the scores is known
+        margin = _number(row, Column("margin"), where)
+        return margin if column.name == "chosen_score" else 0.0
+    if name is None:
+        if column.default is None:
+            _require(row, (column.name,), where)
+        assert column.default is not None
+        return column.default
+    value = row[name]
+    if column.boolean:
+        if not isinstance(value, bool) and value not in (0, 1):
+            raise UserError(f'{where}: "{name}" must be true or false, got {value!r}')
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f'{where}: "{name}" must be a number, got {value!r}')
+    if not math.isfinite(value):
+        raise UserError(f'{where}: "{name}" must be finite, got {value}')
+    return float(value)
+
+
+class Encoder:
+    """Rows of text to examples of token ids.
+
+    Args:
+        tokenizer: the model's.
+        name: the model's, for errors.
+        max_length: most tokens of prompt and completion.
+        kind: "pairwise" or "unpaired", as the algorithm's.
+        columns: the numbers to be read.
+    """
+
+    def __init__(
+        self, tokenizer: Any, name: str, max_length: int, kind: str = "pairwise", columns: Sequence[Column] = ()
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError(f"{name}: the tokenizer has no EOS token, so the model could not learn where to stop")
         self.tokenizer, self.name, self.max_length = tokenizer, name, max_length
+        self.kind, self.columns = kind, tuple(columns)
         self.cut = 0  # completions that were too long
         self.eos: int = tokenizer.eos_token_id
         # what the tokenizer itself puts before a text, and nothing that it would put behind one
@@ -137,11 +220,11 @@ class Encoder:
             return ids[: len(ids) - ids[::-1].index(self.eos)]
         return ids if ids[-1:] == [self.eos] else [*ids, self.eos]
 
-    def example(self, row: dict[str, Any], where: str) -> Example:
-        """One row as token ids; `where` names it in errors."""
-        prompt, chosen, rejected = _fields(row, where)
-        rendered = not isinstance(chosen, str)
-        texts = [chosen, rejected]
+    def example(self, row: dict[str, Any], where: str, number: int = 0) -> Example:
+        """One row as token ids; `where` names it in errors, `number` is its place in the file."""
+        prompt, *texts = _pair(row, where) if self.kind == "pairwise" else _single(row, where)
+        numbers = tuple(_number(row, column, where) for column in self.columns)
+        rendered = not isinstance(texts[0], str)
         if rendered:
             prompt, texts = self._render(prompt, texts)
         prompt_ids = self._ids(prompt) if prompt else []
@@ -159,12 +242,51 @@ class Encoder:
                 f"within --max_length {self.max_length:,}"
             )
         self.cut += sum(len(ids) > room for ids in completions)
-        return Example(prompt_ids, tuple(ids[:room] for ids in completions))
+        return Example(prompt_ids, tuple(ids[:room] for ids in completions), numbers, number)
 
 
-def load_examples(path: str, encoder: Encoder) -> list[Example]:
-    """A preference file as token ids."""
-    return [encoder.example(row, f"{path}, row {i}") for i, row in enumerate(read_rows(path), 1)]
+# the first example whose numbers an algorithm refuses, and why
+Problem = Callable[[Sequence[Sequence[float]]], tuple[int, str] | None]
+
+
+def load_examples(path: str, encoder: Encoder, problem: Problem | None = None) -> list[Example]:
+    """A preference file as token ids; UserError for what cannot be trained on, with file, row and column."""
+    return encode(read_rows(path), path, encoder, problem)
+
+
+def encode(
+    rows: Sequence[dict[str, Any]], path: str, encoder: Encoder, problem: Problem | None = None
+) -> list[Example]:
+    """The rows of a file as token ids."""
+    examples = []
+    for i, row in enumerate(rows, 1):
+        where = f"{path}, row {i}"
+        parts = [row] if encoder.kind == "pairwise" else _unpaired(row, where)
+        examples += [encoder.example(part, where, i) for part in parts]
+    found = None if problem is None else problem([example.numbers for example in examples])
+    if found is not None:
+        raise UserError(f"{path}, row {examples[found[0]].row}: {found[1]}")
+    return examples
+
+
+def with_mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
+    """Each example with the completion of the next one that has another prompt, as a further completion of its own.
+
+    The last example is followed by the first. Where all prompts are one, it is the next completion.
+    """
+    count = len(examples)
+    other = [(i + 1) % count for i in range(count)]
+    if any(example.prompt != examples[0].prompt for example in examples):
+        # twice around, because the last ones look at the first
+        for i in reversed([*range(count), *range(count)]):
+            if examples[other[i]].prompt == examples[i].prompt:
+                other[i] = other[(i + 1) % count]
+    out = []
+    for example, j in zip(examples, other, strict=True):
+        room = max_length - len(example.prompt)
+        completion = examples[j].completions[0][:room]
+        out.append(example._replace(completions=(*example.completions, completion)))
+    return out
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:

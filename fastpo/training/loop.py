@@ -13,13 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpo.algorithms import Algorithm
-from fastpo.training.batches import MicroBatch, collate, plan, step_indices
+from fastpo.algorithms import Algorithm, Batch, State
+from fastpo.kernels import token_logprobs
+from fastpo.training.batches import MicroBatch, collate, places, plan, staged_indices, step_layout
 from fastpo.training.data import Example
 from fastpo.training.model import policy_inputs
 
-# per example, the log-probs of each of its completions under a model that is not trained, on the CPU
+# per example, a stream of each of its completions under a model that is not trained, on the CPU
 Constants = Mapping[int, tuple[Tensor, ...]]
+
+
+class Memory:
+    """What the algorithm remembers of past steps; accelerate saves it with checkpoints and restores it."""
+
+    def __init__(self) -> None:
+        self.state: State = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = dict(state)
 
 
 @dataclass(frozen=True)
@@ -32,8 +46,12 @@ class Job:
         optimizer, schedule: stepped together.
         algorithm: the loss.
         examples: the training data.
-        constants: for every model of the algorithm but the policy, its log-probs of the examples.
+        constants: by the name of the stream ("reference": its log-probs), what is computed once for all examples.
+        reference: the model itself, where its distributions are needed at every step: a `Logits`.
+        memory: of the algorithm.
         steps, size, tokens, seed, max_norm: as in the configuration.
+        stages: equal parts of the run, each with a part of the examples.
+        before_step: called with the job and the number of steps done, before each step.
     """
 
     accelerator: Any
@@ -43,11 +61,19 @@ class Job:
     algorithm: Algorithm
     examples: Sequence[Example]
     constants: Mapping[str, Constants]
+    reference: Any
+    memory: Memory
     steps: int
     size: int
     tokens: int
     seed: int
     max_norm: float
+    stages: int = 1
+    before_step: Callable[[Job, int], None] | None = None
+
+    def indices(self, step: int) -> list[int]:
+        """The examples of a step."""
+        return staged_indices(step, self.steps, self.size, len(self.examples), self.seed, self.stages)
 
 
 def train(
@@ -63,6 +89,8 @@ def train(
     """Do the steps from `start` on; returns how many were done in all, fewer if a signal asked to stop."""
     with _stop_signal() as stopped:
         for step in range(start, job.steps):
+            if job.before_step is not None:
+                job.before_step(job, step)
             metrics = optimizer_step(job, step)
             done = step + 1
             if done == job.steps or (eval_every and done % eval_every == 0):
@@ -79,83 +107,203 @@ def train(
 def optimizer_step(job: Job, step: int) -> dict[str, float]:
     """One step on one batch; returns its metrics, summed over micro-batches and ranks."""
     begin = time.perf_counter()
-    accelerator = job.accelerator
-    indices = step_indices(step, job.size, len(job.examples), job.seed)
-    batches = list(micro_batches(accelerator, job.examples, indices, job.tokens))
-    total: dict[str, Tensor] = {}
-    for n, (members, batch) in enumerate(batches):
-        # gradients cross the ranks once, with the last micro-batch
-        last = n + 1 == len(batches)
-        with contextlib.nullcontext() if last else accelerator.no_sync(job.policy):
-            out = job.algorithm(_logprobs(job, members, batch), batch.completions, len(indices))
-            # DDP and FSDP average the ranks' gradients, but the losses already share one denominator
-            accelerator.backward(out.loss * accelerator.num_processes)
-        for name, value in out.metrics.items():
-            total[name] = total.get(name, 0) + value
-    norm = accelerator.clip_grad_norm_(job.policy.parameters(), job.max_norm)
+    indices = job.indices(step)
+    add_gradients = _whole_step if job.algorithm.whole_step else _by_micro_batches
+    totals, job.memory.state = add_gradients(job, indices, job.seed * 1_000_003 + step)
+    norm = job.accelerator.clip_grad_norm_(job.policy.parameters(), job.max_norm)
     rate = job.schedule.get_last_lr()[0]
     job.optimizer.step()
     job.schedule.step()
     job.optimizer.zero_grad()
-    metrics = _summed(accelerator, total)
+    metrics = job.algorithm.finish(totals)
     metrics |= {"grad_norm": float(norm), "lr": rate, "epoch": (step + 1) * job.size / len(job.examples)}
     metrics["tokens"] = sum(job.examples[i].tokens for i in indices)
     return metrics | {"seconds": time.perf_counter() - begin}
 
 
-def micro_batches(
-    accelerator: Any, examples: Sequence[Example], indices: Sequence[int], tokens: int
-) -> Iterator[tuple[list[int], MicroBatch]]:
-    """This rank's share of the examples as forwards: the examples in each, and their tensors.
+def micro_batches(accelerator: Any, examples: Sequence[Example], tokens: int) -> Iterator[tuple[list[int], MicroBatch]]:
+    """This rank's share of the examples as forwards: the places of the examples in each, and their tensors.
 
     No examples mean a forward that is only there so that all ranks have equally many.
     """
-    lengths = [examples[i].tokens for i in indices]
-    for forward in plan(lengths, tokens, accelerator.num_processes)[accelerator.process_index]:
-        members = [indices[i] for i in forward]
-        yield members, collate([examples[i] for i in members or indices[:1]], accelerator.device)
+    lengths = [example.tokens for example in examples]
+    for members in plan(lengths, tokens, accelerator.num_processes)[accelerator.process_index]:
+        yield members, collate([examples[i] for i in members or [0]], accelerator.device)
 
 
-def _logprobs(job: Job, members: Sequence[int], batch: MicroBatch) -> dict[str, Tensor]:
-    found = {"policy": job.policy(*policy_inputs(batch))}
-    for model, constants in job.constants.items():
-        parts = [constants[i][k] for k in range(len(constants[members[0]])) for i in members]
-        found[model] = torch.cat(parts).to(batch.targets.device)
+def _by_micro_batches(job: Job, indices: Sequence[int], seed: int) -> tuple[dict[str, float], State]:
+    """The gradient of a loss that is a sum over the examples: forward and backward of each micro-batch."""
+    accelerator = job.accelerator
+    examples = [job.examples[i] for i in indices]
+    batches = list(micro_batches(accelerator, examples, job.tokens))
+    drawn = _Drawn(job, examples, seed)
+    total: dict[str, Tensor] = {}
+    for n, (members, batch) in enumerate(batches):
+        with _sync(job, last=n + 1 == len(batches)):
+            streams = _streams(job, [indices[i] for i in members or [0]], batch) | drawn.of(members or [0])
+            out = job.algorithm(_batch(job, streams, batch, len(indices), seed), job.memory.state)
+            # DDP and FSDP average the ranks' gradients, but the losses already share one denominator
+            accelerator.backward(out.loss * (accelerator.num_processes if members else 0))
+        _add(total, out.metrics, counts=bool(members))
+    return _summed(accelerator, total), {}
+
+
+def _whole_step(job: Job, indices: Sequence[int], seed: int) -> tuple[dict[str, float], State]:
+    """The gradient of a loss that couples the examples of a step.
+
+    All log-probs of the step first, without a graph; then the loss and its slope at every token; then forward and
+    backward of each micro-batch with these slopes. One forward more than a sum takes, and exact however the step is
+    divided.
+    """
+    accelerator = job.accelerator
+    examples = [job.examples[i] for i in indices]
+    whole = _all_streams(job, indices, seed)
+    policy = whole.streams["policy"].requires_grad_()
+    out = job.algorithm(whole, job.memory.state)
+    (slopes,) = torch.autograd.grad(out.loss, policy)
+    parts = len(examples[0].completions) - job.algorithm.mismatched
+    trained = [example._replace(completions=example.completions[:parts]) for example in examples]
+    batches = list(micro_batches(accelerator, trained, job.tokens))
+    for n, (members, batch) in enumerate(batches):
+        with _sync(job, last=n + 1 == len(batches)):
+            logprobs = job.policy(*policy_inputs(batch))
+            of = slopes[places(whole.completions, len(indices), members or [0], parts)]
+            loss = (logprobs * of).sum()
+            accelerator.backward(loss * (accelerator.num_processes if members else 0))
+    return {name: float(value) for name, value in out.metrics.items()}, out.state
+
+
+def _sync(job: Job, *, last: bool) -> Any:
+    """Gradients cross the ranks once, with the last micro-batch."""
+    return contextlib.nullcontext() if last else job.accelerator.no_sync(job.policy)
+
+
+class _Drawn:
+    """What the algorithm draws for a step, and each micro-batch's part of it."""
+
+    def __init__(self, job: Job, examples: Sequence[Example], seed: int) -> None:
+        self.count, self.parts, self.device = len(examples), len(examples[0].completions), job.accelerator.device
+        self.whole = step_layout(examples, torch.device("cpu"))
+        self.streams = job.algorithm.draw(self.whole, seed)
+
+    def of(self, members: Sequence[int]) -> dict[str, Tensor]:
+        if not self.streams:
+            return {}
+        at = places(self.whole, self.count, members, self.parts)
+        return {name: stream[at].to(self.device) for name, stream in self.streams.items()}
+
+
+def _streams(job: Job, indices: Sequence[int], batch: MicroBatch) -> dict[str, Tensor]:
+    """The streams of a forward."""
+    more: dict[str, Any] = {}
+    found: dict[str, Tensor] = {}
+    if job.reference is not None:
+        more["reference_logits"] = job.reference(*policy_inputs(batch)[:3])
+        found["reference"] = token_logprobs(more["reference_logits"], batch.targets)
+    statistics = job.algorithm.statistics["policy"]
+    if statistics:
+        more["statistics"] = statistics
+    out = job.policy(*policy_inputs(batch), **more)
+    if more:
+        found |= {f"policy_{name}": out[name] for name in statistics} | {"policy": out["logprobs"]}
+        found |= {"kl": out["kl"]} if "kl" in out else {}
+    else:
+        found["policy"] = out
+    for name, constants in job.constants.items():
+        parts = [constants[i][k] for k in range(len(constants[indices[0]])) for i in indices]
+        found[name] = torch.cat(parts).to(batch.targets.device)
     return found
+
+
+def _batch(job: Job, streams: Mapping[str, Tensor], batch: MicroBatch, num_items: int, seed: int) -> Batch:
+    return Batch(streams, batch.completions, _numbers(job, batch.numbers), num_items, seed)
+
+
+def _numbers(job: Job, values: Tensor) -> dict[str, Tensor]:
+    return {column.name: values[:, n] for n, column in enumerate(job.algorithm.columns)}
+
+
+@torch.no_grad()
+def _all_streams(job: Job, indices: Sequence[int], seed: int) -> Batch:
+    """The streams of all ranks' examples, on every rank."""
+    accelerator = job.accelerator
+    examples = [job.examples[i] for i in indices]
+    completions = step_layout(examples, accelerator.device)
+    whole: dict[str, Tensor] = {}
+    for members, batch in micro_batches(accelerator, examples, job.tokens):
+        found = _streams(job, [indices[i] for i in members or [0]], batch)
+        at = places(completions, len(examples), members, len(examples[0].completions)) if members else None
+        for name, stream in found.items():
+            here = whole.setdefault(name, stream.new_zeros(sum(completions.lengths)))
+            if at is not None:
+                here[at] = stream
+    # every place is 0 on all ranks but one
+    streams = {name: accelerator.reduce(stream, reduction="sum") for name, stream in whole.items()}
+    numbers = torch.tensor([example.numbers for example in examples], dtype=torch.float64).to(accelerator.device)
+    return Batch(streams, completions, _numbers(job, numbers), len(examples), seed)
 
 
 @torch.no_grad()
 def evaluate_examples(job: Job, examples: Sequence[Example], constants: Mapping[str, Constants]) -> dict[str, float]:
-    """The algorithm's loss and metrics on examples that are not trained on."""
+    """The algorithm's loss and metrics on examples that are not trained on.
+
+    What it computes from a whole step, it computes here from all these examples, and forgets it.
+    """
     held_out = Job(**{**vars(job), "examples": examples, "constants": constants})
+    everything = range(len(examples))
+    if job.algorithm.whole_step:
+        out = job.algorithm(_all_streams(held_out, everything, job.seed), job.memory.state)
+        return job.algorithm.finish({name: float(value) for name, value in out.metrics.items()})
     total: dict[str, Tensor] = {}
-    for members, batch in micro_batches(job.accelerator, examples, range(len(examples)), job.tokens):
-        shown = members or [0]
-        out = job.algorithm(_logprobs(held_out, shown, batch), batch.completions, len(examples))
-        for name, value in out.metrics.items():
-            total[name] = total.get(name, 0) + (value if members else 0 * value)
-    return _summed(job.accelerator, total)
+    drawn = _Drawn(held_out, examples, job.seed)
+    for members, batch in micro_batches(job.accelerator, examples, job.tokens):
+        streams = _streams(held_out, members or [0], batch) | drawn.of(members or [0])
+        out = job.algorithm(_batch(held_out, streams, batch, len(examples), job.seed), job.memory.state)
+        _add(total, out.metrics, counts=bool(members))
+    return job.algorithm.finish(_summed(job.accelerator, total))
 
 
 @torch.no_grad()
-def constant_logprobs(
-    accelerator: Any, model: Any, examples: Sequence[Example], indices: Sequence[int], tokens: int
-) -> dict[int, tuple[Tensor, ...]]:
-    """Log-probs of the examples' completions under a frozen model, once for the whole run.
+def constant_streams(
+    accelerator: Any,
+    model: Any,
+    examples: Sequence[Example],
+    indices: Sequence[int],
+    tokens: int,
+    name: str = "reference",
+    statistics: tuple[str, ...] = (),
+) -> dict[str, Constants]:
+    """Streams of the examples' completions under a frozen model, once for the whole run: its log-probs, and statistics.
 
     One forward per example whatever the number of epochs, and the model need not stay in memory afterwards.
+
+    Args:
+        accelerator: devices and processes.
+        model: a `Policy`.
+        examples, indices: which of them.
+        tokens: most of a forward.
+        name: of the stream of log-probs; those of statistics are NAME_STATISTIC.
+        statistics: as in `Policy.forward`.
     """
-    mine: dict[int, tuple[Tensor, ...]] = {}
-    for members, batch in micro_batches(accelerator, examples, indices, tokens):
-        parts = model(*policy_inputs(batch)).cpu().split(list(batch.completions.lengths))
-        for n, i in enumerate(members):
-            # clones, because a split keeps the whole forward's storage alive
-            mine[i] = tuple(part.clone() for part in parts[n :: len(members)])
+    mine: dict[str, dict[int, tuple[Tensor, ...]]] = {n: {} for n in (name, *(f"{name}_{s}" for s in statistics))}
+    for members, batch in micro_batches(accelerator, [examples[i] for i in indices], tokens):
+        out = model(*policy_inputs(batch), **({"statistics": statistics} if statistics else {}))
+        found = {f"{name}_{s}": out[s] for s in statistics} | {name: out["logprobs"] if statistics else out}
+        for stream, values in found.items():
+            parts = values.cpu().split(list(batch.completions.lengths))
+            for n, i in enumerate(members):
+                # clones, because a split keeps the whole forward's storage alive
+                mine[stream][indices[i]] = tuple(part.clone() for part in parts[n :: len(members)])
     if accelerator.num_processes == 1:
-        return mine
+        return dict(mine)
     from accelerate.utils import gather_object
 
-    return dict(gather_object(list(mine.items())))
+    return {stream: dict(gather_object(list(values.items()))) for stream, values in mine.items()}
+
+
+def _add(total: dict[str, Tensor], metrics: Mapping[str, Tensor], *, counts: bool) -> None:
+    for name, value in metrics.items():
+        total[name] = total.get(name, 0) + (value if counts else 0 * value)
 
 
 def _summed(accelerator: Any, values: Mapping[str, Tensor]) -> dict[str, float]:

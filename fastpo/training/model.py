@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -89,28 +90,75 @@ class Policy(nn.Module):
         self.layout: Layout = layout or ("packed" if _separates_packed(model) else "padded")
         self.scale = head_scale(model)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, predictors: Tensor, targets: Tensor) -> Tensor:
-        run = _packed if self.layout == "packed" else _padded
-        if self.scale is None:
-            logits = run(self.model, input_ids, position_ids, predictors)
-            # nobody else reads the logits, so their gradient may take their place
-            return token_logprobs(logits, targets, inplace_backward=logits.requires_grad)
-        hidden = run(_backbone(self.model), input_ids, position_ids, predictors)
-        weight, bias, lora = head_of(self.model.get_output_embeddings())
-        return linear_logprobs(
-            hidden,
-            weight,
-            targets,
-            bias,
-            lora=lora,
-            logit_scale=self.scale.factor,
-            softcap=self.scale.softcap,
-            memory_budget=0,
-        )
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        predictors: Tensor,
+        targets: Tensor,
+        *,
+        statistics: tuple[str, ...] = (),
+        reference_logits: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """The log-probs (n,) of the targets; or, if more is asked for, a dictionary of them and it, each (n,).
 
-    def logprobs(self, batch: MicroBatch) -> Tensor:
-        """The log-probs of a micro-batch, without the wrappers that train the policy."""
-        return self(*policy_inputs(batch))
+        Args:
+            input_ids, position_ids, predictors, targets: of a `MicroBatch`.
+            statistics: of the distributions: "log_sum_p2", or "normalised_entropy", the entropy over log V.
+            reference_logits: (n, V) at the predictors; then "kl", KL(reference || policy), is there too. It takes the
+                policy's logits, all n at once.
+        """
+        run = _packed if self.layout == "packed" else _padded
+        stats = tuple(s.removeprefix("normalised_") for s in statistics)
+        if self.scale is None or reference_logits is not None:
+            logits = run(self.model, input_ids, position_ids, predictors)
+            size = logits.shape[-1]
+            # nobody else reads the logits, so their gradient may take their place; the divergence would read them
+            alone = reference_logits is None and logits.requires_grad
+            out = token_logprobs(logits, targets, stats=stats, inplace_backward=alone)  # type: ignore[arg-type]
+        else:
+            hidden = run(_backbone(self.model), input_ids, position_ids, predictors)
+            weight, bias, lora = head_of(self.model.get_output_embeddings())
+            size = len(weight)
+            out = linear_logprobs(
+                hidden,
+                weight,
+                targets,
+                bias,
+                lora=lora,
+                logit_scale=self.scale.factor,
+                softcap=self.scale.softcap,
+                stats=stats,  # type: ignore[arg-type]
+                memory_budget=0,
+            )
+        logprobs = out if isinstance(out, Tensor) else out.logprobs
+        if not statistics and reference_logits is None:
+            return logprobs
+        found = {name: getattr(out, stat) for name, stat in zip(statistics, stats, strict=True)}
+        if "normalised_entropy" in found:
+            found["normalised_entropy"] = found["normalised_entropy"] / math.log(size)
+        if reference_logits is not None:
+            found["kl"] = _forward_kl(logits, reference_logits)
+        return {"logprobs": logprobs, **found}
+
+
+class Logits(nn.Module):
+    """A frozen causal language model that answers with its logits (n, V) where completion tokens are predicted."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.layout: Layout = "packed" if _separates_packed(model) else "padded"
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor, position_ids: Tensor, predictors: Tensor) -> Tensor:
+        return (_packed if self.layout == "packed" else _padded)(self.model, input_ids, position_ids, predictors)
+
+
+def _forward_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
+    """KL(reference || policy) at every token, in fp32, with its gradient to the policy."""
+    p, q = logits.float().log_softmax(-1), reference_logits.float().log_softmax(-1)
+    return F.kl_div(p, q, reduction="none", log_target=True).sum(-1)
 
 
 class HeadScale(NamedTuple):

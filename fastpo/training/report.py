@@ -59,7 +59,8 @@ def summary(records: Sequence[Record]) -> dict[str, float]:
     for key in ("loss", "reward_margin", "reward_accuracy"):
         values = [r[key] for r in steps if key in r]
         if values:
-            out |= {f"{key}_first": sum(values[:few]) / few, f"{key}_last": sum(values[-few:]) / few}
+            ends = values[:few], values[-few:]
+            out |= {f"{key}_{when}": sum(v) / len(v) for when, v in zip(("first", "last"), ends, strict=True)}
     out["tokens_per_second"] = sum(r["tokens"] for r in steps) / max(sum(r["seconds"] for r in steps), 1e-9)
     return out
 

@@ -19,10 +19,11 @@ from fastpo import algorithms
 from fastpo.training import checkpoint, task
 from fastpo.training.batches import check_budget, step_indices
 from fastpo.training.config import OptimConfig, TrainConfig, as_tree
-from fastpo.training.data import Encoder, Example, load_examples
+from fastpo.training.data import Encoder, Example, load_examples, with_mismatched
 from fastpo.training.errors import Interrupted, UserError
-from fastpo.training.loop import Constants, Job, constant_logprobs, evaluate_examples, train
-from fastpo.training.model import Policy, check_same_vocabulary, load_model, load_tokenizer
+from fastpo.training.loop import Constants, Job, Memory, constant_streams, evaluate_examples, train
+from fastpo.training.model import Logits, Policy, check_same_vocabulary, load_model, load_tokenizer
+from fastpo.training.references import MovingReference
 from fastpo.training.report import Display, Journal, plot, summary, write_summary
 
 CONFIG, METRICS, CURVE, SUMMARY, MODEL = "config.yaml", "metrics.jsonl", "curve.png", "summary.json", "model"
@@ -30,7 +31,7 @@ CONFIG, METRICS, CURVE, SUMMARY, MODEL = "config.yaml", "metrics.jsonl", "curve.
 Evaluate = Callable[[], dict[str, float]]
 
 
-def run(name: str, hyper: Mapping[str, float | bool], config: TrainConfig, resume: Path | None = None) -> Path:
+def run(name: str, hyper: Mapping[str, Any], config: TrainConfig, resume: Path | None = None) -> Path:
     """Train with the algorithm `name`; returns the run's folder.
 
     Args:
@@ -56,6 +57,8 @@ def run(name: str, hyper: Mapping[str, float | bool], config: TrainConfig, resum
         algorithm = algorithms.build(name, hyper)
     except ValueError as error:
         raise UserError(f"--algorithm.{error}") from error
+    if config.reference is not None and "reference" not in algorithm.models:
+        raise UserError(f"--reference: {name} has no reference model")
     before = checkpoint.latest(resume) if resume else None
     accelerator = Accelerator(
         mixed_precision="no" if config.precision == "fp32" else config.precision,
@@ -72,9 +75,10 @@ def run(name: str, hyper: Mapping[str, float | bool], config: TrainConfig, resum
     if config.built_in and not resume and accelerator.is_main_process:
         with display.bar("fitting the reference", task.FIT_STEPS) as bar:
             task.build(folder, config.seed, bar)
+            task.write_data(folder, config.seed, algorithm)
     accelerator.wait_for_everyone()
 
-    source = _source(display, folder, config)
+    source = _source(display, folder, config, algorithm)
     job, evaluate = _prepare(accelerator, algorithm, config, source)
     start = checkpoint.load(accelerator, before, name) if before else 0
     if start >= job.steps:
@@ -121,14 +125,15 @@ class Source(NamedTuple):
     eval_examples: list[Example]
 
 
-def _source(display: Display, folder: Path, config: TrainConfig) -> Source:
-    model, data = config.model or str(folder / task.REFERENCE), config.data or str(folder / task.PAIRS)
+def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algorithms.Algorithm) -> Source:
+    model, data = config.model or str(folder / task.REFERENCE), config.data or str(folder / task.DATA[algorithm.kind])
     tokenizer = load_tokenizer(model)
-    encoder = Encoder(tokenizer, model, config.max_length)
+    encoder = Encoder(tokenizer, model, config.max_length, algorithm.kind, algorithm.columns)
     files = [file for file in (data, config.eval_data) if file is not None]
     loaded = []
     for file in files:
-        loaded.append(load_examples(file, encoder))
+        examples = load_examples(file, encoder, algorithm.problem)
+        loaded.append(with_mismatched(examples, config.max_length) if algorithm.mismatched else examples)
         check_budget(loaded[-1], config.batch.tokens, file)
     if encoder.cut:
         display.say(f"{encoder.cut} completions were cut to --max_length {config.max_length}")
@@ -150,21 +155,39 @@ def _prepare(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps, config.optim))
     accelerator.register_for_checkpointing(schedule)
 
-    constants: dict[str, Constants] = {}
+    constants: Mapping[str, Constants] = {}
     eval_constants: dict[str, Constants] = {}
-    if "reference" in algorithm.models:
+    follows: MovingReference | None = None
+    reference: Any = None
+    syncs = bool(config.sync.every) or config.sync.stages > 1
+    if syncs:
+        _check_sync(algorithm, config, steps, len(source.examples))
+    if syncs or algorithm.divergence:
+        # with weights of its own
+        model = load_model(source.reference or source.model)
+        frozen = Logits(model) if algorithm.divergence else Policy(model)
+        frozen = accelerator.prepare_model(frozen, evaluation_mode=True)
+        reference = frozen if algorithm.divergence else None
+        if syncs:
+            # what is asked at every step is not kept
+            kept = None if algorithm.divergence else algorithm.statistics["reference"]
+            every, alpha = config.sync.every, config.sync.alpha
+            follows = MovingReference(accelerator, frozen, every=every, alpha=alpha, statistics=kept)
+            constants = follows.constants
+    elif "reference" in algorithm.models:
         frozen = policy
         if source.reference is not None:
             frozen = accelerator.prepare_model(Policy(load_model(source.reference)), evaluation_mode=True)
         count, needed = len(source.examples), steps * config.batch.size
-        order = step_indices(0, min(needed, count), count, config.seed)
-        tokens = config.batch.tokens
-        constants["reference"] = constant_logprobs(accelerator, frozen, source.examples, sorted(order), tokens)
+        order = sorted(step_indices(0, min(needed, count), count, config.seed))
+        more: dict[str, Any] = {"tokens": config.batch.tokens, "statistics": algorithm.statistics["reference"]}
+        constants = constant_streams(accelerator, frozen, source.examples, order, **more)
         if source.eval_examples:
             everything = range(len(source.eval_examples))
-            eval_constants["reference"] = constant_logprobs(
-                accelerator, frozen, source.eval_examples, everything, tokens
-            )
+            eval_constants = constant_streams(accelerator, frozen, source.eval_examples, everything, **more)
+    memory = Memory()
+    if algorithm.whole_step:
+        accelerator.register_for_checkpointing(memory)
     job = Job(
         accelerator=accelerator,
         policy=policy,
@@ -173,19 +196,39 @@ def _prepare(
         algorithm=algorithm,
         examples=source.examples,
         constants=constants,
+        reference=reference,
+        memory=memory,
         steps=steps,
         size=config.batch.size,
         tokens=config.batch.tokens,
         seed=config.seed,
         max_norm=config.optim.max_norm,
+        stages=config.sync.stages,
+        before_step=follows,
     )
     if config.built_in:
         reference = load_model(source.model).to(accelerator.device)
         plain = accelerator.unwrap_model(policy).model
         return job, lambda: task.evaluate(plain, reference, config.seed)
-    if source.eval_examples:
+    if not source.eval_examples:
+        return job, dict
+    if follows is None:
         return job, lambda: evaluate_examples(job, source.eval_examples, eval_constants)
-    return job, dict
+    moving, held_out = follows, source.eval_examples
+
+    def evaluate() -> dict[str, float]:
+        now = moving.of(held_out, range(len(held_out)), job.tokens)
+        return evaluate_examples(job, held_out, now)
+
+    return job, evaluate
+
+
+def _check_sync(algorithm: algorithms.Algorithm, config: TrainConfig, steps: int, examples: int) -> None:
+    if "reference" not in algorithm.models:
+        raise UserError(f"--sync needs a reference model, and {algorithm.name} has none")
+    for what, number in (("steps", steps), ("examples", examples)):
+        if config.sync.stages > number:
+            raise UserError(f"--sync.stages {config.sync.stages} is more than there are {what} ({number})")
 
 
 def _check_positions(model: Any, source: Source) -> None:
@@ -269,8 +312,14 @@ def _report(job: Job, config: TrainConfig, folder: Path, display: Display, secon
     else:
         for key in ("loss", "reward_margin", "reward_accuracy"):
             ends = [f"{key}_before", f"{key}_after"] if f"{key}_before" in found else [f"{key}_first", f"{key}_last"]
+            # single completions may all have one label, and then there is no margin
+            if not set(ends) <= set(found):
+                continue
+            data = "pairs" if job.algorithm.kind == "pairwise" else "completions"
             where = (
-                "held-out pairs" if ends[0].endswith("before") else "training pairs, first and last tenth of the steps"
+                f"held-out {data}"
+                if ends[0].endswith("before")
+                else f"training {data}, first and last tenth of the steps"
             )
             display.say(f"{key.replace('_', ' '):<16}{found[ends[0]]:.3f} -> {found[ends[1]]:.3f}  ({where})")
     display.say(f"speed       {found['tokens_per_second']:,.0f} tokens/s in training, {seconds:.0f} s in all")

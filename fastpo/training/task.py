@@ -2,13 +2,15 @@
 
 A reference is fitted: first it learns to add, then from answers of which a share is wrong that the right sum
 is only one thing to say. Preferences are sampled from it: of its answers to one prompt, a right one is chosen
-and a wrong one rejected, as a verifier says. The optimum is known: always the right sum. A fifth of the
-prompts has no preferences and is what accuracy is measured on.
+and a wrong one rejected, as a verifier says; single completions are the two sides of these pairs with their labels.
+The optimum is known: always the right sum. A fifth of the prompts has no preferences and is what accuracy is
+measured on.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastpo.algorithms import Algorithm
 from fastpo.training.data import write_rows
+from fastpo.training.model import load_model
 
 LARGEST = 19
 WRONG_SHARE = 0.6
@@ -27,7 +31,8 @@ EOS = len(CHARACTERS)
 IGNORE = -100
 
 # in the run's folder
-REFERENCE, PAIRS = "task/reference", "task/pairs.jsonl"
+REFERENCE = "task/reference"
+DATA = {"pairwise": "task/pairs.jsonl", "unpaired": "task/completions.jsonl"}
 
 # told the number of steps done and their metrics
 Progress = Callable[[int, dict[str, float]], None]
@@ -144,29 +149,61 @@ def _texts(ids: Tensor, counts: Tensor) -> list[str]:
     return ["".join((*CHARACTERS, "")[t] for t, keep in zip(*row, strict=True) if keep) for row in rows]
 
 
-def _preferences(model: Any, questions: Sequence[str], seed: int) -> list[dict[str, str]]:
-    """Pairs of a right and a wrong answer that the reference itself gave, as often as it gave them."""
+def _score(question: str, text: str) -> float:
+    """1 for the right sum, the less the farther from it; an answer that is no number is as far as can be."""
+    off = abs(int(text) - int(answer(question))) if text.isdigit() else 2 * LARGEST
+    return 1 / (1 + off)
+
+
+def _preferences(model: Any, questions: Sequence[str], seed: int) -> list[dict[str, Any]]:
+    """Pairs of a right and a wrong answer that the reference itself gave, as often as it gave them.
+
+    Each with the scores of its answers, and how often the reference gave them among its samples: their visits.
+    """
     given: dict[str, list[str]] = {q: [] for q in questions}
     for same, ids, counts in sample(model, questions, SAMPLES_PER_PROMPT, seed):
         for question, text in zip(same, _texts(ids, counts), strict=True):
             given[question].append(text)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for question, texts in given.items():
         right = answer(question)
         wrong = [text for text in texts if text != right]
-        rows += [{"prompt": question, "chosen": right, "rejected": w} for w in wrong[: texts.count(right)]]
+        visits = Counter(texts)
+        rows += [
+            {
+                "prompt": question,
+                "chosen": right,
+                "rejected": w,
+                "chosen_score": 1.0,
+                "rejected_score": _score(question, w),
+                "chosen_visits": visits[right],
+                "rejected_visits": visits[w],
+            }
+            for w in wrong[: texts.count(right)]
+        ]
     random.Random(seed).shuffle(rows)
     return rows
 
 
 def build(folder: Path, seed: int, progress: Progress) -> None:
-    """Fit the reference, sample preferences from it, and write both into the run's folder."""
+    """Fit the reference and write it into the run's folder."""
     torch.manual_seed(seed)
     model = _new_model()
     _fit(model, seed, progress)
     model.save_pretrained(folder / REFERENCE)
     _new_tokenizer().save_pretrained(folder / REFERENCE)
-    write_rows(folder / PAIRS, _preferences(model, prompts(seed)[0], seed))
+
+
+def write_data(folder: Path, seed: int, algorithm: Algorithm) -> None:
+    """Sample what the algorithm eats from the reference, and write it into the run's folder."""
+    rows = _preferences(load_model(str(folder / REFERENCE)), prompts(seed)[0], seed)
+    columns = [column.name for column in algorithm.columns]
+    if algorithm.kind == "unpaired":
+        sides = [("rejected", False)] if algorithm.unlearns else [("chosen", True), ("rejected", False)]
+        rows = [{"prompt": r["prompt"], "completion": r[side], "label": label} for r in rows for side, label in sides]
+    else:
+        rows = [{key: r[key] for key in ("prompt", "chosen", "rejected", *columns)} for r in rows]
+    write_rows(folder / DATA[algorithm.kind], rows)
 
 
 @torch.no_grad()

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from fastpo.kernels import objective as objective_op
+from fastpo.kernels.affine_scan import launched_by as affine_scan
+from fastpo.kernels.cuda import nvrtc
+from fastpo.kernels.objective import launched_by as objective
+from fastpo.kernels.segment_stats import launched_by as segment_stats
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -122,6 +125,10 @@ class Emulator:
             raise RuntimeError(f"{kernel}: {error.decode()}")
 
 
+# the ops of each kernel of csrc/cuda
+KERNELS = (objective, affine_scan, segment_stats)
+
+
 @contextlib.contextmanager
 def in_place_of_cpu(implementations: Mapping[str, object]) -> Iterator[None]:
     """Let the ops of `fastpo` on CPU tensors be these, for the time of the block."""
@@ -137,7 +144,8 @@ def in_place_of_cpu(implementations: Mapping[str, object]) -> Iterator[None]:
 @contextlib.contextmanager
 def python_launch(emulator: Emulator) -> Iterator[None]:
     """The ops as CuPy's launcher runs them."""
-    with in_place_of_cpu(objective_op.launched_by(emulator)):
+    served = [launched_by(emulator) for launched_by in KERNELS]
+    with in_place_of_cpu({name: function for ops in served for name, function in ops.items()}):
         yield
 
 
@@ -147,12 +155,13 @@ _OPS: list[str] = []
 @contextlib.contextmanager
 def compiled_launch(library: Path) -> Iterator[None]:
     """The ops as the compiled library `_cuda` runs them."""
-    names = ("objective", "objective_backward")
     if not _OPS:
+        # nothing is launched: this is for the names
+        names = [name for launched_by in KERNELS for name in launched_by(nvrtc.Driver(""))]
         for name in names:
             schema = getattr(torch.ops.fastpo, name).default._schema
             torch.library.define(f"fastpo_emulator::{name}", str(schema).removeprefix(f"fastpo::{name}"))
         ctypes.CDLL(str(library))
         _OPS.extend(names)
-    with in_place_of_cpu({name: getattr(torch.ops.fastpo_emulator, name).default for name in names}):
+    with in_place_of_cpu({name: getattr(torch.ops.fastpo_emulator, name).default for name in _OPS}):
         yield

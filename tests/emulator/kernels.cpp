@@ -1,7 +1,9 @@
 // The kernels of csrc/cuda by name, for launches from Python: a line for each.
 #include <string>
 
+#include "../../csrc/cuda/affine_scan.cuh"
 #include "../../csrc/cuda/objective.cuh"
+#include "../../csrc/cuda/segment_stats.cuh"
 
 namespace {
 
@@ -27,5 +29,7 @@ const char* simt_run(const char* name, std::int64_t blocks, std::int64_t threads
   KERNEL2(objective_f64, Objective, Shape);
   KERNEL1(objective_sum, LossSum);
   KERNEL2(objective_spread, SpreadSides, Shape);
+  KERNEL2(affine_scan, Scan, Shape);
+  KERNEL2(segment_stats, Segments, Shape);
   return "there is no such kernel";
 }

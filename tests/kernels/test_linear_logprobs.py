@@ -476,19 +476,36 @@ class TestTemperatureGradient:
 
                 def function(hidden, t, options=options):
                     out = fastpo.linear_logprobs(
-                        hidden, weight, targets, temperature=t, stats=("logsumexp",), **options
+                        hidden, weight, targets, temperature=t, stats=("entropy", "logsumexp"), **options
                     )
-                    return out.logprobs, out.logsumexp
+                    return out.logprobs, out.logsumexp, out.entropy
 
                 assert torch.autograd.gradcheck(function, (hidden, temperature))
                 assert torch.autograd.gradgradcheck(function, (hidden, temperature))
 
-    def test_of_the_entropy_is_refused(self):
-        given = make(4, vocab=60)
-        temperature = torch.ones(4, requires_grad=True)
-        out = call(given, temperature=temperature, stats=("entropy",))
-        with pytest.raises(RuntimeError, match="the entropy has no gradient with respect to temperature"):
-            out.entropy.sum().backward()
+    @by_dtype
+    def test_of_the_entropy(self, dtype, monkeypatch):
+        """Several tiles, whose rows are handled a few at a time; a banned token, a row that is certain."""
+        monkeypatch.setitem(_tiles.TILINGS, "cpu", _tiles.Tiling(4, 2048))
+        monkeypatch.setattr(_tiles, "_WIDE", 128)
+        given = make(11, vocab=700, dtype=dtype, bias=True)
+        given["bias"][3] = -math.inf
+        given["hidden"][2] *= 100
+        given["targets"][5] = -100
+        temperature = torch.linspace(0.5, 2, 11, dtype=torch.promote_types(dtype, torch.float32)).requires_grad_()
+        out = call(given, temperature=temperature, stats=("entropy",)).entropy
+        (ours,) = torch.autograd.grad(out.sum(), temperature)
+        # Var[z] / T, where z are the logits over T
+        divisor = temperature.detach().double()
+        z = logits_of(given) / divisor[:, None]
+        p = z.softmax(-1)
+        z = torch.where(p == 0, 0, z)
+        want = (p * (z - (p * z).sum(-1, keepdim=True)).square()).sum(-1) / divisor
+        want[5] = 0
+        assert want[0] > 0.01
+        # of Var[z]/T^3: bf16 and fp16 logits of size 4 are rounded, each by eps relative; fp32 loses sqrt(H) roundings
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 16 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(ours.double(), want, rtol=tolerance, atol=tolerance)
 
 
 class TestAutograd:
@@ -739,7 +756,8 @@ class TestCompile:
         weight = given["weight"].requires_grad_(not frozen)
 
         def step(hidden, temperature):
-            return fastpo.linear_logprobs(hidden, weight, given["targets"], temperature=temperature)
+            out = fastpo.linear_logprobs(hidden, weight, given["targets"], temperature=temperature, stats=("entropy",))
+            return out.logprobs + out.entropy
 
         results = []
         for f in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
@@ -791,6 +809,7 @@ class TestCompile:
         for rest in ((31, False, 0, 0.0), (31, False, 1 << 20, 1e-3)):
             out = torch.ops.fastpo.linear_logprobs(*common, *rest)
             up = (torch.randn(5, 2, dtype=like), torch.randn(5, dtype=like), None)
+            torch.library.opcheck(torch.ops.fastpo.linear_logprobs_variance.default, (*common, out[1], out[2], out[7]))
             for bits in (31, 2):
                 arguments = (*common, out[1], out[2], *out[5:8], *up, rest[-1], bits)
                 torch.library.opcheck(torch.ops.fastpo.linear_logprobs_backward.default, arguments)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import fastpo
 from fastpo import losses
-from fastpo.reference.registry import Domain, Input, Objective, objective, objectives
+from fastpo.bench.objective import example_input
+from fastpo.reference.registry import Objective, objective, objectives
 from tests.device import to_device
 
 # no hyper-parameter is at a special value; log-ratios below are of order 1
@@ -30,6 +31,8 @@ HYPER = {
     "lambda_undesirable": 0.8,
     "max_weight": 0.9,
     "dispersion": 0.29,
+    "margin": 0.25,
+    "epsilon": 0.3,
 }
 
 
@@ -59,7 +62,7 @@ class Case:
 
     @property
     def needs_tokens(self) -> bool:
-        return self.row.tokens
+        return self.row.tokens or self.taken.tokens
 
     def hyper(self) -> dict[str, float]:
         return {name: HYPER[name] for name in self.row.defaults}
@@ -75,27 +78,7 @@ def _cases() -> list[Case]:
 
 CASES = _cases()
 # a stop-gradient inside: differences of the loss are not its gradient
-DETACHED = {"alpha_dpo", "nash_md", "nash_ema", "nash_mp", "wpo"}
-
-
-def _uniform(generator: torch.Generator, shape: tuple[int, ...], domain: Domain) -> Tensor:
-    low = domain.low if math.isfinite(domain.low) else -1.0
-    high = domain.high if math.isfinite(domain.high) else low + 2.0
-    return low + (high - low) * (0.1 + 0.8 * torch.rand(shape, generator=generator))
-
-
-def _input(given: Input, generator: torch.Generator, rows: int, like: Tensor) -> Tensor:
-    shape = tuple(like.shape) if given.side is not None else () if given.shared else (rows,)
-    if given.boolean:
-        return torch.rand(shape, generator=generator) < 0.6
-    values = _uniform(generator, shape, Domain(0.0, 1.0) if given.side is not None else given.domain)
-    if "log_sum_p2" in given.name:
-        values = -values
-    if given.name == "rejected_score":
-        values = values.abs() + 0.2
-    if given.name == "chosen_score":
-        values = values.abs() + 2.5
-    return values.to(like.dtype)
+DETACHED = {"alpha_dpo", "nash_md", "nash_ema", "nash_mp", "p3o", "wpo"}
 
 
 def arguments(case: Case, layout: str, rows: int, tokens: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
@@ -127,7 +110,7 @@ def arguments(case: Case, layout: str, rows: int, tokens: int, dtype: torch.dtyp
     for given in row.inputs:
         side = row.sides[given.side or 0]
         like = out[f"{row.scores}_{side}" if side else row.scores]
-        out[given.name] = _input(given, generator, rows, like)
+        out[given.name] = example_input(given, generator, rows, like)
     return out
 
 

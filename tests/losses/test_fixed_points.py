@@ -261,6 +261,10 @@ PAIRWISE: dict[tuple[str, str], Callable[[], Setting]] = {
         hyper={"eta": 0.8},
         inputs=lambda i, j: {"previous_chosen": PREVIOUS.log()[i], "previous_rejected": PREVIOUS.log()[j]},
     ),
+    # pairs of any policy, rewards instead of labels
+    ("copg", ""): lambda: Setting(
+        WEIGHTS, gibbs(REWARD), {}, inputs=lambda i, j: {"chosen_reward": REWARD[i], "rejected_reward": REWARD[j]}
+    ),
     # what is added at 0 leaves the theorem of the rest
     ("xpo", "alpha=0"): lambda: Setting(
         **labelled(CLEAN),
@@ -313,6 +317,8 @@ def test_every_theorem_is_here():
     """Rows whose theory is a target or a step; the others have properties."""
     covered = {name for name, _ in PAIRWISE} | {"bradley_terry", "wpo", "tdpo", "bco"}
     covered |= {"online_ipo", "ipo_md", "nash_md", "nash_ema", "nash_mp"}
+    # tests/losses/test_policy_points.py
+    covered |= {"p3o"}
     assert {row.name for row in objectives() if row.theory != "property"} <= covered
 
 
@@ -320,16 +326,17 @@ def test_every_theorem_is_here():
 class TestOthers:
     @pytest.mark.parametrize("start", list(STARTS))
     def test_bradley_terry(self, backend, start):
-        """The scores are the reward, up to a constant."""
+        """The scores are the reward, up to a constant; with the same margin for all pairs they are not."""
+        i, j = (t.flatten() for t in torch.meshgrid(torch.arange(N), torch.arange(N), indexing="ij"))
 
-        def loss(scores: Tensor) -> Tensor:
-            i, j = (t.flatten() for t in torch.meshgrid(torch.arange(N), torch.arange(N), indexing="ij"))
-            return (
-                (WEIGHTS * CLEAN).flatten() * losses.bradley_terry(scores[i], scores[j], reduction="none").loss
-            ).sum()
+        def loss(scores: Tensor, **margin: float) -> Tensor:
+            out = losses.bradley_terry(scores[i], scores[j], reduction="none", **margin)
+            return ((WEIGHTS * CLEAN).flatten() * out.loss).sum()
 
         with fastpo.use_backend(backend):
             assert total_variation(minimise(loss, STARTS[start]), normalised(REWARD)) < 1e-9
+            with_margin = minimise(lambda scores: loss(scores, margin=0.3), STARTS[start])
+            assert total_variation(with_margin, normalised(REWARD)) > 1e-2
 
     @pytest.mark.parametrize("start", list(STARTS))
     def test_wpo(self, backend, start):
@@ -430,14 +437,23 @@ def regularised_nash(beta: float) -> Tensor:
     return policy
 
 
-def semi_gradient(loss: Callable[[Tensor, Tensor], Tensor], start: Tensor, rate: float, steps: int = 400) -> Tensor:
-    """Where grad / pi vanishes, all of it taken with the data fixed: no gradient flows through sampling."""
+def semi_gradient(
+    loss: Callable[[Tensor, Tensor], Tensor],
+    start: Tensor,
+    rate: float,
+    steps: int = 400,
+    law: Callable[[Tensor], Tensor] = lambda policy: policy,
+) -> Tensor:
+    """Where grad / pi vanishes, all of it taken with the data fixed: no gradient flows through sampling.
+
+    `law` gives the samples' law where it is not the policy's.
+    """
     logits = start.clone()
     for _ in range(steps):
         leaf = logits.clone().requires_grad_()
         policy = torch.softmax(logits, 0)
         (gradient,) = torch.autograd.grad(loss(leaf, policy), leaf)
-        logits = logits - rate * gradient / policy
+        logits = logits - rate * gradient / law(policy)
         logits = logits - logits.logsumexp(0)
     return torch.softmax(logits, 0)
 

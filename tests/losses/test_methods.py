@@ -215,7 +215,7 @@ class TestKernel:
 
 # not those that are sampled, cut or sorted: that is dpo or cdpo behind it
 @pytest.mark.parametrize(
-    "case", [c for c in CASES if not c.row.tokens and not c.row.name.startswith("aot")], ids=lambda case: case.id
+    "case", [c for c in CASES if not c.needs_tokens and not c.row.name.startswith("aot")], ids=lambda case: case.id
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_extreme_rows(case, dtype):
@@ -251,7 +251,7 @@ def test_every_hyper_parameter_has_a_value():
     assert {name for case in CASES for name in case.row.defaults} == set(HYPER)
 
 
-class TestSmoothingPerPair:
+class TestNumbersPerPair:
     def test_equals_one_number(self):
         case = next(case for case in CASES if case.row.name == "cdpo")
         given = arguments(case, "summed", 9, 1, torch.float64)
@@ -266,6 +266,20 @@ class TestSmoothingPerPair:
             for name in ours:
                 want = torch.stack([a[name][i] for i, a in enumerate(all_)])
                 torch.testing.assert_close(together[name], want, rtol=1e-14, atol=1e-15)
+
+    @pytest.mark.parametrize("backend", ["native", "reference"])
+    def test_margins(self, backend):
+        """bradley_terry with a margin for each pair: its own in every row, and no gradient through it."""
+        case = next(case for case in CASES if case.row.name == "bradley_terry")
+        given = arguments(case, "summed", 5, 1, torch.float64)
+        margins = torch.linspace(0, 2, 5, dtype=torch.float64).requires_grad_()
+        together = evaluate(Case(case.row, {"margin": margins}), given, backend, reduction="none")
+        for i, margin in enumerate(margins.tolist()):
+            alone = evaluate(Case(case.row, {"margin": margin}), given, backend, reduction="none")
+            for name, value in alone.items():
+                torch.testing.assert_close(together[name][i], value[i], rtol=1e-14, atol=1e-15)
+        with pytest.raises(ValueError, match=r"margin must be in \[0, inf\) for bradley_terry, got -1"):
+            losses.bradley_terry(torch.zeros(2), torch.zeros(2), margin=torch.tensor([0.5, -1.0]))
 
     def test_refused(self):
         x = torch.zeros(3)

@@ -1,4 +1,4 @@
-"""The statistics of the batch over two processes are those of one process with both batches."""
+"""Statistics of the batch, and transport over it, in two processes: as in one process with both batches."""
 
 from __future__ import annotations
 
@@ -34,16 +34,73 @@ def statistics(rows: slice, group: bool) -> list[Tensor]:
     ]
 
 
+# pairs of the first rank, of eight: ranks need not have equally many
+FIRST = 3
+
+
+def aot(name: str, rows: slice, group: bool) -> tuple[Tensor, ...]:
+    """Loss per pair, gradients of the sum over 8, and a second derivative, of what stands in these rows."""
+    generator = torch.Generator().manual_seed(5)
+    given = [3 * torch.randn(8, generator=generator, dtype=torch.float64) for _ in range(4)]
+    policies = [t[rows].clone().requires_grad_() for t in given[:2]]
+    arguments = (*policies, given[2][rows], given[3][rows])
+    function, more = getattr(losses, name), {"beta": 0.3, "label_smoothing": 0.1, "process_group": group}
+    each = function(*arguments, reduction="none", **more).loss
+    loss = function(*arguments, num_items=8, **more).loss
+    grads = torch.autograd.grad(loss, policies, create_graph=True)
+    # in every rank's sum all ranks' rows may have a part
+    weights = torch.linspace(-1, 2, 8, dtype=torch.float64)[rows]
+    second = torch.autograd.grad(sum((weights * g * g).sum() for g in grads), policies)
+    return tuple(t.detach() for t in (each, *grads, *second))
+
+
 def process(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    rows = slice(0, FIRST) if rank == 0 else slice(FIRST, 8)
+    torch.save([aot(name, rows, True) for name in ("aot", "aot_unpaired")], f"{folder}/aot-{rank}")
     torch.save(statistics(slice(4 * rank, 4 * rank + 4), True), f"{folder}/{rank}")
+    # a batch of nothing on one rank
+    zero = torch.zeros(3 * rank, requires_grad=True)
+    out = losses.aot_unpaired(zero, zero, zero.detach(), zero.detach(), num_items=3, process_group=True)
+    assert abs(out.loss.item() - rank * 0.6931472) < 1e-6
+    out.loss.backward()
+    # and on all of them
+    nothing = torch.zeros(0, requires_grad=True)
+    losses.aot_unpaired(*[nothing] * 4, num_items=3, process_group=True).loss.backward()
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed")
-def test_two_ranks(tmp_path: Path):
-    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / str(rank)) for rank in (0, 1)]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes have left."""
+    if not dist.is_available():
+        pytest.skip("this torch has no distributed")
+    path = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(process, (str(path),), nprocs=2)
+    return path
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_transport_over_ranks(name: str, folder: Path):
+    """Two ranks' pairs are one batch: losses, the gradients of their sum, and the derivatives of those."""
+    parts = [torch.load(folder / f"aot-{rank}")[("aot", "aot_unpaired").index(name)] for rank in (0, 1)]
+    whole = aot(name, slice(None), False)
+    for place, want in enumerate(whole):
+        found = torch.cat([part[place] for part in parts])
+        torch.testing.assert_close(found, want, rtol=1e-13, atol=1e-15)
+    # each rank by itself is another transport
+    alone = [aot(name, rows, False) for rows in (slice(0, FIRST), slice(FIRST, 8))]
+    assert (torch.cat([part[1] for part in alone]) - whole[1]).abs().max() > 1e-3
+
+
+def test_what_is_no_group():
+    x = torch.zeros(2)
+    with pytest.raises(TypeError, match=r"process_group must be a torch.distributed.ProcessGroup .* got str"):
+        losses.aot(x, x, x, x, process_group="world")
+
+
+def test_two_ranks(folder: Path):
+    ranks = [torch.load(folder / str(rank)) for rank in (0, 1)]
     whole = statistics(slice(None), False)
     for place, want in enumerate(whole[:-1]):
         for found in ranks:

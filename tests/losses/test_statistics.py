@@ -134,6 +134,59 @@ class TestTokens:
         h = torch.tensor([a - b for a, b in margins], dtype=torch.float64)
         exactly(call(case, given, backend, reduction="none").loss, -F.logsigmoid(0.3 * h))
 
+    @by_backend
+    @pytest.mark.parametrize("name", ["nash_md", "nash_ema", "nash_mp"])
+    def test_nash_to_go(self, backend, name):
+        """Each token's slope is 1/2 - P and the weighted log-ratios of it and of the later tokens, in both layouts."""
+        case = case_of(name, kl="to_go")
+        for layout in ("padded", "packed"):
+            given = arguments(case, layout, 6, 7, torch.float64)
+            found = evaluate(case, given, backend, reduction="sum")
+            rows = (
+                [mask.nonzero()[:, 0].tolist() for mask in given["mask"]]
+                if layout == "padded"
+                else [list(range(a, b)) for a, b in itertools.pairwise(given["cu_seqlens"].tolist())]
+            )
+            loss, penalties = 0.0, []
+            grad = torch.zeros_like(given["policy"])
+            for i, places in enumerate(rows):
+                streams = {n: given[n][i] if layout == "padded" else given[n] for n in case.row.models}
+                slope = 0.5 - given["win_probability"][i].item()
+                penalties.append(0.0)
+                for t in reversed(places):
+                    ratios = {n: (streams["policy"][t] - streams[n][t]).item() for n in case.row.models[1:]}
+                    penalties[-1] += 0.3 * ratios["reference"]
+                    slope += 0.3 * ratios["reference"] + 0.3 / 0.45 * ratios.get("previous", 0.0)
+                    loss += slope * streams["policy"][t].item()
+                    # the upstream gradient of a scalar is -1.5 here
+                    grad[(i, t) if layout == "padded" else t] = -1.5 * slope
+            torch.testing.assert_close(found["grad of policy"], grad, rtol=1e-12, atol=1e-13)
+            assert found["loss"].item() == pytest.approx(loss, rel=1e-12)
+            assert found["penalties"].tolist() == pytest.approx(penalties, rel=1e-12, abs=1e-13)
+
+    @by_backend
+    def test_nash_to_go_of_one_token_is_the_sequence(self, backend):
+        given = arguments(case_of("nash_md", kl="to_go"), "padded", 5, 1, torch.float64)
+        results = [evaluate(case_of("nash_md", kl=kl), given, backend) for kl in ("to_go", "sequence")]
+        exactly(*(r["grad of policy"] for r in results))
+        exactly(*(r["loss"] for r in results))
+
+    def test_nash_to_go_with_tokens_of_no_sequence(self):
+        """Behind the last boundary, and where there is no sequence at all."""
+        tokens, win = torch.tensor([-1.0, -2.0, math.nan]).requires_grad_(), torch.tensor([0.25])
+        boundaries = torch.tensor([0, 2], dtype=torch.int32)
+        out = losses.nash_md(tokens, torch.zeros(3), win, cu_seqlens=boundaries, kl="to_go", beta=0.5, reduction="sum")
+        (grad,) = torch.autograd.grad(out.loss, tokens)
+        assert grad.tolist() == [0.25 - 1.5, 0.25 - 1.0, 0.0] and out.penalties.tolist() == [-1.5]
+        none = losses.nash_md(tokens, tokens, win[:0], cu_seqlens=boundaries[:1], kl="to_go", reduction="sum")
+        assert none.loss == 0
+
+    def test_nash_to_go_needs_tokens(self):
+        x = torch.zeros(3)
+        with pytest.raises(ValueError, match=r"policy is \(B,\), summed already, but nash_md with kl='to_go' needs it"):
+            losses.nash_md(x, x, x, kl="to_go")
+        losses.nash_md(x, x, x)
+
     def test_tokens_are_needed(self):
         x = torch.zeros(3)
         with pytest.raises(ValueError, match=r"policy_chosen is \(B,\), summed already, but ld_dpo needs it per token"):

@@ -330,7 +330,8 @@ class TestTraps:
         (grad,) = torch.autograd.grad(out.loss, policy)
         assert (grad > 0).all() and grad[3].item() == pytest.approx(2.0) and out.loss.isfinite()
 
-    def test_nash_kl_is_the_kls_gradient(self):
+    @pytest.mark.parametrize("kl", ["sequence", "to_go"])
+    def test_nash_kl_is_the_kls_gradient(self, kl):
         """At P = 1/2 only the KL is left: over all sequences of two tokens its expectation is the exact gradient, which
         the per-token form of TRL is not."""
         generator = torch.Generator().manual_seed(1)
@@ -343,7 +344,7 @@ class TestTraps:
         known = torch.stack([reference[0][i], reference[1][s, i % 2]], 1)
         law = tokens.sum(1).exp()
         exact = torch.autograd.grad((law * (tokens - known).sum(1)).sum(), logits, retain_graph=True)
-        out = losses.nash_md(tokens, known, torch.full((9,), 0.5), beta=0.7, reduction="none")
+        out = losses.nash_md(tokens, known, torch.full((9,), 0.5), beta=0.7, kl=kl, reduction="none")
         ours = torch.autograd.grad((law.detach() * out.loss).sum(), logits, retain_graph=True)
         for x, y in zip(ours, exact, strict=True):
             torch.testing.assert_close(x, 0.7 * y, rtol=1e-11, atol=1e-13)

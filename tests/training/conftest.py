@@ -79,6 +79,15 @@ def write(tmp_path: Path) -> Callable[..., str]:
     return write
 
 
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """One thread: the tensors here are too small to share, and the built-in task takes one for itself."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
     """accelerate keeps the first precision of a process for ever."""

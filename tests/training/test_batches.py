@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from fastpo.training.batches import check_budget, collate, plan, step_indices
+from fastpo.training.batches import check_budget, collate, places, plan, step_indices, step_layout
 from fastpo.training.data import Example
 from fastpo.training.errors import UserError
 
@@ -38,7 +38,8 @@ def test_plan_gives_every_rank_as_many_forwards_within_the_budget(ranks, count):
 
 
 def test_collate_lays_out_first_all_chosen():
-    batch = collate([Example([1, 2], ([3], [4, 5])), Example([6], ([7, 8], [9]))], torch.device("cpu"))
+    examples = [Example([1, 2], ([3], [4, 5]), (0.5, 2.0)), Example([6], ([7, 8], [9]), (1.5, 3.0))]
+    batch = collate(examples, torch.device("cpu"))
     assert batch.input_ids.tolist() == [1, 2, 3, 6, 7, 8, 1, 2, 4, 5, 6, 9]
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 3, 0, 1]
     assert batch.targets.tolist() == [3, 7, 8, 4, 5, 9]
@@ -46,10 +47,24 @@ def test_collate_lays_out_first_all_chosen():
     assert batch.completions.lengths == (1, 2, 2, 1)
     assert batch.completions.cu_seqlens.tolist() == [0, 1, 3, 5, 6]
     assert batch.completions.cu_seqlens.dtype == torch.int32
+    assert batch.numbers.tolist() == [[0.5, 2.0], [1.5, 3.0]]
+
+
+def test_places_find_the_tokens_of_some_examples_among_all():
+    cpu = torch.device("cpu")
+    examples = [
+        Example([1], (list(range(10 * i, 10 * i + n)), [100 * i] * k)) for i, n, k in ((1, 2, 3), (2, 1, 1), (3, 4, 2))
+    ]
+    whole, everything = step_layout(examples, cpu), collate(examples, cpu).targets
+    for members in ([0], [2, 0], [1, 2], [2, 1, 0]):
+        chosen = [examples[i] for i in members]
+        assert everything[places(whole, 3, members, 2)].tolist() == collate(chosen, cpu).targets.tolist()
+        first = [e._replace(completions=e.completions[:1]) for e in chosen]
+        assert everything[places(whole, 3, members, 1)].tolist() == collate(first, cpu).targets.tolist()
 
 
 def test_an_example_above_the_budget_is_named():
-    examples = [Example([1], ([2], [3])), Example([1] * 5, ([2], [3]))]
+    examples = [Example([1], ([2], [3]), row=1), Example([1] * 5, ([2], [3]), row=2)]
     check_budget(examples, 12, "data")
     with pytest.raises(UserError, match=r"data, row 2: the example has 12 tokens, .* --batch.tokens 11"):
         check_budget(examples, 11, "data")

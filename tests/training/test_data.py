@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastpo.training.data import Encoder, load_examples, read_rows
+from fastpo import algorithms
+from fastpo.training.data import Encoder, Example, encode, load_examples, read_rows, with_mismatched
 from fastpo.training.errors import UserError
 
 from .conftest import TEMPLATE, character_tokenizer, pairs
@@ -116,7 +117,7 @@ def test_formats_hold_the_same(suffix, tmp_path, write, encoder):
 
         datasets.Dataset.from_list(rows).to_parquet(path)
     assert read_rows(path) == rows
-    assert load_examples(path, encoder) == [encoder.example(row, "") for row in rows]
+    assert load_examples(path, encoder) == [encoder.example(row, "", i) for i, row in enumerate(rows, 1)]
 
 
 def test_conversations_survive_parquet(tmp_path, encoder):
@@ -126,7 +127,7 @@ def test_conversations_survive_parquet(tmp_path, encoder):
     rows = [{"prompt": [{"role": "user", "content": "hi"}], **chat}] * 2
     path = str(tmp_path / "chat.parquet")
     datasets.Dataset.from_list(rows).to_parquet(path)
-    assert load_examples(path, encoder)[1] == encoder.example(rows[0], "")
+    assert load_examples(path, encoder)[1] == encoder.example(rows[0], "", 2)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +144,117 @@ def test_conversations_survive_parquet(tmp_path, encoder):
 def test_bad_rows_are_named(row, message, encoder):
     with pytest.raises(UserError, match=f"row 7: .*{message}"):
         encoder.example(row, "row 7")
+
+
+UNPAIRED = {"prompt": "ab ", "completion": "cd", "label": True}
+
+
+def reader(encoder, name):
+    """The encoder for an algorithm, and what it refuses."""
+    algorithm = algorithms.build(name, {})
+    return Encoder(encoder.tokenizer, "tiny", 64, algorithm.kind, algorithm.columns), algorithm.problem
+
+
+def test_unpaired_rows(encoder, write):
+    rows = [UNPAIRED, {**UNPAIRED, "completion": "e", "label": False}]
+    found = load_examples(write(rows), *reader(encoder, "kto"))
+    assert [texts(encoder, e) for e in found] == [("a b  ", "c d [E]"), ("a b  ", "e [E]")]
+    assert [e.numbers for e in found] == [(1.0,), (0.0,)] and [e.row for e in found] == [1, 2]
+
+
+def test_unpaired_conversations(encoder, write):
+    row = {
+        "prompt": [{"role": "user", "content": "hi"}],
+        "completion": [{"role": "assistant", "content": "ok"}],
+        "label": False,
+    }
+    (found,) = load_examples(write([row]), *reader(encoder, "kto"))
+    prompt, completion = (t.replace(" ", "") for t in texts(encoder, found))
+    assert (prompt, completion) == ("<user>hi[E]\n<assistant>", "ok[E]")
+
+
+def test_pairs_are_two_single_completions(encoder, write):
+    """As TRL unpairs them, the prompt being what both sides begin with."""
+    unpair = pytest.importorskip("trl.data_utils")
+    import datasets
+
+    rows = [{"chosen": "the sky is blue", "rejected": "the sky is green"}, {"chosen": "x y", "rejected": "x z"}]
+    theirs = unpair.unpair_preference_dataset(datasets.Dataset.from_list([unpair.extract_prompt(r) for r in rows]))
+    ours = load_examples(write(rows), *reader(encoder, "kto"))
+    expected = load_examples(write(list(theirs), "theirs.jsonl"), *reader(encoder, "kto"))
+    assert [e.row for e in ours] == [1, 1, 2, 2]
+    key = lambda e: (e.prompt, e.completions, e.numbers)  # noqa: E731
+    assert sorted(map(key, ours)) == sorted(map(key, expected))
+
+
+@pytest.mark.parametrize(
+    ("more", "numbers"),
+    [
+        ({"chosen_score": 4, "rejected_score": 1.5}, (4.0, 1.5)),
+        ({"score_chosen": 4, "score_rejected": 1.5}, (4.0, 1.5)),
+        ({"margin": 2.5}, (2.5, 0.0)),
+    ],
+)
+def test_scored_pairs(more, numbers, encoder, write):
+    (found,) = load_examples(write([{**ROW, **more}]), *reader(encoder, "odpo"))
+    assert found.numbers == numbers and found.completions == encoder.example(ROW, "").completions
+
+
+def test_scored_conversations(encoder, write):
+    row = {
+        "chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok"}],
+        "rejected": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}],
+        "chosen_visits": 5,
+        "rejected_visits": 2,
+    }
+    (found,) = load_examples(write([row]), *reader(encoder, "mcts_dpo"))
+    assert found.numbers == (5.0, 2.0)
+    assert [t.replace(" ", "") for t in texts(encoder, found)[1:]] == ["ok[E]", "no[E]"]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("kto", {"prompt": "a", "label": True}, r'there is no "completion" \(it has: prompt, label\)'),
+        ("kto", {"prompt": "a", "completion": "b"}, 'there is no "label"'),
+        ("kto", {"completion": "b", "label": True}, 'there is no "prompt"'),
+        ("kto", {**UNPAIRED, "label": "yes"}, "\"label\" must be true or false, got 'yes'"),
+        ("kto", {**UNPAIRED, "completion": 3}, "prompt and completion must all be strings or all be lists"),
+        ("kto", {"prompt": "a", "chosen": "b"}, 'there is no "rejected"'),
+        ("bco", {**UNPAIRED, "density_ratio": 0}, r'"density_ratio" must be in \(0, inf\) for bco, got 0'),
+        ("npo", UNPAIRED, "npo unlearns every completion of its data, but this one is desirable"),
+        ("odpo", ROW, 'there is no "chosen_score"'),
+        ("odpo", {**ROW, "chosen_score": "5", "rejected_score": 1}, "\"chosen_score\" must be a number, got '5'"),
+        ("odpo", {**ROW, "chosen_score": True, "rejected_score": 1}, '"chosen_score" must be a number, got True'),
+        ("odpo", {**ROW, "margin": float("nan")}, '"margin" must be finite, got nan'),
+        ("odpo", {**ROW, "chosen_score": 1, "rejected_score": 1}, "chosen_score must be above rejected_score"),
+        ("mcts_dpo", {**ROW, "chosen_visits": 1, "rejected_visits": -1}, r'"rejected_visits" must be in \[0, inf\)'),
+    ],
+)
+def test_bad_columns_are_named(name, row, message, encoder):
+    good = {"completion": "b", "label": False} if name in ("kto", "bco", "npo") else {"chosen": "b", "rejected": "c"}
+    good |= {"prompt": "a", "chosen_score": 2, "rejected_score": 1, "chosen_visits": 1, "rejected_visits": 1}
+    with pytest.raises(UserError, match=f"^data.jsonl, row 2: .*{message}"):
+        encode([good, row], "data.jsonl", *reader(encoder, name))
+
+
+def test_mismatched_completions_are_those_of_other_prompts():
+    def examples(prompts):
+        return [Example([p], ([10 + i, 11, 12],)) for i, p in enumerate(prompts)]
+
+    def partners(prompts):
+        found = with_mismatched(examples(prompts), 3)
+        assert [e.completions[0] for e in found] == [e.completions[0] for e in examples(prompts)]
+        # cut to the room that the other prompt leaves
+        assert all(len(e.completions[1]) == 2 for e in found)
+        return [e.completions[1][0] - 10 for e in found]
+
+    assert partners([1, 2, 3]) == [1, 2, 0]
+    assert partners([1, 1, 2, 2]) == [2, 2, 0, 0]
+    assert partners([1, 2, 1, 1]) == [1, 2, 1, 1]
+    assert partners([2, 1, 1, 2]) == [1, 3, 3, 1]
+    assert partners([1, 1, 1]) == [1, 2, 0]
+    assert partners([1]) == [0]
 
 
 def test_tokenizers_that_cannot_serve_are_refused(encoder):

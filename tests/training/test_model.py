@@ -23,7 +23,7 @@ def one_by_one(model, examples):
     """Log-probs of all completions, in packed order, by plain torch."""
     out = []
     for k in range(2):
-        for prompt, completions in examples:
+        for prompt, completions, *_ in examples:
             ids = torch.tensor([prompt + completions[k]])
             logprobs = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
             first = len(prompt) - 1

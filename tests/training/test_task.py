@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,14 +11,7 @@ from fastpo.cli import main
 from fastpo.training import task
 
 pytest.importorskip("accelerate")
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """The built-in task takes one thread for itself."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 class Adder(torch.nn.Module):

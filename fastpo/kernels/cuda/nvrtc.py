@@ -13,13 +13,14 @@ import importlib.util
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fastpo.kernels import _native
 from fastpo.kernels._native import constant_when_traced
 
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)".*$', re.MULTILINE)
@@ -196,3 +197,21 @@ class Driver:
             stream = torch.cuda.current_stream().cuda_stream
             function = _function(kernel, self.file, self.defines, torch.cuda.current_device())
             driver.launchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, ctypes.addressof(pointers), 0)
+
+
+def _why_not_cuda(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    if _native.CUDA.loaded:
+        return _native.why_not_compiled_for(device)
+    return why_not() and f"_cuda: {_native.CUDA.error}; {why_not()}"
+
+
+def serve(kernel: str, launched_by: Callable[[Launcher], Mapping[str, object]]) -> torch.library.Library | None:
+    """Say who serves a kernel of csrc/cuda on CUDA devices: `_cuda`, or NVRTC, by the ops that `launched_by` gives for
+    a launcher. They are registered while the result is kept."""
+    _native.on_cuda(kernel, _why_not_cuda, by="compiled" if _native.CUDA.loaded else "NVRTC")
+    if _native.CUDA.loaded:
+        return None
+    library = torch.library.Library("fastpo", "IMPL")
+    for name, function in launched_by(Driver(f"{kernel}.cuh")).items():
+        library.impl(name, function, "CUDA")
+    return library

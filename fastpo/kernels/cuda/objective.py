@@ -8,11 +8,10 @@ import ctypes
 import torch
 from torch import Tensor
 
+from fastpo.kernels.cuda.arguments import DTYPES, SHORT_ROW, WARP, Shape, blocks, contiguous, pointer
 from fastpo.kernels.cuda.nvrtc import Launcher
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _MAX_SIDES, _MAX_STREAMS, _MAX_COLUMNS, _MAX_HYPER = 2, 6, 4, 64
-_WARP = 32
 
 
 class Layout(ctypes.Structure):
@@ -76,50 +75,29 @@ class LossSum(ctypes.Structure):
     )
 
 
-class Shape(ctypes.Structure):
-    _fields_ = (
-        ("blocks", ctypes.c_int64),
-        ("threads", ctypes.c_int),
-        ("team", ctypes.c_int),
-        ("rows", ctypes.c_int),
-    )
-
-
 class SpreadSides(ctypes.Structure):
     _fields_ = (("side", Spread * _MAX_SIDES), ("sides", ctypes.c_int))
 
 
-_SHORT_ROW, _LONG_TEAM, _MOST_THREADS, _MOST_ROWS = 1024, 128, 512, 32
-_BUSY_BLOCKS, _MOST_BLOCKS, _SUM_THREADS = 1024, 16384, 512
-
-
-def _blocks(items: int, per_block: int) -> int:
-    return min(max(-(-items // per_block), 1), _MOST_BLOCKS)
+_LONG_TEAM, _MOST_THREADS, _MOST_ROWS = 128, 512, 32
+_BUSY_BLOCKS, _SUM_THREADS = 1024, 512
 
 
 def objective_shape(rows: int, tokens: int, streams: int) -> Shape:
     if tokens <= 1:
         threads = per_block = 256
         team = 1
-    elif tokens <= _SHORT_ROW:
-        threads, team = 256, _WARP
-        per_block = min(max(rows // _BUSY_BLOCKS, threads // (_WARP * streams)), _MOST_ROWS)
+    elif tokens <= SHORT_ROW:
+        threads, team = 256, WARP
+        per_block = min(max(rows // _BUSY_BLOCKS, threads // (WARP * streams)), _MOST_ROWS)
     else:
         threads, team, per_block = min(_LONG_TEAM * streams, _MOST_THREADS), _LONG_TEAM, 1
-    return Shape(_blocks(rows, per_block), threads, team, per_block)
+    return Shape(blocks(rows, per_block), threads, team, per_block)
 
 
 def spread_shape(items: int, tokens: int) -> Shape:
-    threads, team = 256, _WARP if tokens <= _SHORT_ROW else _LONG_TEAM
-    return Shape(_blocks(items, threads // team), threads, team, threads // team)
-
-
-def _pointer(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
-
-
-def _contiguous(tensors: list[Tensor | None]) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
+    threads, team = 256, WARP if tokens <= SHORT_ROW else _LONG_TEAM
+    return Shape(blocks(items, threads // team), threads, team, threads // team)
 
 
 def _rows(stream: Tensor, boundaries: Tensor | None) -> int:
@@ -133,12 +111,12 @@ def _tokens_per_row(streams: list[Tensor], rows: int) -> int:
 def _layout(stream: Tensor, mask: Tensor | None, boundaries: Tensor | None, lengths: Tensor | None) -> Layout:
     tokens = stream.shape[1] if boundaries is None and stream.dim() == 2 else 1
     return Layout(
-        mask=_pointer(mask),
+        mask=pointer(mask),
         mask_stride=tokens,
-        boundaries=_pointer(boundaries),
+        boundaries=pointer(boundaries),
         tokens=tokens,
         total=stream.numel(),
-        lengths=_pointer(lengths),
+        lengths=pointer(lengths),
         lengths_are_int64=lengths is not None and lengths.dtype == torch.int64,
     )
 
@@ -158,7 +136,7 @@ def forward(
     reward_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the op returns: loss, slopes, rewards."""
-    masks, cu_seqlens, lengths = _contiguous(masks), _contiguous(cu_seqlens), _contiguous(lengths)
+    masks, cu_seqlens, lengths = contiguous(masks), contiguous(cu_seqlens), contiguous(lengths)
     rows, sides = _rows(streams[0], cu_seqlens[0]), len(masks)
     is_double = any(s.dtype == torch.float64 for s in streams)
     # tokens of a row must be adjacent; rows, and summed streams, may have any stride
@@ -176,7 +154,7 @@ def forward(
         reward_scale=reward_scale,
         rows=rows,
         loss=None if reduce else loss.data_ptr(),
-        block_loss=_pointer(block_loss),
+        block_loss=pointer(block_loss),
         slopes=slopes.data_ptr(),
         rewards=rewards.data_ptr(),
         formula=formula,
@@ -190,9 +168,9 @@ def forward(
     for side in range(sides):
         o.layouts[side] = _layout(streams[side], masks[side], cu_seqlens[side], lengths[side])
     for i, s in enumerate(streams):
-        o.stream[i] = Stream(s.data_ptr(), s.stride(0) if s.dim() else 1, _DTYPES[s.dtype])
+        o.stream[i] = Stream(s.data_ptr(), s.stride(0) if s.dim() else 1, DTYPES[s.dtype])
     for i, s in enumerate(columns):
-        o.column[i] = Stream(s.data_ptr(), s.stride(0), _DTYPES[s.dtype])
+        o.column[i] = Stream(s.data_ptr(), s.stride(0), DTYPES[s.dtype])
     if rows:
         launcher.launch(
             "objective_f64" if is_double else "objective_f32",
@@ -221,7 +199,7 @@ def backward(
 ) -> list[Tensor]:
     """What the op's backward returns: the gradient of each stream, empty where it is not needed."""
     grad, slopes = grad.contiguous(), slopes.contiguous()
-    masks, cu_seqlens = _contiguous(masks), _contiguous(cu_seqlens)
+    masks, cu_seqlens = contiguous(masks), contiguous(cu_seqlens)
     out = [s.new_empty(s.shape if needed >> i & 1 else 0) for i, s in enumerate(streams)]
     rows = slopes.shape[1]
     arguments = SpreadSides(sides=0)
@@ -234,7 +212,7 @@ def backward(
             grad=grad.data_ptr(),
             slopes=slopes[i].data_ptr(),
             gradient=out[i].data_ptr(),
-            dtype=_DTYPES[s.dtype],
+            dtype=DTYPES[s.dtype],
             is_double=slopes.dtype == torch.float64,
             grad_per_row=grad.dim() == 1,
         )
