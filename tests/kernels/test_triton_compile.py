@@ -64,10 +64,11 @@ class TestKernels:
     def test_half_the_threads_of_a_multiprocessor_fit(self, compile_all, vendor, which):
         """Latency is hidden by threads. The default cuts, of which every one keeps 1,024 threads on 65,536 registers
         (NVIDIA), 16 wavefronts on 4 times 512 (AMD); 800 where the gradient is narrower, for which each thread has
-        twice as many loads under way."""
+        twice as many loads under way; 512 for divergences with logarithms of a column, which have more to compute."""
         for name, f in compile_all(which, vendor).items():
             if f["config"] is None:
-                limit = (80 if f["out"] else 64) if vendor == "nvidia" else 128
+                nvidia = 128 if f["divergence"] else 80 if f["out"] else 64
+                limit = nvidia if vendor == "nvidia" else 128
                 assert f["registers"] <= limit, f"{name}: {f['registers']} registers"
 
     def test_vectors_in_the_main_loop(self, compile_all, vendor, which):

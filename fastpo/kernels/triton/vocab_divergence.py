@@ -124,10 +124,10 @@ def _mixture(p, q, x, excess, weight, rest):
     y = tl.maximum(-size, -87.0)
     quotient = tl.exp(y)
     less = tl.where(size <= NEAR_ZERO, y + y * y * _exp_tail(y), quotient - 1)
-    larger_log, larger_rest = _log1p(own + other * quotient, other * less)
     more = own * (-less / quotient)
-    smaller_log, smaller_rest = _log1p(1 + more, more)
+    larger_log, larger_rest = _log1p(own + other * quotient, other * less)
     near = more < 1
+    smaller_log, smaller_rest = _log1p(1 + more, more)
     smaller_log = tl.where(near, smaller_log, size + larger_log)
     larger_term = tl.where(larger > 0, -larger * larger_rest, 0.0)
     far_term = own * tl.abs(excess) - tl.where(smaller > 0, smaller * smaller_log, 0.0)
@@ -368,20 +368,21 @@ def forward_kernel(
         ratio = tl.exp(log_ratio)
         sum_0 = tl.zeros((TILE,), tl.float32)
         sum_1 = tl.zeros((TILE,), tl.float32)
+        # names of the first loop keep their types
         for i in range(0, vectors, TILE):
-            inside = (i + lane < vectors)[:, None]
-            a = tl.load(p_body + i * E + at_tile, mask=inside, other=-INFINITY).to(tl.float32)
-            b = tl.load(body + i * E + at_tile, mask=inside, other=-INFINITY).to(tl.float32)
-            term_0, term_1 = _terms(a, b, p_top, q_top, inverse, scale, log_ratio, ratio, parameter, rest, KIND)
+            within = (i + lane < vectors)[:, None]
+            x = tl.load(p_body + i * E + at_tile, mask=within, other=-INFINITY).to(tl.float32)
+            y = tl.load(body + i * E + at_tile, mask=within, other=-INFINITY).to(tl.float32)
+            term_0, term_1 = _terms(x, y, p_top, q_top, inverse, scale, log_ratio, ratio, parameter, rest, KIND)
             sum_0 += tl.sum(term_0, 1)
             sum_1 += tl.sum(term_1, 1)
         if EDGES:
             column, inside = edge_columns(lane, head, vectors, width, 2 * E, E)
             a = tl.load(reference + p_start + column, mask=inside, other=-INFINITY).to(tl.float32)
             b = tl.load(logits + start + column, mask=inside, other=-INFINITY).to(tl.float32)
-            term_0, term_1 = _terms(a, b, p_top, q_top, inverse, scale, log_ratio, ratio, parameter, rest, KIND)
-            sum_0 += term_0
-            sum_1 += term_1
+            edge_0, edge_1 = _terms(a, b, p_top, q_top, inverse, scale, log_ratio, ratio, parameter, rest, KIND)
+            sum_0 += edge_0
+            sum_1 += edge_1
         total_0 = tl.sum(sum_0, 0) / s
         total_1 = tl.sum(sum_1, 0) / s
         if KIND == JSD:
