@@ -242,6 +242,17 @@ class TestKernel:
                 grad = ours[f"grad of {leaves_of(row)[0]}"]
                 assert (grad[~given["mask"]] == 0).all() and (grad[given["mask"]] != 0).any()
 
+    def test_long_padding(self, row):
+        """Chunks in which nothing counts, before and between the tokens, and NaN in them."""
+        given = make(row, "padded", 3, 4500, torch.float32, seed=4)
+        given["mask"][0, :2100] = False
+        given["mask"][2, 1000:3500] = False
+        shape = given["mask"].shape
+        for name, value in given.items():
+            if value.shape == shape and value.is_floating_point():
+                given[name] = value.masked_fill(~given["mask"], math.nan)
+        compare(row, given, **settings(row))
+
     def test_layouts_agree(self, row):
         """Packed, padded and padded wider: the same loss and gradients; tokens behind the last sequence have none."""
         packed = make(row, "packed", 5, 8, seed=7)
