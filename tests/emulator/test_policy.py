@@ -15,7 +15,7 @@ from fastpo.kernels import _native
 from fastpo.kernels.cuda import policy as launch
 from fastpo.reference.policy import policies, policy
 from tests.emulator.harness import Emulator, build, build_ops, compiled_launch, python_launch
-from tests.losses.test_policy import CORRECTIONS, PENALTIES, compare, evaluate, make, settings
+from tests.kernels.test_policy import CORRECTIONS, PENALTIES, compare, evaluate, make, settings
 
 ROWS = list(policies())
 
@@ -99,7 +99,7 @@ class TestLaunchFromPython:
                 compare(row, given, **settings(row))
 
     def test_more_rows_than_blocks(self, checked, monkeypatch):
-        monkeypatch.setattr(launch, "blocks_of", lambda rows: 2)
+        monkeypatch.setattr(launch, "blocks", lambda rows, each: 2)
         row = policy("gmpo")
         compare(row, make(row, "padded", 7, 20, torch.float32, seed=3), **settings(row))
 
