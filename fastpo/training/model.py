@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastpo.kernels import linear_logprobs, token_logprobs
+from fastpo.kernels import linear_logprobs, token_kl, token_logprobs
 from fastpo.kernels.completions import head_of
 from fastpo.reference.vocabulary import head_logits
 from fastpo.training.batches import MicroBatch
@@ -138,7 +138,7 @@ class Policy(nn.Module):
         if "normalised_entropy" in found:
             found["normalised_entropy"] = found["normalised_entropy"] / math.log(size)
         if reference_logits is not None:
-            found["kl"] = _forward_kl(logits, reference_logits)
+            found["kl"] = token_kl(logits, reference_logits.to(logits.dtype))
         return {"logprobs": logprobs, **found}
 
 
@@ -153,12 +153,6 @@ class Logits(nn.Module):
     @torch.no_grad()
     def forward(self, input_ids: Tensor, position_ids: Tensor, predictors: Tensor) -> Tensor:
         return (_packed if self.layout == "packed" else _padded)(self.model, input_ids, position_ids, predictors)
-
-
-def _forward_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
-    """KL(reference || policy) at every token, in fp32, with its gradient to the policy."""
-    p, q = logits.float().log_softmax(-1), reference_logits.float().log_softmax(-1)
-    return F.kl_div(p, q, reduction="none", log_target=True).sum(-1)
 
 
 class HeadScale(NamedTuple):
