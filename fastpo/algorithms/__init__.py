@@ -10,13 +10,21 @@ from typing import Any
 
 from fastpo.algorithms import direct
 from fastpo.algorithms.base import Algorithm, Batch, Column, Completions, State, StepOutput
+from fastpo.algorithms.inputs import SOURCES
 from fastpo.algorithms.pairwise import Pairwise
 from fastpo.algorithms.unpaired import Unpaired
-from fastpo.reference import objectives
+from fastpo.reference import Objective, objectives
 
 _CLASSES: dict[str, type[Pairwise] | type[Unpaired]] = {"pairwise": Pairwise, "unpaired": Unpaired}
-# policies on data that are given: samples of the policy as it is need another loop, reward models another head
-_ROWS = {row.name: row for row in objectives() if row.kind in _CLASSES and row.scores == "policy" and not row.online}
+
+
+def _trainable(row: Objective) -> bool:
+    """Policies on data that are given: samples of a policy and their rewards need another loop, reward models a head."""
+    given = all(each.name in SOURCES for each in row.inputs)
+    return row.kind in _CLASSES and row.scores == "policy" and not row.online and given
+
+
+_ROWS = {row.name: row for row in objectives() if _trainable(row)}
 
 
 def names() -> list[str]:
