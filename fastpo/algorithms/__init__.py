@@ -19,7 +19,7 @@ _CLASSES: dict[str, type[Pairwise] | type[Unpaired]] = {"pairwise": Pairwise, "u
 
 
 def _trainable(row: Objective) -> bool:
-    """Policies on data that are given: samples of a policy and their rewards need another loop, reward models a head."""
+    """Policies on data that are given: samples with rewards need another loop, reward models another head."""
     given = all(each.name in SOURCES for each in row.inputs)
     return row.kind in _CLASSES and row.scores == "policy" and not row.online and given
 
