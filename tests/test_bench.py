@@ -195,7 +195,9 @@ def test_vocab_divergence_passes_its_own_check(dtype: str, divergence: str, back
     ("formula", "options"), ObjectiveCase.formulas(), ids=lambda v: v if isinstance(v, str) else ""
 )
 def test_objective_passes_its_own_check(formula: str, options: Any, tokens: int) -> None:
-    for dtype in ("float32", "float64"):
+    # in fp64 eager torch is the exact result itself, which leaves two roundings: as many as simple formulas make
+    simple = formula in ("dpo", "cdpo", "robust_dpo", "ipo", "hinge")
+    for dtype in ("float32", "float64") if simple else ("float32",):
         case = ObjectiveCase(33, tokens, formula, dtype, True, options=options)
         outcomes = measure(case, only=("read",), repetitions=1).outcomes
         assert set(outcomes) == {"fastpo", "eager", "read"}

@@ -205,7 +205,7 @@ def _summed(side: Side) -> Summed:
     policy = total(side.policy)
     ratio, step = (None if t is None else policy - total(t) for t in (side.reference, side.previous))
     length = side.lengths if side.mask is None else side.mask.sum(-1)
-    return Summed(policy, policy if ratio is None else ratio, step, length)
+    return Summed(policy, policy if ratio is None else ratio, step, None if length is None else length.to(policy.dtype))
 
 
 def _expected(
