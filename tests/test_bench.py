@@ -365,7 +365,7 @@ def test_command_refuses_when_fastpo_is_wrong(
     "arguments",
     [
         [],
-        ["gae"],
+        ["unknown"],
         ["token_logprobs", "--rows", "0"],
         ["objective", "--formula", "x"],
         ["linear_logprobs", "--prompt", "1"],
