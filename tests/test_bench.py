@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastpo.bench import (
+    Case,
     CheckFailedError,
     Expected,
     GaeCase,
@@ -169,11 +170,18 @@ def test_peak_memory_counts_temporaries_once() -> None:
     assert again is not None and again < 4 * 2**20
 
 
+def checked(case: Case, *only: str) -> dict[str, Outcome]:
+    """What a case finds out without taking times, whose garbage collections are slow in a process of many tests."""
+    outcomes: dict[str, Outcome] = {}
+    check(case.build(), outcomes, only)
+    return outcomes
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("backward", [False, True])
 def test_token_logprobs_passes_its_own_check(dtype: str, backward: bool) -> None:
     case = TokenLogprobsCase(7, 333, dtype, ("top1", "entropy", "logsumexp", "log_sum_p2"), backward)
-    outcomes = measure(case, only=("read", "cached", "fastpo_float32"), repetitions=1).outcomes
+    outcomes = checked(case, "read", "cached", "fastpo_float32")
     names = {"logprobs", "entropy", "logsumexp", "log_sum_p2", "top1"} | ({"gradient"} if backward else set())
     assert set(outcomes["fastpo"].errors) == names
     assert ("cached" in outcomes) != backward
@@ -185,7 +193,7 @@ def test_token_logprobs_passes_its_own_check(dtype: str, backward: bool) -> None
 @pytest.mark.parametrize("backward", [False, True])
 def test_vocab_divergence_passes_its_own_check(dtype: str, divergence: str, backward: bool) -> None:
     case = VocabDivergenceCase(7, 333, dtype, divergence, backward)
-    outcomes = measure(case, only=("read",), repetitions=1).outcomes
+    outcomes = checked(case, "read")
     assert set(outcomes) == {"fastpo", "eager", "read"}
     assert set(outcomes["fastpo"].errors) == {"divergence", *["gradient"] * backward}
 
@@ -199,8 +207,7 @@ def test_objective_passes_its_own_check(formula: str, options: Any, tokens: int)
     simple = formula in ("dpo", "cdpo", "robust_dpo", "ipo", "hinge")
     for dtype in ("float32", "float64") if simple else ("float32",):
         case = ObjectiveCase(33, tokens, formula, dtype, True, options=options)
-        outcomes: dict[str, Outcome] = {}
-        check(case.build(), outcomes, ("read",))
+        outcomes = checked(case, "read")
         assert set(outcomes) == {"fastpo", "eager", "read"}
         assert {"loss", "accuracies", "chosen_gradient"} <= set(outcomes["fastpo"].errors)
 
@@ -208,7 +215,7 @@ def test_objective_passes_its_own_check(formula: str, options: Any, tokens: int)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("backward", [False, True])
 def test_policy_passes_its_own_check(dtype: str, backward: bool) -> None:
-    outcomes = measure(PolicyCase(5, 40, dtype, backward), only=("read",), repetitions=1).outcomes
+    outcomes = checked(PolicyCase(5, 40, dtype, backward), "read")
     assert set(outcomes) == {"fastpo", "eager", "read"}
     assert {"loss", "kl", "ratio"} <= set(outcomes["fastpo"].errors)
 
@@ -220,14 +227,14 @@ def test_every_compiled_formula_on_pairs_is_measured() -> None:
 
 @pytest.mark.parametrize("layout", ["dense", "ragged", "packed"])
 def test_gae_passes_its_own_check(layout: str) -> None:
-    outcomes = measure(GaeCase(5, 37, layout), only=("read", "copy"), repetitions=1).outcomes
+    outcomes = checked(GaeCase(5, 37, layout), "read", "copy")
     assert set(outcomes) == {"fastpo", "eager", "read", "copy"}
     assert set(outcomes["fastpo"].errors) == {"advantages", "returns"}
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_group_normalize_passes_its_own_check(shuffled: bool) -> None:
-    outcomes = measure(GroupCase(333, shuffled), only=("loop", "read"), repetitions=1).outcomes
+    outcomes = checked(GroupCase(333, shuffled), "loop", "read")
     assert {name: o.status for name, o in outcomes.items()} == {
         "fastpo": "ok",
         "eager": "ok",
