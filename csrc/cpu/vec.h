@@ -201,25 +201,54 @@ FASTPO_FN Acc<dtype> load_one(const Storage<dtype>* p) {
 // Sum in double of a vector's lanes and of what v holds already.
 FASTPO_FN void add_wide(VecD (&sums)[2], VecD v) { sums[0] += v; }
 FASTPO_FN void add_wide(VecD (&sums)[2], VecF v) {
+  // gcc takes __builtin_convertvector of the wide vectors apart
+#if FASTPO_AVX512
+  sums[0] += (VecD)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v));
+  sums[1] += (VecD)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1));
+#elif FASTPO_AVX2
+  sums[0] += (VecD)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v));
+  sums[1] += (VecD)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1));
+#else
   using HalfF = float __attribute__((vector_size(FASTPO_VECTOR_BYTES / 2)));
   HalfF halves[2];
   __builtin_memcpy(halves, &v, sizeof v);
   sums[0] += __builtin_convertvector(halves[0], VecD);
   sums[1] += __builtin_convertvector(halves[1], VecD);
+#endif
 }
 
-// v where the bytes at `mask` are true, else 0; what a masked lane holds is never computed with
-FASTPO_FN VecF where(const bool* mask, VecF v) {
+// A vector's worth of a mask, as wide as the numbers it is for: not 0 where the byte is true.
+FASTPO_FN VecI wide_mask(const bool* mask, VecF) {
+#if FASTPO_AVX512
+  return (VecI)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(mask)));
+#elif FASTPO_AVX2
+  return (VecI)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(mask)));
+#else
   using Bytes = signed char __attribute__((vector_size(FASTPO_VECTOR_BYTES / 4)));
   Bytes b;
   __builtin_memcpy(&b, mask, sizeof b);
-  return select(__builtin_convertvector(b, VecI) != 0, v, VecF{});
+  return __builtin_convertvector(b, VecI);
+#endif
 }
-FASTPO_FN VecD where(const bool* mask, VecD v) {
+FASTPO_FN VecL wide_mask(const bool* mask, VecD) {
+#if FASTPO_AVX512
+  return (VecL)_mm512_cvtepi8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(mask)));
+#elif FASTPO_AVX2
+  int b;
+  __builtin_memcpy(&b, mask, sizeof b);
+  return (VecL)_mm256_cvtepi8_epi64(_mm_cvtsi32_si128(b));
+#else
   using Bytes = signed char __attribute__((vector_size(FASTPO_VECTOR_BYTES / 8)));
   Bytes b;
   __builtin_memcpy(&b, mask, sizeof b);
-  return select(__builtin_convertvector(b, VecL) != 0, v, VecD{});
+  return __builtin_convertvector(b, VecL);
+#endif
+}
+
+// v where the bytes at `mask` are true, else 0; what a masked lane holds is never computed with
+template <class V>
+FASTPO_FN V where(const bool* mask, V v) {
+  return select(wide_mask(mask, v) != 0, v, V{});
 }
 
 }  // namespace FASTPO_NAMESPACE

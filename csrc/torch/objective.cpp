@@ -50,29 +50,36 @@ Tensors backward(Tensor grad, Tensor slopes, Tensors streams, OptionalTensors ma
                  int64_t needed) {
   check_spread(grad, slopes, streams, masks, cu_seqlens);
   const Kernels& k = kernels();
+  std::vector<PreparedSpread> wanted;
   Tensors out;
+  int64_t tokens = 1;
   for (size_t i = 0; i < streams.size(); ++i) {
     const Tensor& stream = streams[i];
     if (!(needed >> i & 1)) {
       out.push_back(new_tensor(stream, {0}, stream.scalar_type()));
       continue;
     }
-    const PreparedSpread p = prepare_spread(grad, slopes, stream, static_cast<int64_t>(i), masks[i], cu_seqlens[i]);
+    wanted.push_back(prepare_spread(grad, slopes, stream, static_cast<int64_t>(i), masks[i], cu_seqlens[i]));
+    PreparedSpread& p = wanted.back();
     const Spread& s = p.arguments;
     if (p.boundaries) {
       check_boundaries(*p.boundaries, stream.size(0));
       // tokens behind the last sequence
-      if (s.layout.boundaries[s.rows] < stream.size(0)) {
-        Tensor gradient = p.gradient;
-        torch::stable::zero_(gradient);
-      }
+      if (s.layout.boundaries[s.rows] < stream.size(0)) torch::stable::zero_(p.gradient);
     }
     advise_huge_pages(p.gradient);
-    const int64_t tokens = s.rows > 0 ? std::max<int64_t>(1, stream.numel() / s.rows) : 1;
-    torch::stable::parallel_for(0, s.rows, std::max<int64_t>(1, 32768 / tokens),
-                                [&](int64_t begin, int64_t end) { k.spread(s, begin, end); });
+    if (s.rows > 0) tokens = std::max(tokens, stream.numel() / s.rows);
     out.push_back(p.gradient);
   }
+  // the streams' rows one behind the other: threads are woken once
+  const int64_t rows = slopes.size(1), all = static_cast<int64_t>(wanted.size()) * rows;
+  torch::stable::parallel_for(0, all, std::max<int64_t>(1, 32768 / tokens), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end;) {
+      const int64_t stream = row / rows, last = std::min(end, (stream + 1) * rows);
+      k.spread(wanted[static_cast<size_t>(stream)].arguments, row - stream * rows, last - stream * rows);
+      row = last;
+    }
+  });
   return out;
 }
 

@@ -11,6 +11,7 @@ number per row.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -51,7 +52,8 @@ class PairwiseOutput(NamedTuple):
     @property
     def accuracies(self) -> Tensor:
         """(B,), 1 where the chosen reward is the larger; a tie counts 0."""
-        return (self.chosen_rewards > self.rejected_rewards).to(self.chosen_rewards.dtype)
+        # one pass: a bool tensor and its conversion take five times as long
+        return torch.gt(self.chosen_rewards, self.rejected_rewards, out=torch.empty_like(self.chosen_rewards))
 
 
 class UnpairedOutput(NamedTuple):
@@ -179,39 +181,45 @@ def _formula_objective(source: str, *arguments: Any) -> tuple[Tensor, Tensor, Te
 _LIBRARY = nvrtc.serve("objective", launched_by)
 
 
+class _Call(NamedTuple):
+    """What a call of the op has beside its tensors; of the tensors, the sides that have a mask, cu_seqlens, lengths."""
+
+    formula: int | str
+    hyper: list[float]
+    reward_scale: float
+    use_lengths: int
+    reduce: bool
+    denominator: float | None
+    sides: int
+    models: int
+    present: tuple[bool, ...]
+
+    def parts(self, tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
+        """Streams, masks, cu_seqlens, lengths and columns, which stand one behind the other."""
+        count = self.models * self.sides
+        streams, rest = list(tensors[:count]), iter(tensors[count:])
+        if True not in self.present:
+            return streams, [None] * self.sides, [None] * self.sides, [None] * self.sides, list(rest)
+        layouts = [next(rest) if present else None for present in self.present]
+        masks, cu_seqlens, lengths = (layouts[i * self.sides : (i + 1) * self.sides] for i in range(3))
+        return streams, masks, cu_seqlens, lengths, list(rest)
+
+
 class _Objective(torch.autograd.Function):
     """The op with its gradient. A Function, as registering autograd for the op takes 60 microseconds a call more,
-    which is the whole cost of a loss on a few pairs."""
+    which is the whole cost of a loss on a few pairs; each of its arguments takes half a microsecond, so that what is no
+    tensor stands in one."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        formula: int | str,
-        hyper: list[float],
-        reward_scale: float,
-        use_lengths: int,
-        reduce: bool,
-        denominator: float | None,
-        sides: int,
-        models: int,
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        streams, masks, cu_seqlens, lengths, columns = _parts(tensors, sides, models)
-        arguments = (formula, streams, masks, cu_seqlens, lengths, columns, hyper, use_lengths, reduce, denominator)
-        if isinstance(formula, str):
-            loss, slopes, rewards = torch.ops.fastpo.formula_objective(*arguments, reward_scale)
+    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        arguments = (*call.parts(tensors), call.hyper, call.use_lengths, call.reduce, call.denominator)
+        if isinstance(call.formula, str):
+            loss, slopes, rewards = torch.ops.fastpo.formula_objective(call.formula, *arguments, call.reward_scale)
         else:
-            loss, slopes, rewards = torch.ops.fastpo.objective(*arguments)
+            loss, slopes, rewards = torch.ops.fastpo.objective(call.formula, *arguments)
         ctx.mark_non_differentiable(rewards)
         ctx.set_materialize_grads(False)
-        ctx.formula, ctx.hyper, ctx.use_lengths, ctx.reduce, ctx.denominator = (
-            formula,
-            hyper,
-            use_lengths,
-            reduce,
-            denominator,
-        )
-        ctx.sides, ctx.models = sides, models
+        ctx.call = call
         # all but the policy's log-probs are needed only to differentiate the gradient again
         ctx.save_for_backward(slopes, *tensors)
         return loss, rewards
@@ -219,65 +227,61 @@ class _Objective(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         slopes, *tensors = ctx.saved_tensors
-        sides = ctx.sides
-        streams, masks, cu_seqlens = _parts(tensors, sides, ctx.models)[:3]
-        needed = ctx.needs_input_grad[8 : 8 + sides]
-        grads: list[Tensor | None] = [None] * sides
-        if grad is not None and any(needed):
+        call: _Call = ctx.call
+        needed = ctx.needs_input_grad[1 : 1 + call.sides]
+        grads: list[Tensor | None] = [None] * call.sides
+        if grad is not None and True in needed:
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                grads = _differentiable_backward(ctx, grad, needed, tensors)
+                grads = _differentiable_backward(call, grad, needed, tensors)
             else:
-                grads = _spread(grad, slopes, streams[:sides], masks, cu_seqlens, needed)
-        return None, None, None, None, None, None, None, None, *grads, *[None] * (len(tensors) - sides)
+                grads = _spread(call, grad, slopes, tensors, needed)
+        return None, *grads, *[None] * (len(tensors) - call.sides)
 
 
-def _parts(tensors: Sequence[Any], sides: int, models: int) -> tuple[list[Any], ...]:
-    """Streams, masks, cu_seqlens, lengths and columns, which stand one behind the other."""
-    ends = [models * sides + i * sides for i in range(4)]
-    parts = [tensors[: ends[0]], *(tensors[a : a + sides] for a in ends[:3]), tensors[ends[3] :]]
-    return tuple(list(part) for part in parts)
+def _always() -> bool:
+    return True
+
+
+# whether saved tensors outlive the backward that runs; torch asks the same before it reuses their memory
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", _always)
 
 
 def _spread(
-    grad: Tensor,
-    slopes: Tensor,
-    streams: list[Tensor],
-    masks: list[Tensor | None],
-    cu_seqlens: list[Tensor | None],
-    needed: tuple[bool, ...],
+    call: _Call, grad: Tensor, slopes: Tensor, tensors: Sequence[Tensor], needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    summed = all(
-        s.dim() == 1 and c is None and s.dtype == slopes.dtype for s, c in zip(streams, cu_seqlens, strict=True)
-    )
-    if summed:
-        out = list((slopes * grad).unbind(0))
+    policies = tensors[: call.sides]
+    out: Sequence[Tensor]
+    if all(p.dim() == 1 and p.dtype == slopes.dtype for p in policies) and not any(call.present[call.sides :]):
+        # the slopes are nobody else's, and of no use once the graph is freed; fresh memory costs more than all else
+        out = (slopes * grad if _keeps_graph() else slopes.mul_(grad)).unbind(0)
     else:
+        _, masks, cu_seqlens, *_ = call.parts(tensors)
         bits = sum(1 << i for i, n in enumerate(needed) if n)
-        out = torch.ops.fastpo.objective_backward(grad, slopes, streams, masks, cu_seqlens, bits)
+        out = torch.ops.fastpo.objective_backward(grad, slopes, policies, masks, cu_seqlens, bits)
     return [g if n else None for g, n in zip(out, needed, strict=True)]
 
 
 def _differentiable_backward(
-    ctx: Any, grad: Tensor, needed: tuple[bool, ...], tensors: Sequence[Any]
+    call: _Call, grad: Tensor, needed: tuple[bool, ...], tensors: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """The gradient as a function that can be differentiated again (create_graph), from the reference."""
-    streams, masks, cu_seqlens, lengths, columns = _parts(tensors, ctx.sides, ctx.models)
-    if isinstance(ctx.formula, str):
-        row = _USER_ROWS[ctx.formula]
-        given = dict(zip(row.formula.hyper_names, ctx.hyper, strict=True))  # type: ignore[attr-defined]
+    streams, masks, cu_seqlens, lengths, columns = call.parts(tensors)
+    if isinstance(call.formula, str):
+        row = _USER_ROWS[call.formula]
+        given = dict(zip(row.formula.hyper_names, call.hyper, strict=True))  # type: ignore[attr-defined]
     else:
-        row = objective(next(name for name, index in _formulas(ctx.sides).items() if index == ctx.formula))
-        given = dict(zip(_native.CPU.hyper_parameters, ctx.hyper, strict=True))
+        row = objective(next(name for name, index in _formulas(call.sides).items() if index == call.formula))
+        given = dict(zip(_native.CPU.hyper_parameters, call.hyper, strict=True))
     # views, so that each gradient is that of its own argument, also where one policy stream is made from the other
-    policies = [s.view_as(s) for s in streams[: ctx.sides]]
-    others = [streams[m * ctx.sides : (m + 1) * ctx.sides] for m in range(1, ctx.models)]
-    others.extend([None] * ctx.sides for _ in range(3 - ctx.models))
+    policies = [s.view_as(s) for s in streams[: call.sides]]
+    others = [streams[m * call.sides : (m + 1) * call.sides] for m in range(1, call.models)]
+    others.extend([None] * call.sides for _ in range(3 - call.models))
     parts = zip(policies, others[0], masks, cu_seqlens, lengths, others[1], strict=True)
     hyper = {name: given[name] for name in (*row.defaults, *row.fixed)}
-    average = bool(ctx.use_lengths & AVERAGE)
+    average = bool(call.use_lengths & AVERAGE)
     loss, *_ = _reference(row, tuple(Side(*part) for part in parts), hyper, average, tuple(columns))
-    if ctx.reduce:
-        loss = mean_of(loss, ctx.denominator)
+    if call.reduce:
+        loss = mean_of(loss, call.denominator)
     inputs = [s for s, n in zip(policies, needed, strict=True) if n]
     found = iter(torch.autograd.grad(loss, inputs, grad, create_graph=True))
     return [next(found) if n else None for n in needed]
@@ -326,10 +330,32 @@ def _layout_of(side: str, what: str) -> str:
     return f"{side}_{what}" if side else what
 
 
+def _fits(row: Objective, side: Side, like: Tensor, lengths_needed: bool, tokens_for: str | None) -> bool:
+    """Whether a side is as plain as most, and needs none of the words of `_check_side`, which take longer than this."""
+    policy, reference, mask, cu_seqlens, lengths, previous = side
+    streams = [t for t in (policy, reference, previous) if t is not None]
+    if cu_seqlens is not None or lengths is not None or len(streams) != len(row.models):
+        return False
+    if not isinstance(policy, Tensor) or not isinstance(like, Tensor):
+        return False
+    shape, device = policy.shape, like.device
+    for t in streams:
+        if not isinstance(t, Tensor) or t.dtype not in _checks.FLOATS or t.layout is not torch.strided:
+            return False
+        if t.shape != shape or t.device != device:
+            return False
+    if mask is None:
+        return len(shape) == 1 and not lengths_needed and tokens_for is None
+    plain = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.layout is torch.strided
+    return plain and len(shape) == 2 and mask.shape == shape and mask.device == device
+
+
 def _check_side(
     row: Objective, name: str, side: Side, policy_of: Tensor, lengths_needed: bool, tokens_for: str | None
 ) -> int:
     """Check one side of the rows; returns their number. `tokens_for` needs log-probs per token."""
+    if _fits(row, side, policy_of, lengths_needed, tokens_for):
+        return side.policy.shape[0]
     of, first = _of(row.scores, name), _of(row.scores, row.sides[0])
     policy = _checks.tensor(of, side.policy, _checks.FLOATS)
     _checks.same_device(of, policy, first, policy_of)
@@ -373,9 +399,8 @@ def _check_side(
 
 def _check_domain(name: str, value: Tensor, domain: Any, label: str) -> None:
     if value.numel() and _checks.readable(value):
-        lowest, highest = value.min().item(), value.max().item()
-        for found in (lowest, highest):
-            if found not in domain:
+        for end in torch.aminmax(value):
+            if (found := end.item()) not in domain:
                 raise ValueError(f"{name} must be in {domain} for {label}, got {found:g}")
 
 
@@ -427,14 +452,63 @@ def mean_of(loss: Tensor, denominator: float | None) -> Tensor:
     return loss.mean() if denominator is None else loss.sum() / denominator
 
 
-def _choose(row: Objective, chosen: Mapping[str, object]) -> tuple[Objective, Callable[..., Any], bool]:
-    """The row of the variant that the options choose, its map of the hyper-parameters, and whether it averages."""
-    for name, value in chosen.items():
-        if value not in row.options[name]:
-            known = ", ".join(repr(v) for v in row.options[name])
-            raise ValueError(f"{name} must be one of {known} for {row.name}, got {value!r}")
-    variant = row.variants[tuple(chosen.values())]  # type: ignore[arg-type]
-    return objective(variant.row), variant.hyper, variant.length_norm
+class _Plan(NamedTuple):
+    """What a call does that its tensors have no part in.
+
+    Attributes:
+        taken: the row whose formula is evaluated.
+        values: the hyper-parameters, for `prepare`.
+        formula_values: those of the formula.
+        hyper: the same as the op takes them.
+        use_lengths: what the op does with lengths.
+        lengths_needed: whether summed log-probs need them.
+        tokens_for: what needs log-probs per token, in words.
+    """
+
+    taken: Objective
+    values: dict[str, float]
+    formula_values: dict[str, float]
+    hyper: list[float]
+    use_lengths: int
+    lengths_needed: bool
+    tokens_for: str | None
+
+
+def _plan(row: Objective, length_norm: bool, each: str | None, options: int, *given: Any) -> _Plan:
+    """Of a row, given the values of its `options` options and then its hyper-parameters but `each`, name by name."""
+    chosen = dict(zip(row.options, given[:options], strict=True))
+    numbers = dict(zip(given[options::2], given[options + 1 :: 2], strict=True))
+    taken, translate = row, None
+    if chosen:
+        for option, value in chosen.items():
+            if value not in row.options[option]:
+                known = ", ".join(repr(v) for v in row.options[option])
+                raise ValueError(f"{option} must be one of {known} for {row.name}, got {value!r}")
+        variant = row.variants[tuple(chosen.values())]
+        taken, translate, length_norm = objective(variant.row), variant.hyper, length_norm or variant.length_norm
+    values = _checks.hyper_parameters(row.name, numbers, row.domains)
+    if row.joint is not None and (problem := row.joint(values)) is not None:
+        raise ValueError(f"{row.name}: {problem}")
+    tokens_for = row.name if row.tokens else None
+    if taken.tokens and not row.tokens:
+        tokens_for = f"{row.name} with {', '.join(f'{name}={value!r}' for name, value in chosen.items())}"
+    if each is not None:
+        taken = objective(row.per_row[each])
+    if translate is not None:
+        values = translate(values)
+    formula_values = taken.formula_hyper(values)
+    use_lengths = AVERAGE if length_norm else 0
+    if taken.lengths == "average":
+        use_lengths = AVERAGE | AVERAGE_REWARDS
+    elif taken.lengths == "count":
+        use_lengths = COUNT
+    names: Sequence[str] = getattr(taken.formula, "hyper_names", _native.CPU.hyper_parameters)
+    hyper = [formula_values.get(name, 1.0 if name == "beta" else 0.0) for name in names]
+    return _Plan(taken, values, formula_values, hyper, use_lengths, use_lengths != 0, tokens_for)
+
+
+# of calls like earlier ones; True is no number, though it equals one
+_known_plan = functools.lru_cache(maxsize=1024, typed=True)(_plan)
 
 
 def _check_inputs(
@@ -461,75 +535,57 @@ def evaluate(
     process_group: Any = None,
 ) -> tuple[Tensor, ...]:
     """Loss and rewards of each side of a registry row; the functions of `fastpo.losses` document the arguments."""
-    taken, translate, average = _choose(row, options) if options else (row, None, False)
-    length_norm = length_norm or average
-    each = next((name for name in row.per_row if isinstance(hyper[name], Tensor)), None)
-    numbers = hyper if each is None else {name: value for name, value in hyper.items() if name != each}
-    values = _checks.hyper_parameters(row.name, numbers, row.domains)
-    if row.joint is not None and (problem := row.joint(values)) is not None:
-        raise ValueError(f"{row.name}: {problem}")
-    lengths_needed = length_norm or taken.lengths in ("average", "count")
-    first = sides[0].policy
-    tokens_for = row.name if row.tokens else None
-    if taken.tokens and not row.tokens:
-        tokens_for = f"{row.name} with {', '.join(f'{name}={value!r}' for name, value in options.items())}"
-    needs = lengths_needed, tokens_for
+    each = next((name for name in row.per_row if isinstance(hyper[name], Tensor)), None) if row.per_row else None
+    numbers = [part for item in hyper.items() if item[0] != each for part in item]
+    planned = (row, length_norm, each, len(options), *options.values(), *numbers)
+    try:
+        # tracing follows no cache
+        plan = _plan(*planned) if torch.compiler.is_compiling() else _known_plan(*planned)
+    except TypeError:
+        # an argument without a hash has no place in the cache, and is no number: this says so
+        plan = _plan(*planned)
+    taken, first = plan.taken, sides[0].policy
+    needs = plan.lengths_needed, plan.tokens_for
     rows = _check_side(row, row.sides[0], sides[0], first, *needs)
     if len(sides) == 2 and (other := _check_side(row, row.sides[1], sides[1], first, *needs)) != rows:
         names = [_of(row.scores, side) for side in row.sides]
         raise ValueError(f"{names[1]} has {other} rows, {names[0]} has {rows}: pairs need as many of both")
     denominator = mean_denominator(reduction, num_items, rows, first, _of(row.scores, row.sides[0]))
     given = _check_inputs(row, taken, inputs, sides, rows) if row.inputs else {}
-    columns = tuple(given.values())
     if each is not None:
-        taken = objective(row.per_row[each])
         given = {each: _check_input(row, Input(each, "", domain=row.domains[each]), hyper[each], sides, rows)}
-        columns = tuple(given.values())
-    if translate is not None:
-        values = translate(values)
+    columns = tuple(given.values())
     # the compiled CPU kernel looks at boundaries itself
     if taken.prepare is not None or first.device.type != "cpu":
         _check_boundaries(row, sides)
     if taken.prepare is not None:
         group = {"group": process_group} if row.coupled else {}
-        sides, columns = taken.prepare(sides, given, values, **group)
-    values = taken.formula_hyper(values)
-    columns = tuple(c.expand(rows) if c.dim() == 0 else c for c in columns)
+        sides, columns = taken.prepare(sides, given, plan.values, **group)
+    columns = tuple([c.expand(rows) if c.dim() == 0 else c for c in columns])
+    constants = [s.reference for s in sides] + [s.previous for s in sides]
     streams = [s.policy for s in sides]
-    streams += [s.reference.detach() for s in sides if s.reference is not None]
-    streams += [s.previous.detach() for s in sides if s.previous is not None]
-    formula = _kernel_of(taken, first.device, *(s.dtype for s in streams))
+    streams += [t.detach() if t.requires_grad else t for t in constants if t is not None]
+    formula = _kernel_of(taken, first.device, *[s.dtype for s in streams])
     if formula is None and taken.prepare is None and first.device.type == "cpu":
         _check_boundaries(row, sides)
     if formula is not None:
-        known: Sequence[str] = _native.CPU.hyper_parameters
-        if isinstance(formula, str):
-            known = taken.formula.hyper_names  # type: ignore[attr-defined]
-        beta = values.get("beta", 1.0)
-        use_lengths = AVERAGE if length_norm else 0
-        if taken.lengths == "average":
-            use_lengths = AVERAGE | AVERAGE_REWARDS
-        elif taken.lengths == "count":
-            use_lengths = COUNT
-        loss, rewards = _native.call(
-            _Objective.apply,
+        layouts = [s.mask for s in sides] + [s.cu_seqlens for s in sides] + [s.lengths for s in sides]
+        call = _Call(
             formula,
-            [beta if name == "beta" else values.get(name, 0.0) for name in known],
-            beta,
-            use_lengths,
+            plan.hyper,
+            plan.formula_values.get("beta", 1.0),
+            plan.use_lengths,
             reduction != "none",
             denominator,
             len(sides),
             len(row.models),
-            *streams,
-            *(s.mask for s in sides),
-            *(s.cu_seqlens for s in sides),
-            *(s.lengths for s in sides),
-            *columns,
+            tuple([t is not None for t in layouts]),
         )
+        loss, rewards = _native.call(_Objective.apply, call, *streams, *[t for t in layouts if t is not None], *columns)
         results = (loss, *rewards.unbind(0))
     else:
-        loss, *each_reward = _reference(taken, sides, values, length_norm, columns)
+        average = bool(plan.use_lengths & AVERAGE)
+        loss, *each_reward = _reference(taken, sides, plan.formula_values, average, columns)
         results = (loss if reduction == "none" else mean_of(loss, denominator), *each_reward)
     if isinstance(num_items, Tensor):
         return results[0] / num_items.to(results[0].dtype), *results[1:]

@@ -1118,7 +1118,7 @@ def _dispersion(sides: Sides, given: Given, hyper: Hyper) -> Tensor:
 
 def _mallows(sides: Sides, given: Given, hyper: Hyper) -> Prepared:
     scale = hyper["beta"] * _dispersion(sides, given, hyper)
-    return sides, (scale, torch.ones_like(scale))
+    return sides, (scale, scale.new_ones(()))
 
 
 def _mallows_ipo(sides: Sides, given: Given, hyper: Hyper) -> Prepared:

@@ -85,7 +85,8 @@ class Variant:
     hyper: Callable[[dict[str, float]], dict[str, float]] = dict
 
 
-@dataclass(frozen=True)
+# a row is itself alone: by identity it has a hash
+@dataclass(frozen=True, eq=False)
 class Objective:
     """One row of the registry.
 
@@ -155,6 +156,14 @@ class Objective:
     online: bool = False
     coupled: bool = False
     public: bool = True
+    # from the above: names of the sides, and of the models whose log-probs each has
+    sides: tuple[str, ...] = field(init=False)
+    models: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        models = (self.scores, *["reference"] * self.reference_model, *["previous"] * self.previous_model)
+        object.__setattr__(self, "sides", ("chosen", "rejected") if self.kind == "pairwise" else ("",))
+        object.__setattr__(self, "models", models)
 
     @property
     def doc(self) -> str:
@@ -164,14 +173,6 @@ class Objective:
     def length_norm(self) -> bool:
         """Whether there is an argument of this name."""
         return self.lengths == "optional"
-
-    @property
-    def sides(self) -> tuple[str, ...]:
-        return ("chosen", "rejected") if self.kind == "pairwise" else ("",)
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        return (self.scores, *["reference"] * self.reference_model, *["previous"] * self.previous_model)
 
     def formula_hyper(self, given: Mapping[str, float]) -> dict[str, float]:
         """The hyper-parameters of the formula from the public ones."""
