@@ -130,6 +130,7 @@ struct Segments {
   bool skip_nan;  // a NaN does not count
   bool raw_singletons;
   bool is_double;  // type of the outputs
+  bool* outside;   // becomes true where order has places that are none; CPU
 };
 
 constexpr int max_policy_numbers = 32;

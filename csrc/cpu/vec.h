@@ -12,6 +12,8 @@ using VecD = double __attribute__((vector_size(FASTPO_VECTOR_BYTES)));
 using VecL = Int64 __attribute__((vector_size(FASTPO_VECTOR_BYTES)));
 using HalfBits = unsigned short __attribute__((vector_size(FASTPO_VECTOR_BYTES / 2)));
 using VecU = unsigned __attribute__((vector_size(FASTPO_VECTOR_BYTES)));
+// as many floats as a VecD has doubles
+using HalfF = float __attribute__((vector_size(FASTPO_VECTOR_BYTES / 2)));
 
 template <>
 struct Traits<VecF> : Traits<float> {
@@ -198,23 +200,33 @@ FASTPO_FN Acc<dtype> load_one(const Storage<dtype>* p) {
     return load_some<dtype>(p, 1, 1, 0)[0];
 }
 
+// gcc takes __builtin_convertvector apart where there is one instruction
+FASTPO_FN VecD widened(HalfF v) {
+#if FASTPO_AVX512
+  return (VecD)_mm512_cvtps_pd((__m256)v);
+#elif FASTPO_AVX2
+  return (VecD)_mm256_cvtps_pd((__m128)v);
+#else
+  return __builtin_convertvector(v, VecD);
+#endif
+}
+FASTPO_FN HalfF narrowed(VecD v) {
+#if FASTPO_AVX512
+  return (HalfF)_mm512_cvtpd_ps((__m512d)v);
+#elif FASTPO_AVX2
+  return (HalfF)_mm256_cvtpd_ps((__m256d)v);
+#else
+  return __builtin_convertvector(v, HalfF);
+#endif
+}
+
 // Sum in double of a vector's lanes and of what v holds already.
 FASTPO_FN void add_wide(VecD (&sums)[2], VecD v) { sums[0] += v; }
 FASTPO_FN void add_wide(VecD (&sums)[2], VecF v) {
-  // gcc takes __builtin_convertvector of the wide vectors apart
-#if FASTPO_AVX512
-  sums[0] += (VecD)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v));
-  sums[1] += (VecD)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1));
-#elif FASTPO_AVX2
-  sums[0] += (VecD)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v));
-  sums[1] += (VecD)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1));
-#else
-  using HalfF = float __attribute__((vector_size(FASTPO_VECTOR_BYTES / 2)));
   HalfF halves[2];
   __builtin_memcpy(halves, &v, sizeof v);
-  sums[0] += __builtin_convertvector(halves[0], VecD);
-  sums[1] += __builtin_convertvector(halves[1], VecD);
-#endif
+  sums[0] += widened(halves[0]);
+  sums[1] += widened(halves[1]);
 }
 
 // A vector's worth of a mask, as wide as the numbers it is for: not 0 where the byte is true.

@@ -34,7 +34,7 @@ FASTPO_DEVICE PolicyChoices choices_of(const PolicyObjective& o) {
 }
 
 template <class A>
-FASTPO_DEVICE PolicyTerms<A> terms_by_number(int formula, const PolicyToken<A>& token, const PolicyNumbers& h) {
+FASTPO_DEVICE PolicyTerms<A, 2> terms_by_number(int formula, const PolicyToken<A, 2>& token, const PolicyNumbers& h) {
   int place = 0;
 #define FASTPO_EVALUATE(name, ...) \
   if (formula == place++) return terms_of<policy::name>(token, h);
@@ -172,8 +172,8 @@ FASTPO_DEVICE void policy_rows(const PolicyObjective& o) {
                                 read<A>(o, o.entropy, at, i),
                                 read_advantage<A>(o, at, i),
                                 o.selected && load(o.selected + at.first + i) ? A(1) : A(0)};
-        const TokenResult<A> r = evaluate_token(
-            [&](const PolicyToken<A>& token) { return terms_by_number(o.formula, token, h); }, x, sequence, h, c,
+        const TokenResult<A> r = evaluate_token<2>(
+            [&](const PolicyToken<A, 2>& token) { return terms_by_number(o.formula, token, h); }, x, sequence, h, c,
             present, [&](int place, A value) { partial[place] += value; },
             [&](int place, A value) { largest[place] = value > largest[place] ? value : largest[place]; });
         loss += r.loss;

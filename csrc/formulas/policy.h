@@ -131,19 +131,24 @@ FASTPO_FN Given<T> choose(Condition condition, double a, double b) {
   return {select(condition, constant<T>(a), constant<T>(b))};
 }
 
-// What a formula sees of a token.
-template <class T>
+// What a formula sees of a token, with slopes by k variables: the second only where gradients flow through it.
+template <class T, int k>
 struct PolicyToken {
-  Dual<T, 2> policy;     // log-prob
-  Dual<T, 2> logratio;   // to the policy of the sampling step
-  Dual<T, 2> statistic;  // of the sequence
+  Dual<T, k> policy;     // log-prob
+  Dual<T, k> logratio;   // to the policy of the sampling step
+  Dual<T, k> statistic;  // of the sequence
   Given<T> old, advantage, selected;
 };
 
-template <class T>
-FASTPO_FN Dual<T, 2> clipped_surrogate(const Dual<T, 2>& ratio, const Given<T>& advantage, const PolicyNumbers& h) {
-  const Dual<T, 2> loss = maximum(-(advantage * ratio), -(advantage * clip(ratio, h.clip_low, h.clip_high)));
-  return where(advantage < 0, minimum(loss, advantage * lift<Dual<T, 2>>(-h.dual_clip)), loss);
+// max(-A r, -A clip(r)), and for A < 0 at most -A times the dual bound. The slope is that of -A r, or 0 where a bound
+// is taken: within the bounds both are -A r, which also has the slope on them.
+template <class T, int k>
+FASTPO_FN Dual<T, k> clipped_surrogate(const Dual<T, k>& ratio, const Given<T>& advantage, const PolicyNumbers& h) {
+  const T slope = -advantage.value, free = slope * ratio.value;
+  const T bounded = slope * clip(ratio.value, h.clip_low, h.clip_high);
+  const T larger = maximum(free, bounded), most = select(slope > T{}, slope * constant<T>(h.dual_clip), infinity<T>());
+  const T taken = select(free < bounded, T{}, slope);
+  return chain(ratio, minimum(larger, most), select(larger > most, T{}, taken));
 }
 
 template <class T>
@@ -152,12 +157,12 @@ FASTPO_FN Given<T> tau(const Given<T>& advantage, const PolicyNumbers& h) {
 }
 
 // VESPO's weight of a token: x is the sequence's log-ratio
-template <class T>
-FASTPO_FN Given<T> vespo_weight(const Dual<T, 2>& statistic, const Given<T>& advantage, const PolicyNumbers& h) {
+template <class T, int k>
+FASTPO_FN Given<T> vespo_weight(const Dual<T, k>& statistic, const Given<T>& advantage, const PolicyNumbers& h) {
   const T x = clip(statistic.value, -18.420680743952367, furthest_logratio);  // log 1e-8
-  const Given<T> k = choose<T>(advantage < 0, h.k_negative, h.k_positive);
+  const Given<T> power = choose<T>(advantage < 0, h.k_negative, h.k_positive);
   const Given<T> lambda = choose<T>(advantage < 0, h.lambda_negative, h.lambda_positive);
-  return {exp(lambda.value + k.value * x - lambda.value * exp(x))};
+  return {exp(lambda.value + power.value * x - lambda.value * exp(x))};
 }
 
 // The statistics: g and whether it is averaged, and whether gradients flow through it.
@@ -221,20 +226,20 @@ struct total {
 #define FASTPO_FORMULA(name, statistic_, ratio_, bounded_, loss_)                                  \
   struct name {                                                                                    \
     using statistic = statistics::statistic_;                                                      \
-    template <class T>                                                                             \
-    static FASTPO_FN Dual<T, 2> ratio(const PolicyToken<T>& token) {                               \
-      [[maybe_unused]] const Dual<T, 2> d = token.logratio, D = token.statistic;                   \
+    template <class T, int k>                                                                      \
+    static FASTPO_FN Dual<T, k> ratio(const PolicyToken<T, k>& token) {                            \
+      [[maybe_unused]] const Dual<T, k> d = token.logratio, D = token.statistic;                   \
       return ratio_;                                                                               \
     }                                                                                              \
-    template <class T>                                                                             \
-    static FASTPO_FN T bounded(const PolicyToken<T>& token, const Dual<T, 2>& ratio) {             \
-      [[maybe_unused]] const Dual<T, 2>&d = token.logratio, &r = ratio;                            \
+    template <class T, int k>                                                                      \
+    static FASTPO_FN T bounded(const PolicyToken<T, k>& token, const Dual<T, k>& ratio) {          \
+      [[maybe_unused]] const Dual<T, k>&d = token.logratio, &r = ratio;                            \
       return bounded_.value;                                                                       \
     }                                                                                              \
-    template <class T>                                                                             \
-    static FASTPO_FN Dual<T, 2> loss(const PolicyToken<T>& token, const Dual<T, 2>& r,             \
+    template <class T, int k>                                                                      \
+    static FASTPO_FN Dual<T, k> loss(const PolicyToken<T, k>& token, const Dual<T, k>& r,          \
                                      [[maybe_unused]] const PolicyNumbers& h) {                    \
-      [[maybe_unused]] const Dual<T, 2> p = token.policy, d = token.logratio, D = token.statistic; \
+      [[maybe_unused]] const Dual<T, k> p = token.policy, d = token.logratio, D = token.statistic; \
       [[maybe_unused]] const Given<T> A = token.advantage, s = token.selected, old = token.old;    \
       return loss_;                                                                                \
     }                                                                                              \
@@ -245,12 +250,13 @@ FASTPO_POLICY_FORMULAS(FASTPO_FORMULA)
 #undef FASTPO_FORMULA
 
 // an estimator of KL(policy, reference) from one sample's log-ratio
-template <class T>
-FASTPO_FN Dual<T, 2> kl_estimate(int which, const Dual<T, 2>& logratio) {
+template <class T, int k>
+FASTPO_FN Dual<T, k> kl_estimate(int which, const Dual<T, k>& logratio) {
   if (which == 1) return logratio;
   if (which == 2) return 0.5 * square(logratio);
-  // e^-x - 1 + x without the digits that cancel for small x
-  return expm1(clip(-logratio, -furthest_logratio, furthest_logratio)) + logratio;
+  // e^-x - 1 + x without the digits that cancel for small x, and its slope, 1 - e^-x
+  const T x = logratio.value, rest = expm1(clip(-x, -furthest_logratio, furthest_logratio));
+  return chain(logratio, rest + x, select(abs(x) > constant<T>(furthest_logratio), constant<T>(1.0), -rest));
 }
 
 // One token, or as many as T has lanes; what has no tensor is not read.
@@ -276,36 +282,36 @@ struct TokenResult {
 };
 
 // What a formula gives: the loss, its ratio, and what is clipped.
-template <class T>
+template <class T, int k>
 struct PolicyTerms {
-  Dual<T, 2> loss, ratio;
+  Dual<T, k> loss, ratio;
   T bounded;
 };
 
-template <class Formula, class T>
-FASTPO_FN PolicyTerms<T> terms_of(const PolicyToken<T>& token, const PolicyNumbers& h) {
-  const Dual<T, 2> ratio = Formula::ratio(token);
+template <class Formula, class T, int k>
+FASTPO_FN PolicyTerms<T, k> terms_of(const PolicyToken<T, k>& token, const PolicyNumbers& h) {
+  const Dual<T, k> ratio = Formula::ratio(token);
   return {Formula::loss(token, ratio, h), ratio, Formula::bounded(token, ratio)};
 }
 
 // The loss of a token with its slopes, `terms(token)` being the formula. Sums and maxima go to `add(place, value)` and
 // `top(place, value)`.
-template <class Terms, class T, class Add, class Top>
+template <int k, class Terms, class T, class Add, class Top>
 FASTPO_FN TokenResult<T> evaluate_token(const Terms& terms, const TokenNumbers<T>& x,
                                         const SequenceNumbers<T>& sequence, const PolicyNumbers& h,
                                         const PolicyChoices& c, const PolicyPresent& present, const Add& add,
                                         const Top& top) {
-  using D = Dual<T, 2>;
+  using D = Dual<T, k>;
   const T zero{}, one = constant<T>(1.0);
-  PolicyToken<T> token;
+  PolicyToken<T, k> token;
   const T old = present.old ? x.old : x.policy;
-  token.policy = variable<2>(x.policy, 0);
+  token.policy = variable<k>(x.policy, 0);
   token.logratio = token.policy - Given<T>{old};
-  token.statistic = variable<2>(sequence.statistic, 1);
+  token.statistic = variable<k>(sequence.statistic, 1);
   token.old = {old};
   token.advantage = {x.advantage};
   token.selected = {present.selected ? x.selected : zero};
-  const PolicyTerms<T> given = terms(token);
+  const PolicyTerms<T, k> given = terms(token);
   const D ratio = given.ratio;
   D policy = given.loss;
 
@@ -375,7 +381,7 @@ FASTPO_FN TokenResult<T> evaluate_token(const Terms& terms, const TokenNumbers<T
     D kl = kl_estimate(c.kl, logratio);
     if (c.kl_gradient != c.kl) {
       const D other = kl_estimate(c.kl_gradient, logratio);
-      for (int i = 0; i < 2; ++i) kl.slope[i] = other.slope[i];
+      for (int i = 0; i < k; ++i) kl.slope[i] = other.slope[i];
     }
     if (c.corrected) kl = ratio * kl;
     add(sums::kl, kl.value);
@@ -386,7 +392,7 @@ FASTPO_FN TokenResult<T> evaluate_token(const Terms& terms, const TokenNumbers<T
     add(sums::entropy, x.entropy);
     value = value - constant<T>(h.entropy_coefficient) * x.entropy;
   }
-  return {value, loss.slope[0], loss.slope[1]};
+  return {value, loss.slope[0], k > 1 ? loss.slope[k - 1] : zero};
 }
 
 }  // namespace FASTPO_NAMESPACE

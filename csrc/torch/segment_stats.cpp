@@ -12,15 +12,14 @@ std::tuple<Tensor, Tensor, Tensor> segment_stats(Tensor values, OptionalTensor w
                                                  int64_t wanted) {
   PreparedSegments p =
       prepare_segments(values, weights, mask, order, boundaries, mode, ddof, eps, skip_nan, raw_singletons, wanted);
-  const Segments& s = p.arguments;
+  Segments& s = p.arguments;
+  bool outside = false;
+  s.outside = &outside;
   if (s.boundaries) {
-    bool ordered = s.boundaries[0] == 0 && s.boundaries[s.segments] <= s.total;
-    for (int64_t i = 0; i < s.segments; ++i) ordered &= s.boundaries[i] <= s.boundaries[i + 1];
+    // the members of groups are looked at where they are used
+    bool ordered = s.order || (s.boundaries[0] == 0 && s.boundaries[s.segments] <= s.total);
+    for (int64_t i = 0; !s.order && i < s.segments; ++i) ordered &= s.boundaries[i] <= s.boundaries[i + 1];
     FASTPO_CHECK(ordered, ValueError, "cu_seqlens must rise from 0 to at most ", s.total, ", the number of values");
-    bool outside = false;
-    for (int64_t i = 0; s.order && i < s.total; ++i)
-      outside |= static_cast<uint64_t>(s.order[i]) >= static_cast<uint64_t>(s.total);
-    STD_TORCH_CHECK(!outside, "fastpo::segment_stats: order is no permutation");
     // members behind the last segment
     if (s.boundaries[s.segments] < s.total) {
       torch::stable::zero_(p.normalized);
@@ -29,17 +28,40 @@ std::tuple<Tensor, Tensor, Tensor> segment_stats(Tensor values, OptionalTensor w
   }
   if (s.segments > 0) {
     const Kernels& k = kernels();
-    const int64_t members = std::max<int64_t>(1, s.total / s.segments);
-    torch::stable::parallel_for(0, s.segments, std::max<int64_t>(1, 16384 / members),
+    // of groups the empty ones are last: where nothing is wanted of them there is nothing to share out
+    int64_t segments = s.segments;
+    if (s.order && !s.statistics)
+      segments = std::lower_bound(s.boundaries, s.boundaries + segments, s.boundaries[segments]) - s.boundaries;
+    const int64_t members = std::max<int64_t>(1, s.total / std::max<int64_t>(1, segments));
+    torch::stable::parallel_for(0, segments, std::max<int64_t>(1, 16384 / members),
                                 [&](int64_t begin, int64_t end) { k.segments(s, begin, end); });
   }
+  STD_TORCH_CHECK(!outside, "fastpo::segment_stats: order is no permutation");
   return {p.statistics, p.normalized, p.informative};
+}
+
+// Whether ids are in order, the members of a group adjacent; if so, they are listed.
+template <class Id>
+bool adjacent_members(const Id* ids, int64_t n, int64_t* order, int64_t* boundaries, int64_t segments) {
+  int64_t segment = 0;
+  boundaries[0] = 0;
+  if (n > 0) order[0] = 0;
+  for (int64_t i = 1; i < n; ++i) {
+    if (ids[i] < ids[i - 1]) return false;
+    order[i] = i;
+    // without a branch, which would be mispredicted once a group
+    boundaries[segment + 1] = i;
+    segment += ids[i] != ids[i - 1];
+  }
+  std::fill(boundaries + segment + (n > 0), boundaries + segments + 1, n);
+  return true;
 }
 
 template <class Id>
 void members_of(const Id* ids, int64_t n, int64_t groups, int64_t* order, int64_t* boundaries, int64_t segments) {
   Id lowest = 0, highest = 0;
   if (groups < 0 && n > 0) {
+    if (adjacent_members(ids, n, order, boundaries, segments)) return;
     lowest = highest = ids[0];
     for (int64_t i = 1; i < n; ++i) {
       lowest = std::min(lowest, ids[i]);

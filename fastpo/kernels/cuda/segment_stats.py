@@ -31,6 +31,7 @@ class Segments(ctypes.Structure):
         ("skip_nan", ctypes.c_bool),
         ("raw_singletons", ctypes.c_bool),
         ("is_double", ctypes.c_bool),
+        ("outside", ctypes.c_void_p),
     )
 
 
