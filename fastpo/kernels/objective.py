@@ -238,12 +238,20 @@ class _Objective(torch.autograd.Function):
         return None, *grads, *[None] * (len(tensors) - call.sides)
 
 
-def _always() -> bool:
-    return True
-
-
 # whether saved tensors outlive the backward that runs; torch asks the same before it reuses their memory
-_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", _always)
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def scaled(slopes: Tensor, grad: Tensor) -> Tensor:
+    """The slopes that a forward saved times the incoming gradient, in their own memory if nobody needs them again:
+    fresh memory costs more than all else."""
+    if not torch.compiler.is_compiling() and not _keeps_graph():
+        try:
+            return slopes.mul_(grad)
+        except RuntimeError:
+            # a batch of gradients (vmap, is_grads_batched) does not fit
+            pass
+    return slopes * grad
 
 
 def _spread(
@@ -252,8 +260,7 @@ def _spread(
     policies = tensors[: call.sides]
     out: Sequence[Tensor]
     if all(p.dim() == 1 and p.dtype == slopes.dtype for p in policies) and not any(call.present[call.sides :]):
-        # the slopes are nobody else's, and of no use once the graph is freed; fresh memory costs more than all else
-        out = (slopes * grad if _keeps_graph() else slopes.mul_(grad)).unbind(0)
+        out = scaled(slopes, grad).unbind(0)
     else:
         _, masks, cu_seqlens, *_ = call.parts(tensors)
         bits = sum(1 << i for i, n in enumerate(needed) if n)
@@ -537,7 +544,7 @@ def evaluate(
     """Loss and rewards of each side of a registry row; the functions of `fastpo.losses` document the arguments."""
     each = next((name for name in row.per_row if isinstance(hyper[name], Tensor)), None) if row.per_row else None
     numbers = [part for item in hyper.items() if item[0] != each for part in item]
-    planned = (row, length_norm, each, len(options), *options.values(), *numbers)
+    planned: Any = (row, length_norm, each, len(options), *options.values(), *numbers)
     try:
         # tracing follows no cache
         plan = _plan(*planned) if torch.compiler.is_compiling() else _known_plan(*planned)

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastpo.kernels import _checks, _native
 from fastpo.kernels.cuda import nvrtc
 from fastpo.kernels.cuda import policy as _launch
+from fastpo.kernels.objective import scaled
 from fastpo.reference.policy import (
     AGGREGATIONS,
     ESTIMATORS,
@@ -318,7 +319,7 @@ class _PolicyObjective(torch.autograd.Function):
                 for i, (s, t) in enumerate(((slopes, batch.logprobs), (entropy_slopes, batch.entropy))):
                     if needed[i]:
                         assert t is not None
-                        grads[i] = (s * factor).to(t.dtype)
+                        grads[i] = scaled(s, factor).to(t.dtype)
         return None, None, None, None, grads[0], None, None, None, None, grads[1], None, None, None
 
 

@@ -609,6 +609,28 @@ class TestAutograd:
             constant = [s._replace(policy=s.policy.detach()) for s in sides]
             assert not call(row, *constant, backend).loss.requires_grad
 
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    def test_the_last_backward_leaves_earlier_gradients_alone(self, reduction):
+        # it uses the memory of what the forward saved
+        leaves = [torch.randn(6, requires_grad=True) for _ in range(2)]
+        loss = losses.dpo(*leaves, torch.randn(6), torch.randn(6), reduction=reduction).loss
+        w = torch.rand_like(loss)
+        first = torch.autograd.grad(loss, leaves, w, retain_graph=True)
+        kept = [g.clone() for g in first]
+        last = torch.autograd.grad(loss, leaves, w)
+        for f, k, g in zip(first, kept, last, strict=True):
+            assert torch.equal(f, k)
+            assert torch.equal(g, k)
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(loss, leaves, w)
+
+    def test_a_batch_of_gradients(self):
+        leaves = [torch.randn(6, requires_grad=True) for _ in range(2)]
+        loss = losses.dpo(*leaves, torch.randn(6), torch.randn(6)).loss
+        (one,) = torch.autograd.grad(loss, leaves[0], retain_graph=True)
+        (batch,) = torch.autograd.grad(loss, leaves[0], torch.tensor([1.0, -2.0]), is_grads_batched=True)
+        assert torch.equal(batch, torch.stack([one, -2 * one]))
+
     @by_case
     @by_dtype
     def test_second_backward(self, row, length_norm, dtype):
