@@ -168,9 +168,11 @@ def _algorithms(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     given = parser.parse_args(argv)
     from fastpo.reference import objectives
+    from fastpo.reference.policy import policies
 
+    rows = [*map(_row, objectives()), *map(_policy_row, policies())]
     if given.json:
-        print(json.dumps([_row(row) for row in objectives()], indent=2, ensure_ascii=False))
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
         return 0
     _need(["rich"], "train")
     from rich.console import Console
@@ -181,17 +183,16 @@ def _algorithms(argv: list[str]) -> int:
         table.add_column(column, no_wrap=True)
     for column in ("defaults", "theory", "source"):
         table.add_column(column)
-    for row in objectives():
-        shown = _row(row)
-        options = [f"{name}={values[0]}" for name, values in row.options.items()]
-        hyper = [f"{name}={value:g} in {row.domains[name]}" for name, value in row.defaults.items()]
+    for row in rows:
+        options = [f"{name}={values[0]}" for name, values in row["options"].items()]
+        hyper = [f"{name}={float(value):g} in {row['domains'][name]}" for name, value in row["defaults"].items()]
         table.add_row(
-            row.name,
-            "\n".join([shown["data"], *shown["columns"]]),
-            "\n".join(row.models),
+            row["name"],
+            "\n".join([row["data"], *row["columns"]]),
+            "\n".join(row["models"]),
             "\n".join([*hyper, *options]),
-            row.theory,
-            f"{row.title}, {row.paper}, {row.equation}",
+            row["theory"],
+            f"{row['title']}, {row['paper']}, {row['equation']}",
         )
     console = Console()
     console.print(table)
@@ -207,6 +208,7 @@ def _data(row: Any) -> str:
 
 
 def _row(row: Any) -> dict[str, Any]:
+    """What is known of a preference objective."""
     return {
         "name": row.name,
         "title": row.title,
@@ -214,12 +216,44 @@ def _row(row: Any) -> dict[str, Any]:
         "data": _data(row),
         "columns": [column.name for column in algorithms.columns(row.name)],
         "trainable": row.name in algorithms.names(),
+        "inputs": {given.name: given.about for given in row.inputs},
+        "options": {name: list(values) for name, values in row.options.items()},
+        **_common(row),
+    }
+
+
+def _policy_row(row: Any) -> dict[str, Any]:
+    """What is known of a policy objective, in the same words."""
+    from fastpo.reference.policy import AGGREGATIONS, ESTIMATORS
+    from fastpo.reference.registry import NOT_NEGATIVE
+
+    inputs = {"returns" if row.values else "advantages": "constants, one per sequence or per token"}
+    options = {"aggregation": [row.aggregation, *(name for name in AGGREGATIONS if name != row.aggregation)]}
+    found = _common(row)
+    if row.selected:
+        inputs["selected"] = row.selected
+    if not row.values:
+        options["kl"] = list(ESTIMATORS[::-1])
+        found["defaults"]["beta"], found["domains"]["beta"] = row.beta, str(NOT_NEGATIVE)
+    return {
+        "name": row.name,
+        "title": row.title,
+        "kind": "rollouts",
+        "data": "rollouts",
+        "columns": [],
+        "trainable": False,
+        "inputs": inputs,
+        "options": options,
+        **found,
+    }
+
+
+def _common(row: Any) -> dict[str, Any]:
+    return {
         "paper": row.paper,
         "equation": row.equation,
         "models": list(row.models),
         "theory": row.theory,
-        "inputs": {given.name: given.about for given in row.inputs},
-        "options": {name: list(values) for name, values in row.options.items()},
         # JSON has no infinity
         "defaults": {name: value if value < float("inf") else "inf" for name, value in row.defaults.items()},
         "domains": {name: str(domain) for name, domain in row.domains.items()},

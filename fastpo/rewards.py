@@ -86,6 +86,42 @@ def token_rewards(
     return torch.where(counted, -beta * kl, 0).to(dtype) + torch.where(last, scores[row], 0)
 
 
+def soft_overlong(lengths: Tensor, *, max_length: int = 20_480, cache: int = 4096) -> Tensor:
+    """DAPO's punishment of long responses: 0, then down to -1 over the last `cache` tokens, and -1 beyond `max_length`.
+
+    It is added to the reward of correctness, ±1 in the paper, before the advantages are taken; `mixed_groups` goes by
+    correctness alone.
+
+    Args:
+        lengths: integers or floats (B,), the tokens of each response, at least 0.
+        max_length: the limit, positive; with the paper's 20,480 the expected length is 16,384.
+        cache: from 1 to `max_length`; the punishment begins at max_length - cache.
+
+    Returns:
+        (B,), fp32 (fp64 for fp64 lengths), in [-1, 0].
+
+    Raises:
+        TypeError, ValueError: lengths are no such tensor or negative, or a limit is outside its domain.
+
+    Source: DAPO (2503.14476) eq. 13. TRL: get_soft_overlong_punishment.
+    """
+    lengths = _checks.tensor("lengths", lengths, _checks.INTEGERS + _checks.FLOATS).detach()
+    if lengths.dim() != 1:
+        raise ValueError(f"lengths has shape {tuple(lengths.shape)}, expected (B,)")
+    for name, value in (("max_length", max_length), ("cache", cache)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if max_length < 1:
+        raise ValueError(f"max_length must be at least 1, got {max_length}")
+    if not 1 <= cache <= max_length:
+        raise ValueError(f"cache must be from 1 to max_length = {max_length}, got {cache}")
+    if _checks.readable(lengths) and not (lengths >= 0).all():
+        raise ValueError("lengths must be at least 0")
+    dtype = torch.promote_types(lengths.dtype, torch.float32)
+    # lengths are exact in double, and the quotient is rounded once
+    return ((max_length - cache - lengths.double()) / cache).clamp(-1, 0).to(dtype)
+
+
 @dataclass
 class FixedKLController:
     """A coefficient that stays.

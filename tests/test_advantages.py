@@ -225,6 +225,46 @@ class TestVtrace:
         assert close(expected, value.view(1))
         assert abs(value - (pi @ rewards) / (1 - gamma)) > 0.3
 
+    @pytest.mark.parametrize("begin", [0.0, 50.0])
+    def test_fixed_point_on_several_states(self, begin):
+        """On a random MDP, whose paths are enumerated, targets lead from any values to those of that policy."""
+        states, actions, steps, gamma, rho_bar = 3, 2, 3, 0.6, 1.1
+        pi, mu = torch.softmax(2 * random(2, states, actions, seed=3), -1)
+        moves = torch.softmax(random(states, actions, states, seed=4), -1)
+        gains = random(states, actions, seed=5)
+
+        def values_of(policy: Tensor) -> Tensor:
+            walk = (policy[..., None] * moves).sum(1)
+            return torch.linalg.solve(torch.eye(states).double() - gamma * walk, (policy * gains).sum(1))
+
+        # state, action, state, ..., state
+        paths = torch.cartesian_prod(*[torch.arange(states), torch.arange(actions)] * steps, torch.arange(states))
+        begins, ends, taken = paths[:, 0:-1:2], paths[:, 2::2], paths[:, 1::2]
+        law = (mu[begins, taken] * moves[begins, taken, ends]).prod(1)
+
+        def settled(ratios: Tensor) -> Tensor:
+            values = torch.full((states,), begin, dtype=torch.float64)
+            for _ in range(250):
+                out = adv.vtrace(
+                    gains[begins, taken],
+                    values[begins],
+                    ratios[begins, taken],
+                    gamma=gamma,
+                    lam=0.9,
+                    rho_bar=rho_bar,
+                    c_bar=0.9,
+                    bootstrap=values[ends[:, -1]],
+                )
+                values = torch.zeros_like(values).index_add(0, begins[:, 0], law * out.returns[:, 0])
+            return values
+
+        clipped = torch.minimum(rho_bar * mu, pi)
+        found, want = settled(pi.log() - mu.log()), values_of(clipped / clipped.sum(1, keepdim=True))
+        assert (found - want).abs().max() < 1e-9
+        assert (values_of(pi) - want).abs().max() > 0.05
+        # the two policies exchanged
+        assert (settled(mu.log() - pi.log()) - want).abs().max() > 0.05
+
 
 class TestReturns:
     def test_closed_forms(self):

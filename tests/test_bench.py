@@ -220,6 +220,18 @@ def test_policy_passes_its_own_check(dtype: str, backward: bool) -> None:
     assert {"loss", "kl", "ratio"} <= set(outcomes["fastpo"].errors)
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_policy_peers_compute_the_same(backward: bool) -> None:
+    """Their own code, on every output that it has."""
+    pytest.importorskip("trl")
+    pytest.importorskip("liger_kernel")
+    outcomes = checked(PolicyCase(5, 40, "float32", backward), "trl", "liger")
+    assert [(name, o.status, o.reason) for name, o in outcomes.items() if o.status != "ok"] == []
+    more = {"gradient"} if backward else set()
+    assert set(outcomes["trl"].errors) == {"loss", "kl", "clipped low", "clipped high", "clipped"} | more
+    assert set(outcomes["liger"].errors) == {"loss", "kl", "clipped"} | more
+
+
 def test_every_compiled_formula_on_pairs_is_measured() -> None:
     rows = [objective(name) for name, _ in ObjectiveCase.formulas()]
     assert {row.kind for row in rows} == {"pairwise"} and len(rows) == len(_native.CPU.formulas)

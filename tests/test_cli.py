@@ -11,6 +11,7 @@ import yaml
 
 from fastpo import algorithms, cli
 from fastpo.reference import objectives
+from fastpo.reference.policy import policies
 
 from .training.conftest import (  # noqa: F401
     character_tokenizer,
@@ -78,7 +79,8 @@ def test_algorithms_prints_every_row(capsys, monkeypatch):
     table = capsys.readouterr().out
     assert cli.main(["algorithms", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["name"] for row in rows] == [row.name for row in objectives()]
+    assert [row["name"] for row in rows] == [row.name for row in (*objectives(), *policies())]
+    assert len({frozenset(row) for row in rows}) == 1
     assert all(row["name"] in table and row["paper"] in table for row in rows)
     for column in ("name", "data", "models", "defaults", "theory", "source"):
         assert column in table.splitlines()[0]
@@ -87,6 +89,12 @@ def test_algorithms_prints_every_row(capsys, monkeypatch):
     assert by_name["odpo"]["columns"] == ["chosen_score", "rejected_score"]
     assert (by_name["kto"]["data"], by_name["spin"]["data"]) == ("single completions", "pairs of the policy")
     assert by_name["simpo"]["models"] == ["policy"] and by_name["kto"]["models"] == ["policy", "reference"]
+    grpo, dapo = by_name["grpo"], by_name["dapo"]
+    assert (grpo["data"], grpo["theory"], grpo["models"]) == ("rollouts", "gibbs", ["policy", "reference"])
+    assert grpo["defaults"] == {"epsilon_low": 0.2, "epsilon_high": 0.2, "delta": "inf", "beta": 0.04}
+    assert dapo["models"] == ["policy"]
+    assert (dapo["options"]["aggregation"][0], dapo["options"]["kl"][0]) == ("token_mean", "k3")
+    assert by_name["value_clip"]["models"] == ["critic"] and "beta" not in by_name["value_clip"]["defaults"]
 
 
 def test_info_prints_the_report(capsys):

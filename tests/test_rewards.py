@@ -79,6 +79,47 @@ class TestTokenRewards:
             rewards.token_rewards(**given)
 
 
+class TestSoftOverlong:
+    def test_the_papers_equation(self):
+        lengths = torch.tensor([0, 1, 16_383, 16_384, 16_385, 18_432, 20_479, 20_480, 20_481, 10**9])
+        want = [0.0, 0, 0, 0, -1 / 4096, -0.5, -4095 / 4096, -1, -1, -1]
+        assert rewards.soft_overlong(lengths).tolist() == want
+        assert rewards.soft_overlong(lengths.double()).tolist() == want
+        assert rewards.soft_overlong(lengths.int()[:5]).dtype == torch.float32
+
+    @pytest.mark.parametrize(("limit", "cache"), [(7, 1), (10, 10), (100, 33)])
+    def test_it_falls_along_a_line(self, limit, cache):
+        """Monotone and continuous, with the slope -1/cache between the ends."""
+        lengths = torch.arange(limit + 5).double()
+        out = rewards.soft_overlong(lengths, max_length=limit, cache=cache)
+        inside = (lengths >= limit - cache) & (lengths <= limit)
+        assert (out[inside] * cache + lengths[inside] - (limit - cache)).abs().max() < 1e-13
+        assert (out[lengths <= limit - cache] == 0).all() and (out[lengths >= limit] == -1).all()
+
+    def test_trl(self):
+        """Their reward of completions of these lengths."""
+        theirs = pytest.importorskip("trl.rewards.other_rewards").get_soft_overlong_punishment(100, 20)
+        lengths = list(range(0, 130, 3))
+        out = rewards.soft_overlong(torch.tensor(lengths), max_length=100, cache=20)
+        assert out.tolist() == pytest.approx(theirs([[0] * n for n in lengths]), abs=1e-7)
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "text"),
+        [
+            ({"lengths": torch.ones(2, 2)}, ValueError, r"lengths has shape \(2, 2\), expected \(B,\)"),
+            ({"lengths": torch.tensor([3, -1])}, ValueError, "lengths must be at least 0"),
+            ({"lengths": [3]}, TypeError, "lengths must be a torch.Tensor, got list"),
+            ({"max_length": 0}, ValueError, "max_length must be at least 1, got 0"),
+            ({"cache": 0}, ValueError, "cache must be from 1 to max_length = 20480, got 0"),
+            ({"cache": 30_000}, ValueError, "cache must be from 1 to max_length = 20480, got 30000"),
+            ({"cache": 1.5}, TypeError, "cache must be an int, got float"),
+        ],
+    )
+    def test_bad_input(self, arguments, error, text):
+        with pytest.raises(error, match=text):
+            rewards.soft_overlong(**{"lengths": torch.tensor([3])} | arguments)
+
+
 class TestControllers:
     def test_fixed(self):
         controller = rewards.FixedKLController(0.05)

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastpo import losses
-from fastpo.bench.harness import Expected, Problem, Provider, Run, compiled, read, with_backward
+from fastpo.bench.harness import Expected, Problem, Provider, Run, UnavailableError, compiled, read, with_backward
 
-Function = Callable[[], Sequence[Tensor]]
+# of log-probs, advantages, those of the old policy and of the reference, and the mask
+Function = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
 class PolicyCase:
     """GRPO with its penalty and what a trainer logs beside it, on right-padded log-probs of sampled tokens.
 
-    The metrics are those of TRL's trainer: KL, clip fractions low, high and of both, and the mean ratio.
+    The metrics are those of TRL's trainer, KL and clip fractions low, high and of both, and the mean ratio. TRL's own
+    code logs more and not the ratio; Liger's has KL and the fraction of both.
     """
 
-    PROVIDERS: ClassVar[tuple[str, ...]] = ("fastpo", "eager", "compile", "read")
+    PROVIDERS: ClassVar[tuple[str, ...]] = ("fastpo", "eager", "compile", "trl", "liger", "read")
 
     sequences: int = 64
     tokens: int = 4096
@@ -53,7 +57,7 @@ class PolicyCase:
         streams = [logprobs, old, reference, mask, advantages]
         upstream = [torch.tensor(0.7, dtype=torch.promote_types(dtype, torch.float32))]
 
-        def timed(forward: Callable[..., Sequence[Tensor]]) -> Run:
+        def timed(forward: Function) -> Run:
             def run() -> Sequence[Tensor]:
                 return forward(logprobs, advantages, old, reference, mask)
 
@@ -74,12 +78,17 @@ class PolicyCase:
                 named["gradient"] = Expected(grad, weight=grad.abs().max().item())
             return named
 
+        def gives(names: Sequence[str]) -> tuple[str, ...]:
+            return (*names, *["gradient"] * self.backward)
+
         moves = "a read of the inputs" + ", a copy of the policy's" * self.backward + ", as one block"
         return Problem(
             [
                 Provider("fastpo", "fastpo", lambda: timed(_fastpo)),
                 Provider("eager", "eager torch", lambda: timed(_eager)),
                 Provider("compile", "torch.compile of eager", lambda: timed(compiled(_eager))),
+                Provider("trl", "TRL's GRPOTrainer._compute_loss", lambda: timed(_trl()), outputs=gives(NAMES[:-1])),
+                Provider("liger", "Liger's ppo_loss_fn", lambda: timed(_liger()), outputs=gives(LIGER)),
                 Provider("read", f"floor: {moves}", traffic, floor=True),
             ],
             expected=expected,
@@ -88,7 +97,8 @@ class PolicyCase:
         )
 
 
-NAMES = ("loss", "kl", "clipped low", "clipped high", "ratio")
+NAMES = ("loss", "kl", "clipped low", "clipped high", "clipped", "ratio")
+LIGER = ("loss", "kl", "clipped")
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
@@ -98,7 +108,8 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 def _fastpo(logprobs: Tensor, advantages: Tensor, old: Tensor, reference: Tensor, mask: Tensor) -> Sequence[Tensor]:
     out = losses.grpo(logprobs, advantages, old, reference, mask=mask)
     m = out.metrics
-    return [out.loss, m.kl, m.clip_fraction_low, m.clip_fraction_high, m.ratio_mean]
+    low, high = m.clip_fraction_low, m.clip_fraction_high
+    return [out.loss, m.kl, low, high, low + high, m.ratio_mean]
 
 
 def _eager(logprobs: Tensor, advantages: Tensor, old: Tensor, reference: Tensor, mask: Tensor) -> Sequence[Tensor]:
@@ -113,5 +124,72 @@ def _eager(logprobs: Tensor, advantages: Tensor, old: Tensor, reference: Tensor,
     with torch.no_grad():
         count = m.sum().clamp(min=1)
         low, high = (ratio < 0.8) & (a < 0), (ratio > 1.2) & (a > 0)
-        logged = [(x.to(m.dtype) * m).sum() / count for x in (kl, low, high, ratio)]
+        logged = [(x.to(m.dtype) * m).sum() / count for x in (kl, low, high, low | high, ratio)]
     return [loss, *logged]
+
+
+def _trl() -> Function:
+    """The trainer's method as it is, with log-probs in the place of its model; its metrics are numbers."""
+    try:
+        from trl import GRPOTrainer
+    except ImportError as error:
+        raise UnavailableError(f"TRL's GRPOTrainer cannot be imported: {error}") from error
+    model = torch.nn.Module()
+
+    def function(
+        logprobs: Tensor, advantages: Tensor, old: Tensor, reference: Tensor, mask: Tensor
+    ) -> Sequence[Tensor]:
+        metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list)}
+        trainer = SimpleNamespace(
+            model=model,
+            accelerator=SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x),
+            args=SimpleNamespace(use_bias_correction_kl=False, delta=None),
+            # it logs an entropy: of what numbers makes no difference
+            _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, old, None),
+            aux_loss_enabled=False,
+            top_entropy_quantile=1.0,
+            off_policy_mask_threshold=None,
+            importance_sampling_level="token",
+            loss_type="grpo",
+            beta=0.04,
+            epsilon_low=0.2,
+            epsilon_high=0.2,
+            use_vllm=False,
+            current_gradient_accumulation_steps=1,
+            _entropy_bonus_enabled=False,
+            _metrics=metrics,
+        )
+        inputs: dict[str, Any] = {
+            # of prompts and ids it takes the shapes alone
+            "prompt_ids": mask[:, :0],
+            "prompt_mask": mask[:, :0],
+            "completion_ids": mask,
+            "completion_mask": mask,
+            "advantages": advantages,
+            "old_per_token_logps": old,
+            "ref_per_token_logps": reference,
+        }
+        loss = GRPOTrainer._compute_loss(trainer, model, inputs)
+        logged = metrics["train"]
+        ratios = [logged[f"clip_ratio/{name}_mean"] for name in ("low", "high", "region")]
+        return [loss, *(torch.tensor(values[0]) for values in (logged["kl"], *ratios))]
+
+    return function
+
+
+def _liger() -> Function:
+    try:
+        from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction
+    except ImportError as error:
+        raise UnavailableError(f"Liger's GRPO loss cannot be imported: {error}") from error
+
+    def function(
+        logprobs: Tensor, advantages: Tensor, old: Tensor, reference: Tensor, mask: Tensor
+    ) -> Sequence[Tensor]:
+        counts = mask.to(logprobs.dtype)
+        loss, metrics = LigerFusedLinearGRPOFunction.ppo_loss_fn(
+            logprobs, counts, advantages, counts, reference, old, loss_type="grpo"
+        )
+        return [loss, *metrics]
+
+    return function

@@ -20,8 +20,10 @@ from fastpo.losses.filters import (
     clip_cov_tokens,
     entropy_mask,
     kl_cov_tokens,
+    mean_rollout_weight,
     mixed_groups,
     overlong_mask,
+    rejection_mask,
     tppo_masks,
 )
 from fastpo.losses.statistics import (
@@ -62,9 +64,11 @@ __all__ = [
     "kl_cov_tokens",
     "kl_reward",
     "kto_kl",
+    "mean_rollout_weight",
     "mixed_groups",
     "mixture",
     "overlong_mask",
+    "rejection_mask",
     "sampo_sample",
     "tppo_masks",
     *_FUNCTIONS,

@@ -19,8 +19,10 @@ from fastpo.losses.demonstrations import implicit_values as implicit_values
 from fastpo.losses.filters import clip_cov_tokens as clip_cov_tokens
 from fastpo.losses.filters import entropy_mask as entropy_mask
 from fastpo.losses.filters import kl_cov_tokens as kl_cov_tokens
+from fastpo.losses.filters import mean_rollout_weight as mean_rollout_weight
 from fastpo.losses.filters import mixed_groups as mixed_groups
 from fastpo.losses.filters import overlong_mask as overlong_mask
+from fastpo.losses.filters import rejection_mask as rejection_mask
 from fastpo.losses.filters import tppo_masks as tppo_masks
 from fastpo.losses.statistics import BetaDPOStatistics as BetaDPOStatistics
 from fastpo.losses.statistics import Moments as Moments

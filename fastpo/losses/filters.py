@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastpo.kernels import _checks
+from fastpo.kernels.policy import evaluate
+from fastpo.reference.policy import Batch, RolloutCorrection, estimate_kl, policy, rows_of
 from fastpo.reference.ranks import gathered, summed_over
+from fastpo.reference.sequence import sequence_sum
 
 if TYPE_CHECKING:
     from fastpo.losses.statistics import Group
+
+RejectionLevel = Literal["token", "sequence", "sequence_mean", "sequence_max"]
 
 
 def _like(name: str, value: object, other: str, of: Tensor) -> Tensor:
@@ -43,26 +48,12 @@ def _covariance(logprobs: Tensor, advantages: Tensor, mask: Tensor | None, group
 def _chosen(keys: Tensor, number: int, group: Group) -> Tensor:
     """Where the `number` largest keys of all ranks are; keys of -inf never are."""
     flat = keys.flatten()
-    if group is not None and group is not False:
-        # ranks differ in their tokens: gathered with as many places on each
-        longest = _largest(len(flat), keys, group)
-        padded = torch.cat([flat, flat.new_full((longest - len(flat),), -torch.inf)])
-        everyone, first = gathered(padded, group)
-    else:
-        everyone, first = flat, 0
+    everyone, first = gathered(flat, group)
     taken = torch.zeros_like(everyone, dtype=torch.bool)
     order = everyone.argsort(descending=True, stable=True)[:number]
     taken[order] = True
     taken &= everyone > -torch.inf
     return taken[first : first + len(flat)].view_as(keys)
-
-
-def _largest(length: int, like: Tensor, group: Group) -> int:
-    import torch.distributed as dist
-
-    longest = torch.tensor(length, device=like.device)
-    dist.all_reduce(longest, dist.ReduceOp.MAX, group=None if group is True else group)
-    return int(longest)
 
 
 def clip_cov_tokens(
@@ -164,11 +155,7 @@ def entropy_mask(
     _share("quantile", quantile)
     counts = torch.ones_like(entropy, dtype=torch.bool) if mask is None else _like("mask", mask, "entropy", entropy)
     values = entropy.detach().double()
-    flat = values.masked_fill(~counts, torch.nan).flatten()
-    if process_group is not None and process_group is not False:
-        longest = _largest(len(flat), flat, process_group)
-        flat, _ = gathered(torch.cat([flat, flat.new_full((longest - len(flat),), torch.nan)]), process_group)
-    ordered = flat[~flat.isnan()].sort().values
+    ordered = gathered(values[counts & ~values.isnan()], process_group)[0].sort().values
     if len(ordered) == 0:
         return torch.zeros_like(counts)
     # torch.quantile takes at most 16 million numbers
@@ -177,6 +164,118 @@ def entropy_mask(
     above = min(below + 1, len(ordered) - 1)
     threshold = torch.lerp(ordered[below], ordered[above], position - below)
     return counts & (values >= threshold)
+
+
+def _choice(name: str, value: object, of: object) -> None:
+    if value not in get_args(of):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(of))}; got {value!r}")
+
+
+def rejection_mask(
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    limit: float,
+    *,
+    estimator: Literal["k2", "k3"] = "k3",
+    level: RejectionLevel = "token",
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The tokens on which the policy that is held fixed has not left the engine that sampled: verl's rejection.
+
+    Those whose estimate of KL(rollout, old), k2 = ½ log² r or k3 = r - 1 - log r of r = old / rollout, is at most
+    `limit`. Bounds of r itself are the `reject` of `RolloutCorrection`. As a loss's `mask`, what is rejected leaves the
+    denominators, as in verl; as its `policy_mask`, it keeps its penalty and its place in them.
+
+    Args:
+        old_logprobs, rollout_logprobs: (B, T), or (N,) with `cu_seqlens`; constants. Log-ratios beyond ±20 count as
+            that in k3.
+        limit: at least 0.
+        estimator: "k2" or "k3".
+        level: of the estimate: of the token, or its sum, mean or maximum over the tokens of the sequence, which is then
+            kept or rejected as a whole.
+        mask: bool, the tokens that count.
+        cu_seqlens: int32 (B + 1,), the boundaries of packed sequences.
+
+    Returns:
+        bool, in the shape of the log-probs, False where no token counts.
+
+    Raises:
+        TypeError, ValueError: wrong dtypes or shapes, an unknown word, or a negative limit.
+
+    Source: verl, compute_rollout_rejection_mask.
+    """
+    batch = _rollout(old_logprobs, rollout_logprobs, mask, cu_seqlens)
+    if not _checks.number("limit", limit) >= 0:
+        raise ValueError(f"limit must be at least 0, got {limit:g}")
+    _choice("estimator", estimator, Literal["k2", "k3"])
+    _choice("level", level, RejectionLevel)
+    row, counts = rows_of(batch)
+    old, rollout = (torch.where(counts, t.detach().double(), 0) for t in (old_logprobs, rollout_logprobs))
+    values = estimate_kl(rollout - old, estimator)
+    if level == "sequence_max":
+        largest = values.new_zeros(batch.rows + 1)
+        # tokens that do not count go to a row that nobody asks about
+        place = torch.where(counts, row, batch.rows)
+        values = largest.scatter_reduce(0, place.flatten(), values.flatten(), "amax")[place]
+    elif level != "token":
+        total = sequence_sum(values, counts, cu_seqlens)[0]
+        if level == "sequence_mean":
+            total = total / sequence_sum(counts.double(), counts, cu_seqlens)[0].clamp(min=1)
+        values = total[row] if batch.rows else values
+    return counts & (values <= limit)
+
+
+def mean_rollout_weight(
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    correction: RolloutCorrection,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    process_group: Group = None,
+) -> Tensor:
+    """The mean of a correction's weights over the tokens. Advantages divided by it are weighted by w / mean(w).
+
+    So a policy term is normalised, which is linear in the size of the advantages (but for `kl_cov`'s penalty), and the
+    penalties are not. The mean is of the tensors given: pass those of the whole batch, or `process_group`.
+
+    Args:
+        old_logprobs, rollout_logprobs: (B, T), or (N,) with `cu_seqlens`; constants.
+        correction: a `RolloutCorrection`.
+        mask: bool, the tokens that count.
+        cu_seqlens: int32 (B + 1,), the boundaries of packed sequences.
+        process_group: ranks whose tokens count together.
+
+    Returns:
+        0-dimensional, fp64; 1 where all weights are 0.
+
+    Raises:
+        TypeError, ValueError: wrong dtypes or shapes, or bounds outside their domain.
+
+    Source: verl's batch normalisation of rollout weights.
+    """
+    batch = _rollout(old_logprobs, rollout_logprobs, mask, cu_seqlens)
+    metrics = evaluate(policy("reinforce"), batch, {}, correction=correction, reduction="none").metrics
+    total, tokens = summed_over(torch.stack([metrics.sum("weight"), metrics.tokens]), process_group)
+    return torch.where(total > 0, total / tokens.clamp(min=1), 1)
+
+
+def _rollout(old: Tensor, rollout: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Batch:
+    """The two policies' log-probs as a batch without advantages, checked."""
+    _checks.tensor("old_logprobs", old, _checks.FLOATS)
+    if cu_seqlens is not None:
+        _checks.cu_seqlens("cu_seqlens", cu_seqlens, "old_logprobs", old)
+        _checks.rising("cu_seqlens", cu_seqlens, old.shape[0])
+    if old.dim() != (2 if cu_seqlens is None else 1):
+        raise ValueError(f"old_logprobs has shape {tuple(old.shape)}, expected (B, T), or (N,) with cu_seqlens")
+    _checks.tensor("rollout_logprobs", rollout, _checks.FLOATS)
+    _checks.same_device("rollout_logprobs", rollout, "old_logprobs", old)
+    _checks.shape("rollout_logprobs", rollout, old.shape, "it must match old_logprobs")
+    if mask is not None:
+        _like("mask", mask, "old_logprobs", old)
+    old, rollout = old.detach(), rollout.detach()
+    return Batch(old, old.new_zeros(old.shape), rollout=rollout, mask=mask, cu_seqlens=cu_seqlens)
 
 
 def overlong_mask(mask: Tensor, truncated: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpo.reference.registry import NOT_NEGATIVE, POSITIVE, Domain
+from fastpo.reference.registry import NOT_NEGATIVE, POSITIVE, Domain, Theory
 from fastpo.reference.sequence import sequence_sum
 
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "const_norm"]
@@ -130,6 +130,8 @@ class PolicyObjective:
         aggregation: the method's own.
         kernel: name of the compiled formula.
         numbers: from the hyper-parameters to the compiled formula's numbers.
+        theory: "gibbs" if on data of the policy its gradient is -A, so that with the divergence in the reward it leads
+            to π_ref e^(r/β)/Z; else "property".
         beta: default weight of the penalty towards the reference.
         selected: what its `selected` is, in words; "" if it has none.
         keeps: whether what is not selected has no policy term; else the formula knows what to do.
@@ -149,6 +151,7 @@ class PolicyObjective:
     aggregation: Aggregation
     kernel: str
     numbers: Callable[[Mapping[str, float]], dict[str, float]]
+    theory: Theory
     beta: float = 0.0
     selected: str = ""
     keeps: bool = True
@@ -160,6 +163,13 @@ class PolicyObjective:
     @property
     def doc(self) -> str:
         return self.about or inspect.getdoc(self.formula) or ""
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models of which it takes numbers as it is; the policy's own past and the rollout's engine are none."""
+        if self.values:
+            return ("critic",)
+        return ("policy", "reference") if self.beta > 0 else ("policy",)
 
 
 _ROWS: dict[str, PolicyObjective] = {}
@@ -234,6 +244,7 @@ _EPSILONS = {"epsilon_low": EPSILON, "epsilon_high": UPPER}
     domains={**_EPSILONS, "dual_clip": ABOVE_ONE},
     aggregation="token_mean",
     numbers=_ppo_numbers,
+    theory="gibbs",
     aliases={"verl": "vanilla (dual clip 3)", "openrlhf": "PolicyLoss", "trl": "PPOTrainer"},
 )
 def ppo(t: Tokens, *, epsilon_low: float = 0.2, epsilon_high: float = 0.2, dual_clip: float = math.inf) -> Terms:
@@ -258,6 +269,7 @@ def _delta(h: Mapping[str, float]) -> str | None:
     domains={**_EPSILONS, "delta": ABOVE_ONE},
     aggregation="seq_mean_token_mean",
     numbers=lambda h: {**_bounds(h), "dual_clip": h["delta"]},
+    theory="gibbs",
     beta=0.04,
     joint=_delta,
     aliases={
@@ -316,6 +328,7 @@ batch as `num_items`: a mean of micro-batches' means is another loss.""",
     domains=_EPSILONS,
     aggregation="seq_mean_token_mean",
     numbers=_bounds,
+    theory="gibbs",
     aliases={
         "trl": 'importance_sampling_level="sequence"',
         "liger": 'importance_sampling_level="sequence"',
@@ -334,6 +347,7 @@ def gspo(t: Tokens, *, epsilon_low: float = 3e-4, epsilon_high: float = 4e-4) ->
     domains=_EPSILONS,
     aggregation="seq_mean_token_mean",
     numbers=_bounds,
+    theory="gibbs",
     aliases={"verl": "gspo (its default clip_ratio 0.2 is far too wide)", "trl": "gspo_token"},
 )
 def gspo_token(t: Tokens, *, epsilon_low: float = 3e-4, epsilon_high: float = 4e-4) -> Terms:
@@ -349,6 +363,7 @@ def gspo_token(t: Tokens, *, epsilon_low: float = 3e-4, epsilon_high: float = 4e
     domains=_EPSILONS,
     aggregation="token_mean",
     numbers=lambda h: {**_bounds(h), "both_sides": 1.0},
+    theory="gibbs",
     aliases={"trl": "cispo (epsilon_high is the cap 1 + ε_high itself)", "verl": "cispo", "liger": "cispo"},
 )
 def cispo(t: Tokens, *, epsilon_low: float = 1.0, epsilon_high: float = 4.0) -> Terms:
@@ -368,6 +383,7 @@ def cispo(t: Tokens, *, epsilon_low: float = 1.0, epsilon_high: float = 4.0) -> 
     domains={"epsilon_low": NOT_NEGATIVE, "epsilon_high": NOT_NEGATIVE},
     aggregation="seq_mean_token_mean",
     numbers=lambda h: {"clip_low": -h["epsilon_low"], "clip_high": h["epsilon_high"]},
+    theory="gibbs",
     aliases={"trl": "gmpo", "verl": "geo_mean (bounds 0.2, and the mean counts fully masked rows)"},
 )
 def gmpo(t: Tokens, *, epsilon_low: float = 0.4, epsilon_high: float = 0.4) -> Terms:
@@ -386,6 +402,7 @@ def gmpo(t: Tokens, *, epsilon_low: float = 0.4, epsilon_high: float = 0.4) -> T
     domains={"tau_positive": POSITIVE, "tau_negative": POSITIVE},
     aggregation="seq_mean_token_mean",
     numbers=dict,
+    theory="gibbs",
     aliases={"trl": "sapo", "verl": "sapo", "liger": "sapo"},
 )
 def sapo(t: Tokens, *, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Terms:
@@ -402,6 +419,7 @@ def sapo(t: Tokens, *, tau_positive: float = 1.0, tau_negative: float = 1.05) ->
     domains={name: NOT_NEGATIVE for name in ("k_positive", "lambda_positive", "k_negative", "lambda_negative")},
     aggregation="token_mean",
     numbers=dict,
+    theory="gibbs",
     aliases={"trl": "vespo", "liger": "vespo"},
 )
 def vespo(
@@ -447,6 +465,7 @@ A penalty or a weight per token is summed over the sequence as well.""",
     domains={},
     aggregation="token_mean",
     numbers=dict,
+    theory="gibbs",
     aliases={"openrlhf": "reinforce", "verl": "gpg"},
 )
 def reinforce(t: Tokens) -> Terms:
@@ -464,6 +483,7 @@ derive(
     title="Clip-Cov, of The Entropy Mechanism",
     paper="arXiv:2505.22617",
     equation="Eq. 10 to 12",
+    theory="property",
     selected="the tokens that keep their policy term, from `clip_cov_tokens`",
     aliases={"verl": "clip_cov"},
     about="""`ppo` without the tokens whose covariance of log-prob and advantage is high; denominators are unchanged.
@@ -480,6 +500,7 @@ The official scripts disable the ordinary clipping (epsilon_low=1, epsilon_high=
     domains={"penalty": NOT_NEGATIVE},
     aggregation="token_mean",
     numbers=dict,
+    theory="property",
     selected="the tokens that are penalised, from `kl_cov_tokens`",
     keeps=False,
     aliases={"verl": "kl_cov"},
@@ -503,6 +524,7 @@ def kl_cov(t: Tokens, *, penalty: float = 1.0) -> Terms:
     domains={"epsilon": NOT_NEGATIVE},
     aggregation="token_mean",
     numbers=lambda h: {"clip_low": -h["epsilon"], "clip_high": h["epsilon"], "both_sides": 1.0},
+    theory="property",
     values=True,
     aliases={"verl": "compute_value_loss (0.5)", "openrlhf": "ValueLoss", "trl": "PPOTrainer (vf_coef 0.1 outside)"},
 )

@@ -803,9 +803,88 @@ class TestFilters:
         masks = losses.tppo_masks(mask, torch.tensor([1, 0]), torch.tensor([False, True]))
         assert [m.tolist() for m in masks] == [[[False, True], [True, False]], [[False, False], [True, False]]]
 
+    OLD = torch.tensor([[-1.0, -0.5, -2.0], [-0.3, -0.1, -9.0], [-1.0, -1.0, -1.0]], dtype=torch.float64)
+    ROLLOUT = torch.tensor([[-1.1, -0.7, -1.2], [-0.3, -0.2, math.nan], [-1.0, 1.0, -1.0]], dtype=torch.float64)
+    COUNTS = torch.tensor([[True, True, True], [True, True, False], [False, False, False]])
+
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize("estimator", ["k2", "k3"])
+    def test_rejection_mask(self, estimator, packed):
+        """Each limit just above and just below the statistic, of a token or of its sequence."""
+        x = torch.where(self.COUNTS, self.OLD - self.ROLLOUT, 0)
+        values = x.square() / 2 if estimator == "k2" else x.exp() - 1 - x
+        lengths = self.COUNTS.sum(1, keepdim=True).clamp(min=1)
+        total = values.sum(1, keepdim=True)
+        each = {
+            "token": values,
+            "sequence": total,
+            "sequence_mean": total / lengths,
+            "sequence_max": values.amax(1, keepdim=True),
+        }
+        for level, statistic in each.items():
+            statistic = statistic.expand(3, 3)
+            for limit in (*statistic[self.COUNTS].tolist(), 0.0):
+                for factor in (1 - 1e-9, 1 + 1e-9):
+                    want = self.COUNTS & (statistic <= factor * limit)
+                    options: dict[str, Any] = {"estimator": estimator, "level": level, "mask": self.COUNTS}
+                    given = self.OLD, self.ROLLOUT
+                    if packed:
+                        # a token behind the last sequence
+                        given = tuple(torch.cat([t[self.COUNTS], t[2, :1]]) for t in given)
+                        want = torch.cat([want[self.COUNTS], torch.tensor([False])])
+                        options |= {"mask": None, "cu_seqlens": torch.tensor([0, 3, 5, 5], dtype=torch.int32)}
+                    assert torch.equal(losses.rejection_mask(*given, factor * limit, **options), want), (level, limit)
+
+    def test_rejection_in_a_loss(self):
+        """As the mask, what is rejected leaves the denominator; as the policy mask, it stays in it."""
+        kept = losses.rejection_mask(self.OLD, self.ROLLOUT, 0.1, mask=self.COUNTS)
+        assert 0 < kept.sum() < self.COUNTS.sum()
+        grads = []
+        for options in ({"mask": kept}, {"mask": self.COUNTS, "policy_mask": kept}):
+            leaf = self.OLD.clone().requires_grad_()
+            out = losses.ppo(leaf, torch.ones(3, dtype=torch.float64), **options)
+            grads.append(torch.autograd.grad(out.loss, leaf)[0])
+        torch.testing.assert_close(grads[0], -kept.double() / kept.sum())
+        torch.testing.assert_close(grads[1], -kept.double() / self.COUNTS.sum())
+
+    @pytest.mark.parametrize("correction", CORRECTIONS[1:], ids=str)
+    def test_normalised_weights(self, correction):
+        """The weights of the policy term then have the mean 1; the penalty is as it was."""
+        given = make(policy("ppo"), seed=4)
+        streams = given["old_logprobs"], given["rollout_logprobs"]
+        mean = losses.mean_rollout_weight(*streams, correction, mask=given["mask"])
+        assert mean.dtype == torch.float64 and mean.shape == ()
+        options = {"mask": given["mask"], "correction": correction, "beta": 0.3}
+        names = ("old_logprobs", "reference_logprobs", "rollout_logprobs")
+
+        def step(advantages: Tensor, **more: Any) -> tuple[Tensor, Any]:
+            leaf = given["logprobs"].clone().requires_grad_()
+            out = losses.ppo(leaf, advantages, **{n: given[n] for n in names}, **{**options, **more})
+            return torch.autograd.grad(out.loss, leaf)[0], out.metrics
+
+        plain, metrics = step(given["advantages"], beta=0.0)
+        torch.testing.assert_close(mean, metrics.weight_mean)
+        penalty, _ = step(0 * given["advantages"])
+        normalised, _ = step(given["advantages"] / mean)
+        torch.testing.assert_close(normalised, plain / mean + penalty, rtol=1e-12, atol=1e-14)
+        none = losses.mean_rollout_weight(*streams, RolloutCorrection.icepop(30.0, 40.0), mask=given["mask"])
+        assert none == 1
+
     @pytest.mark.parametrize(
         ("call", "message"),
         [
+            (lambda m: losses.rejection_mask(m.float(), m.float(), -1.0), "limit must be at least 0, got -1"),
+            (lambda m: losses.rejection_mask(m.float(), m.float(), 1.0, estimator="k1"), "estimator must be one of k2"),
+            (
+                lambda m: losses.rejection_mask(m.float(), m.float(), 1.0, level="seq"),
+                "level must be one of token",
+            ),
+            (lambda m: losses.rejection_mask(m.float(), m.float()[0], 1.0), "rollout_logprobs has shape"),
+            (lambda m: losses.rejection_mask(m[0].float(), m[0].float(), 1.0), r"expected \(B, T\), or \(N,\) with"),
+            (
+                lambda m: losses.mean_rollout_weight(m.float(), m.float(), RolloutCorrection("token", 2.0, 1.0)),
+                "0 <= low <= high, got 2 and 1",
+            ),
             (lambda m: losses.entropy_mask(m.float(), 1.5), r"quantile must be in \[0, 1\], got 1.5"),
             (lambda m: losses.clip_cov_tokens(m.float(), m.float()[0]), "advantages has shape"),
             (lambda m: losses.kl_cov_tokens(m.float(), m.float(), fraction=-1), "fraction must be in"),

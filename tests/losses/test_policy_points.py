@@ -1,4 +1,4 @@
-"""What policy gradients converge to, under full expectation: one step over a few actions, and a tree of two tokens.
+"""What policy gradients converge to in one step over a few actions, under full expectation.
 
 The policy moves along the semi-gradient, actions weighted by the policy itself as a constant, until it stands still;
 the point is compared with the stated one from two starts.
@@ -28,21 +28,21 @@ def gibbs(values: Tensor) -> Tensor:
     return torch.softmax(REFERENCE.log() + values, 0)
 
 
-def forward_kl_point() -> Tensor:
+def forward_kl_point(reference: Tensor, values: Tensor, beta: float) -> Tensor:
     """ref β / (λ - r), where λ makes it sum to 1."""
-    low, high = REWARD.max(), REWARD.max() + 10 * BETA
+    low, high = values.max(), values.max() + 2 * beta
     for _ in range(200):
         middle = (low + high) / 2
-        total = (REFERENCE * BETA / (middle - REWARD)).sum()
+        total = (reference * beta / (middle - values)).sum()
         low, high = (middle, high) if total > 1 else (low, middle)
-    return REFERENCE * BETA / (low - REWARD)
+    return reference * beta / (low - values)
 
 
 def total_variation(a: Tensor, b: Tensor) -> float:
     return 0.5 * (a - b).abs().sum().item()
 
 
-def settle(loss: Callable[[Tensor], Tensor], start: Tensor, steps: int = 4000, rate: float = 0.3) -> Tensor:
+def settle(loss: Callable[[Tensor], Tensor], start: Tensor, steps: int = 2000, rate: float = 0.6) -> Tensor:
     """The policy at which the semi-gradient, divided by the probabilities, is 0 for all actions."""
     logits = start.clone()
     for _ in range(steps):
@@ -51,7 +51,7 @@ def settle(loss: Callable[[Tensor], Tensor], start: Tensor, steps: int = 4000, r
         step = gradient / torch.softmax(leaf, 0).detach()
         # no farther than one nat: the rates of rare actions are large
         logits = logits.detach() - (rate * step).clamp(-1, 1)
-        if step.abs().max() < 1e-13:
+        if step.abs().max() < 1e-11:
             break
     return torch.softmax(logits, 0)
 
@@ -83,7 +83,7 @@ def plain(logp: Tensor) -> Tensor:
     return REWARD - (logp.exp() * REWARD).sum()
 
 
-METHODS = [row.name for row in policies() if not row.values and not row.selected]
+METHODS = [row.name for row in policies() if row.theory == "gibbs"]
 
 
 @by_backend
@@ -113,7 +113,7 @@ class TestOneStep:
             )
         right = gibbs(REWARD / BETA)
         assert max(total_variation(p, right) for p in (k2, corrected, mixed)) < 1e-9
-        assert total_variation(k3, forward_kl_point()) < 1e-9
+        assert total_variation(k3, forward_kl_point(REFERENCE, REWARD, BETA)) < 1e-9
         assert total_variation(k3, right) > 1e-2
 
     def test_k1_in_the_loss_has_no_force(self, backend):
@@ -154,45 +154,3 @@ class TestOneStep:
         with fastpo.use_backend(backend):
             found = settle(loss, STARTS[start])
         assert total_variation(found, gibbs(REWARD / BETA)) < 1e-9
-
-
-# a tree: action 0 ends the response, 1 and 2 lead to a second token of three actions
-FIRST = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
-SECOND = torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3]], dtype=torch.float64)
-LEAVES = [(0, None), *((a, b) for a in (1, 2) for b in range(3))]
-REWARDS = torch.tensor([0.4, 1.0, -0.5, 0.2, 0.0, 0.9, -1.0], dtype=torch.float64)
-
-
-def tree_logprobs(first: Tensor, second: Tensor) -> Tensor:
-    """(7, 2), the second token's 0 where there is none."""
-    p, q = torch.log_softmax(first, -1), torch.log_softmax(second, -1)
-    rows = [torch.stack([p[a], p.new_zeros(()) if b is None else q[a - 1, b]]) for a, b in LEAVES]
-    return torch.stack(rows)
-
-
-@by_backend
-@pytest.mark.parametrize("aggregation", ["seq_mean_token_sum", "token_mean"])
-@pytest.mark.parametrize("start", [0.0, 2.0])
-def test_tree(aggregation, start, backend):
-    """KL in the reward, of the whole sequence: the tilted reference, from lengths 1 and 2."""
-    mask = torch.tensor([[True, b is not None] for _, b in LEAVES])
-    reference = tree_logprobs(FIRST.log(), SECOND.log())
-    target = torch.softmax(reference.sum(1) + REWARDS / BETA, 0)
-    generator = torch.Generator().manual_seed(0)
-    first = FIRST.log() + start * torch.randn(3, generator=generator, dtype=torch.float64)
-    second = SECOND.log() + start * torch.randn(2, 3, generator=generator, dtype=torch.float64)
-    for _ in range(3000):
-        leaves = first.requires_grad_(), second.requires_grad_()
-        tokens = tree_logprobs(*leaves)
-        law = tokens.sum(1).detach().exp()
-        rewards = REWARDS + losses.kl_reward(tokens, reference, beta=BETA, mask=mask).sum(1)
-        advantages = rewards - (law * rewards).sum()
-        with fastpo.use_backend(backend):
-            out = losses.reinforce(tokens, advantages, mask=mask, aggregation=aggregation, reduction="none")
-        grads = torch.autograd.grad((law * out.loss).sum(), leaves)
-        p, q = torch.softmax(first, -1).detach(), torch.softmax(second, -1).detach()
-        steps = grads[0] / p, grads[1] / (q * p[1:, None])
-        first, second = (x.detach() - (0.3 * s).clamp(-1, 1) for x, s in zip(leaves, steps, strict=True))
-        if max(s.abs().max() for s in steps) < 1e-13:
-            break
-    assert total_variation(tree_logprobs(first, second).sum(1).exp(), target) < 1e-9

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpo import losses
+from fastpo.reference.policy import AGGREGATIONS, PolicyObjective, policies
+from tests.kernels import test_policy
 
 
 def numbers() -> tuple[Tensor, Tensor, Tensor]:
@@ -54,9 +56,59 @@ def aot(name: str, rows: slice, group: bool) -> tuple[Tensor, ...]:
     return tuple(t.detach() for t in (each, *grads, *second))
 
 
+def policy_step(row: PolicyObjective, aggregation: str, rows: slice, group: bool, whole: bool = True) -> list[Tensor]:
+    """Loss, the gradient of a parameter that all tokens share, sums and maxima, over all ranks.
+
+    With everything that a method adds switched on; `whole`: by the denominator of all ranks.
+    """
+    given = {name: value[rows] for name, value in test_policy.make(row, "padded", 8, 7, seed=3).items()}
+    name, mask = test_policy.leaves_of(row)[0], given["mask"]
+    items = {"token_mean": mask.sum(), "const_norm": torch.tensor(len(mask))}.get(aggregation, mask.any(1).sum())
+
+    def over_ranks(value: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+        value = value.detach().clone()
+        if group:
+            dist.all_reduce(value, op)
+        return value
+
+    shift = torch.zeros(7, dtype=torch.float64, requires_grad=True)
+    options = test_policy.settings(row, aggregation=aggregation)
+    out = getattr(losses, row.name)(
+        **{**given, name: given[name] + shift}, **options, num_items=over_ranks(items) if whole else None
+    )
+    (grad,) = torch.autograd.grad(out.loss, shift)
+    maxima = over_ranks(out.metrics.maxima, dist.ReduceOp.MAX)
+    return [over_ranks(out.loss), over_ranks(grad), over_ranks(out.metrics.sums), maxima]
+
+
+def chosen_tokens(rows: slice, group: bool) -> list[Tensor]:
+    """What the filters choose of these rows' tokens, twice where one rank has none; and the mean of weights."""
+    generator = torch.Generator().manual_seed(2)
+    logprobs, advantages, entropy = (torch.randn(8, 6, generator=generator, dtype=torch.float64) for _ in range(3))
+    mask = torch.rand(8, 6, generator=generator) < 0.8
+    late = mask & (torch.arange(8) >= FIRST)[:, None]
+    p, a, e, m, few = (t[rows] for t in (2 * logprobs, advantages, entropy, mask, late))
+    draws = torch.Generator().manual_seed(3)
+    # each rank has its own part of one draw
+    torch.rand(rows.start or 0, 6, generator=draws, dtype=torch.float64)
+    options = {"mask": m, "process_group": group}
+    return [
+        losses.clip_cov_tokens(p, a, fraction=0.1, low=0.0, generator=draws, **options),
+        losses.clip_cov_tokens(p, a, old_logprobs=p - 0.5, fraction=1.0, low=0.0, **options),
+        losses.kl_cov_tokens(p, a, fraction=0.2, **options),
+        losses.kl_cov_tokens(p, a, fraction=0.2, mask=few, process_group=group),
+        losses.entropy_mask(e, 0.3, **options),
+        losses.entropy_mask(e, 0.3, mask=few, process_group=group),
+        losses.mean_rollout_weight(p, e, losses.RolloutCorrection.tis(), **options),
+    ]
+
+
 def process(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     rows = slice(0, FIRST) if rank == 0 else slice(FIRST, 8)
+    steps = {(row.name, a): policy_step(row, a, rows, True) for row in policies() for a in AGGREGATIONS}
+    torch.save(steps, f"{folder}/policy-{rank}")
+    torch.save(chosen_tokens(rows, True), f"{folder}/tokens-{rank}")
     torch.save([aot(name, rows, True) for name in ("aot", "aot_unpaired")], f"{folder}/aot-{rank}")
     torch.save(statistics(slice(4 * rank, 4 * rank + 4), True), f"{folder}/{rank}")
     # a batch of nothing on one rank
@@ -93,8 +145,41 @@ def test_transport_over_ranks(name: str, folder: Path):
     assert (torch.cat([part[1] for part in alone]) - whole[1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("row", list(policies()), ids=lambda row: row.name)
+def test_policy_gradients_add_up(row: PolicyObjective, aggregation: str, folder: Path):
+    """Two ranks' sequences are one batch: the sum of their gradients is its gradient, and so are loss and metrics."""
+    want = policy_step(row, aggregation, slice(None), False, whole=False)
+    for rank in (0, 1):
+        found = torch.load(folder / f"policy-{rank}")[row.name, aggregation]
+        for ours, exact in zip(found, want, strict=True):
+            torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-13)
+    # a mean of the ranks' means is something else: they have not equally many tokens, nor sequences
+    alone = [policy_step(row, aggregation, rows, False, whole=False)[1] for rows in (slice(0, FIRST), slice(FIRST, 8))]
+    assert (sum(alone) / 2 - want[1]).abs().max() > 1e-4
+
+
+def test_filters_choose_over_ranks(folder: Path):
+    parts = [torch.load(folder / f"tokens-{rank}") for rank in (0, 1)]
+    alone = [chosen_tokens(rows, False) for rows in (slice(0, FIRST), slice(FIRST, 8))]
+    *chosen, weight = chosen_tokens(slice(None), False)
+    for part, own in zip(parts, alone, strict=True):
+        torch.testing.assert_close(part[-1], weight, rtol=1e-14, atol=0)
+        assert abs(own[-1] - weight) > 1e-3
+    for place, want in enumerate(chosen):
+        assert torch.equal(torch.cat([part[place] for part in parts]), want), place
+        assert want.any() and not want.all()
+        # one rank's tokens, of which there are none on the other, are the batch
+        assert torch.equal(torch.cat([part[place] for part in alone]), want) == (place in (3, 5)), place
+
+
 def test_what_is_no_group():
     x = torch.zeros(2)
+    for choose in (losses.kl_cov_tokens, losses.clip_cov_tokens):
+        with pytest.raises(TypeError, match=r"process_group must be a torch.distributed.ProcessGroup"):
+            choose(x, x, process_group="world")
+    with pytest.raises(TypeError, match=r"process_group must be a torch.distributed.ProcessGroup"):
+        losses.entropy_mask(x, 0.5, process_group="world")
     with pytest.raises(TypeError, match=r"process_group must be a torch.distributed.ProcessGroup .* got str"):
         losses.aot(x, x, x, x, process_group="world")
 
