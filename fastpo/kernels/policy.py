@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,8 @@ from fastpo.reference.policy import (
     rows_of,
 )
 
+_PLACES = {name: place for place, name in enumerate(SUMS)}
+
 
 class PolicyMetrics(NamedTuple):
     """What a policy objective knows of its batch. Ranks and micro-batches add `sums` and take the larger `maxima`.
@@ -51,7 +53,7 @@ class PolicyMetrics(NamedTuple):
 
     def sum(self, name: str) -> Tensor:
         """One of the sums."""
-        return self.sums[SUMS.index(name)]
+        return self.sums[_PLACES[name]]
 
     def _mean(self, name: str) -> Tensor:
         return self.sum(name) / self.sum("tokens").clamp(min=1)
@@ -269,49 +271,67 @@ class _Settings(NamedTuple):
     reduce: bool
 
 
+class _Call(NamedTuple):
+    """What a call of the op has beside its tensors, and which of those of a `Batch` there are."""
+
+    settings: _Settings
+    numbers: list[float]
+    choices: list[int]
+    per_row: bool
+    present: tuple[bool, ...]
+
+    def batch(self, tensors: Sequence[Tensor]) -> Batch:
+        rest = iter(tensors)
+        return Batch(*[next(rest) if present else None for present in self.present])  # type: ignore[arg-type]
+
+
+_ENTROPY = Batch._fields.index("entropy")
+
+
 class _PolicyObjective(torch.autograd.Function):
-    """The op with its gradient."""
+    """The op with its gradient. Each argument of a Function takes half a microsecond: what is not there is none."""
 
     @staticmethod
-    def forward(
-        ctx: Any, settings: _Settings, numbers: list[float], choices: list[int], per_row: bool, *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        logprobs, advantages, old, reference, rollout, entropy, mask, selected, cu_seqlens = tensors
-        row = policy(settings.row)
-        entropy_gradient = entropy is not None and ctx.needs_input_grad[9]
+    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch, settings = call.batch(tensors), call.settings
+        place = 1 + sum(call.present[:_ENTROPY])
+        entropy_gradient = batch.entropy is not None and ctx.needs_input_grad[place]
         loss, slopes, entropy_slopes, sums, maxima = torch.ops.fastpo.policy_objective(
-            _native.CPU.policy_formulas[row.kernel],
-            logprobs,
-            old,
-            reference,
-            rollout,
-            entropy,
-            advantages,
-            per_row,
-            mask,
-            selected,
-            cu_seqlens,
-            numbers,
-            choices,
+            _native.CPU.policy_formulas[policy(settings.row).kernel],
+            batch.logprobs,
+            batch.old,
+            batch.reference,
+            batch.rollout,
+            batch.entropy,
+            batch.advantages,
+            call.per_row,
+            batch.mask,
+            batch.selected,
+            batch.cu_seqlens,
+            call.numbers,
+            call.choices,
             settings.threshold is not None,
             entropy_gradient,
             settings.reduce,
         )
         ctx.mark_non_differentiable(sums, maxima)
         ctx.set_materialize_grads(False)
-        ctx.settings = settings
+        ctx.call = call
         ctx.save_for_backward(slopes, entropy_slopes, *tensors)
         return loss, sums, maxima
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         slopes, entropy_slopes, *tensors = ctx.saved_tensors
-        batch = Batch(*tensors)
-        needed = ctx.needs_input_grad[4], ctx.needs_input_grad[9]
-        grads: list[Tensor | None] = [None, None]
-        if grad is not None and any(needed):
+        call: _Call = ctx.call
+        batch = call.batch(tensors)
+        place = sum(call.present[:_ENTROPY])
+        needed = ctx.needs_input_grad[1], batch.entropy is not None and ctx.needs_input_grad[1 + place]
+        found: list[Tensor | None] = [None] * len(tensors)
+        if grad is not None and True in needed:
+            grads: list[Tensor | None] = [None, None]
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                grads = _differentiable_backward(ctx.settings, batch, grad, needed)
+                grads = _differentiable_backward(call.settings, batch, grad, needed)
             else:
                 factor = grad
                 if grad.dim() == 1:
@@ -320,7 +340,10 @@ class _PolicyObjective(torch.autograd.Function):
                     if needed[i]:
                         assert t is not None
                         grads[i] = scaled(s, factor).to(t.dtype)
-        return None, None, None, None, grads[0], None, None, None, None, grads[1], None, None, None
+            found[0] = grads[0]
+            if needed[1]:
+                found[place] = grads[1]
+        return None, *found
 
 
 def _spread(grad: Tensor, batch: Batch) -> Tensor:
@@ -407,11 +430,9 @@ def _not_negative(name: str, value: object) -> float:
     return number
 
 
-def _check_correction(c: object, batch: Batch) -> None:
+def _check_correction(c: object) -> None:
     if not isinstance(c, RolloutCorrection):
         raise TypeError(f"correction must be a fastpo.losses.RolloutCorrection, got {type(c).__name__}")
-    if batch.rollout is None:
-        raise ValueError("correction needs rollout_logprobs")
     if c.level is not None:
         _one_of("correction.level", c.level, ("token", "sequence"))
     if c.reject is not None:
@@ -461,6 +482,60 @@ def _choices(s: _Settings, row: PolicyObjective) -> list[int]:
     return [given[name] for name in _native.CPU.policy_choices]
 
 
+class _Plan(NamedTuple):
+    """What a call does that its tensors have no part in; `constant` is the length of const_norm, or 0."""
+
+    settings: _Settings
+    numbers: list[float]
+    choices: list[int]
+    constant: int
+
+
+def _plan(
+    row: PolicyObjective,
+    beta: float,
+    kl: str,
+    kl_gradient: str | None,
+    kl_corrected: bool,
+    entropy_coefficient: float,
+    correction: RolloutCorrection | None,
+    threshold: float | None,
+    aggregation: str,
+    max_length: int | None,
+    reduction: str,
+    *hyper: Any,
+) -> _Plan:
+    """Of a row, given the arguments of `evaluate` and then the hyper-parameters, name by name."""
+    values = _checks.hyper_parameters(row.name, dict(zip(hyper[::2], hyper[1::2], strict=True)), row.domains)
+    if row.joint is not None and (problem := row.joint(values)) is not None:
+        raise ValueError(f"{row.name}: {problem}")
+    _one_of("kl", kl, ESTIMATORS)
+    if kl_gradient is not None:
+        _one_of("kl_gradient", kl_gradient, ESTIMATORS)
+    if correction is not None:
+        _check_correction(correction)
+    _one_of("aggregation", aggregation, AGGREGATIONS)
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be one of mean, none; got {reduction!r}")
+    weight = _not_negative("beta", beta)
+    settings = _Settings(
+        row.name,
+        tuple(values.items()),
+        Penalty(weight, kl, kl_gradient or kl, bool(kl_corrected)),  # type: ignore[arg-type]
+        _checks.number("entropy_coefficient", entropy_coefficient),
+        correction,
+        None if threshold is None else _checks.number("off_policy_threshold", threshold),
+        aggregation == "seq_mean_token_mean",
+        reduction == "mean",
+    )
+    constant = _max_length(aggregation, max_length)
+    return _Plan(settings, _numbers(settings, row), _choices(settings, row), constant)
+
+
+# of calls like earlier ones; True is no number, though it equals one
+_known_plan = functools.lru_cache(maxsize=1024, typed=True)(_plan)
+
+
 def evaluate(
     row: PolicyObjective,
     batch: Batch,
@@ -481,66 +556,43 @@ def evaluate(
 ) -> PolicyGradientOutput:
     """Loss and metrics of a row of the table; the functions of `fastpo.losses` document the arguments."""
     _check_batch(row, batch)
-    values = _checks.hyper_parameters(row.name, hyper, row.domains)
-    if row.joint is not None and (problem := row.joint(values)) is not None:
-        raise ValueError(f"{row.name}: {problem}")
-    _not_negative("beta", beta)
-    _one_of("kl", kl, ESTIMATORS)
-    if kl_gradient is not None:
-        _one_of("kl_gradient", kl_gradient, ESTIMATORS)
-    if beta > 0 and batch.reference is None:
+    penalty = (beta, kl, kl_gradient, kl_corrected, entropy_coefficient)
+    rest = (correction, off_policy_threshold, aggregation, max_length, reduction)
+    planned: Any = (row, *penalty, *rest, *[part for item in hyper.items() for part in item])
+    try:
+        # tracing follows no cache
+        plan = _plan(*planned) if torch.compiler.is_compiling() else _known_plan(*planned)
+    except TypeError:
+        # an argument without a hash has no place in the cache, and is no number: this says so
+        plan = _plan(*planned)
+    settings = plan.settings
+    if settings.penalty.beta > 0 and batch.reference is None:
         raise ValueError(f"beta is {beta:g}, but there are no reference_logprobs: pass them, or beta=0")
-    coefficient = _checks.number("entropy_coefficient", entropy_coefficient)
-    if coefficient and batch.entropy is None:
-        raise ValueError(f"entropy_coefficient is {coefficient:g}, but there is no entropy")
-    if correction is not None:
-        _check_correction(correction, batch)
-    if off_policy_threshold is not None:
-        _checks.number("off_policy_threshold", off_policy_threshold)
-        if batch.rollout is None and batch.old is None:
-            raise ValueError("off_policy_threshold needs old_logprobs or rollout_logprobs")
-    _one_of("aggregation", aggregation, AGGREGATIONS)
-    constant = _max_length(aggregation, max_length, reduction)
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction must be one of mean, none; got {reduction!r}")
+    if settings.entropy_coefficient and batch.entropy is None:
+        raise ValueError(f"entropy_coefficient is {entropy_coefficient:g}, but there is no entropy")
+    if correction is not None and batch.rollout is None:
+        raise ValueError("correction needs rollout_logprobs")
+    if settings.threshold is not None and batch.rollout is None and batch.old is None:
+        raise ValueError("off_policy_threshold needs old_logprobs or rollout_logprobs")
     _check_num_items(num_items, reduction, batch)
     if batch.logprobs.device.type != "cpu":
         _checks.rising("cu_seqlens", batch.cu_seqlens, batch.logprobs.shape[0])
-    settings = _Settings(
-        row.name,
-        tuple(values.items()),
-        Penalty(float(beta), kl, kl_gradient or kl, bool(kl_corrected)),  # type: ignore[arg-type]
-        coefficient,
-        correction,
-        None if off_policy_threshold is None else float(off_policy_threshold),
-        aggregation == "seq_mean_token_mean",
-        reduction == "mean",
-    )
-    streams = [t for t in batch[:6] if t is not None]
-    if _native.serves("policy_objective", batch.logprobs.device, *(t.dtype for t in streams)):
-        numbers, choices = _numbers(settings, row), _choices(settings, row)
-        constants = (None if t is None else t.detach() for t in (batch.advantages, *batch[2:5]))
-        loss, sums, maxima = _native.call(
-            _PolicyObjective.apply,
-            settings,
-            numbers,
-            choices,
-            batch.per_row,
-            batch.logprobs,
-            *constants,
-            batch.entropy,
-            *batch[6:],
-        )
+    dtypes = [t.dtype for t in batch[:6] if t is not None]
+    if _native.serves("policy_objective", batch.logprobs.device, *dtypes):
+        held = [t.detach() if t is not None and t.requires_grad else t for t in batch[1:5]]
+        tensors = [batch.logprobs, *held, *batch[5:]]
+        call = _Call(settings, plan.numbers, plan.choices, batch.per_row, tuple([t is not None for t in tensors]))
+        loss, sums, maxima = _native.call(_PolicyObjective.apply, call, *[t for t in tensors if t is not None])
     else:
         _checks.rising("cu_seqlens", batch.cu_seqlens, batch.logprobs.shape[0])
         loss, sums, maxima = _reference(settings, batch)
     metrics = PolicyMetrics(sums, maxima)
     if reduction == "mean":
         loss = loss / _denominator(metrics, batch, aggregation, count_empty, num_items).to(loss.dtype)
-    return PolicyGradientOutput(loss / constant if constant else loss, metrics)
+    return PolicyGradientOutput(loss / plan.constant if plan.constant else loss, metrics)
 
 
-def _max_length(aggregation: str, max_length: object, reduction: str) -> int:
+def _max_length(aggregation: str, max_length: object) -> int:
     if aggregation != "const_norm":
         if max_length is not None:
             raise ValueError(f"max_length is for aggregation='const_norm', got aggregation={aggregation!r}")

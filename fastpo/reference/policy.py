@@ -118,7 +118,8 @@ class Terms(NamedTuple):
     both_sides: bool = False
 
 
-@dataclass(frozen=True)
+# a row is itself alone: by identity it has a hash
+@dataclass(frozen=True, eq=False)
 class PolicyObjective:
     """A row of the table.
 
