@@ -219,6 +219,12 @@ FASTPO_FN D lift(double c) {
   return out;
 }
 
+// c a, and 0 for c = 0 also where a is not finite: a term that is not there
+template <class T, int k>
+FASTPO_FN Dual<T, k> times(double c, const Dual<T, k>& a) {
+  return c == 0 ? Dual<T, k>{} : c * a;
+}
+
 template <class T, int k>
 FASTPO_FN Dual<T, k> detach(const Dual<T, k>& a) {
   Dual<T, k> out{};

@@ -78,6 +78,11 @@ def dpo(pair: Pair, *, beta: float = 0.1) -> Tensor:
     return -F.logsigmoid(beta * pair.margin)
 
 
+def _flipped(z: Tensor, label_smoothing: float) -> Tensor | float:
+    """ε log σ(-z); without smoothing there is no such term, also where its logarithm is infinite."""
+    return label_smoothing * F.logsigmoid(-z) if label_smoothing else 0.0
+
+
 @register(
     "pairwise",
     title="Conservative DPO",
@@ -94,7 +99,7 @@ def cdpo(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Tens
     "robust" is `robust_dpo`, whose flipped term has the opposite sign. ε may be one number per pair.
     """
     z = beta * pair.margin
-    return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+    return -(1 - label_smoothing) * F.logsigmoid(z) - _flipped(z, label_smoothing)
 
 
 @register(
@@ -112,7 +117,7 @@ def robust_dpo(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.1) -
     Not bounded below for ε > 0: negative losses are legal. ε = 0 is DPO.
     """
     z = beta * pair.margin
-    mixed = -(1 - label_smoothing) * F.logsigmoid(z) + label_smoothing * F.logsigmoid(-z)
+    mixed = -(1 - label_smoothing) * F.logsigmoid(z) + _flipped(z, label_smoothing)
     return mixed / (1 - 2 * label_smoothing)
 
 
@@ -232,7 +237,8 @@ The default β (Tulu 3's) is not verified; TRL's is 0.1. RSO's "sigmoid-norm" is
 def cdpo_each(pair: Pair, label_smoothing: Tensor, *, beta: float = 0.1) -> Tensor:
     """-(1-ε) log σ(βh) - ε log σ(-βh) with one ε per pair."""
     z = beta * pair.margin
-    return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+    flipped = torch.where(label_smoothing > 0, label_smoothing * F.logsigmoid(-z), 0)
+    return -(1 - label_smoothing) * F.logsigmoid(z) - flipped
 
 
 def _soft_label(sides: Sides, given: Given, hyper: Hyper) -> Prepared:
@@ -726,7 +732,7 @@ def bco_pair(pair: Pair, delta: Tensor, *, beta: float = 0.1) -> Tensor:
 def offset_dpo(pair: Pair, offset: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
     """-(1-ε) log σ(βh + offset) - ε log σ(-(βh + offset))."""
     z = beta * pair.margin + offset
-    return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+    return -(1 - label_smoothing) * F.logsigmoid(z) - _flipped(z, label_smoothing)
 
 
 def _log_gap(sides: Sides, given: Given, hyper: Hyper) -> Prepared:

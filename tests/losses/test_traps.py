@@ -214,6 +214,22 @@ class TestTraps:
         loss = at(1e4, 0.0, "f_dpo", divergence="jsd", beta=1.0)[0]
         assert loss.item() == pytest.approx(math.log1p(math.exp(-math.log(2))), rel=1e-6)
 
+    def test_without_smoothing_there_is_no_flipped_term(self):
+        """0 * log σ(-inf) is NaN; at an infinite margin dpo has the loss 0, and so has what equals it."""
+        chosen, rejected, zero = (torch.tensor([x]) for x in (0.0, -math.inf, 0.0))
+        given = chosen, rejected, zero, zero
+        found = [
+            losses.dpo(*given),
+            losses.cdpo(*given, label_smoothing=0.0),
+            losses.cdpo(*given, label_smoothing=zero),
+            losses.robust_dpo(*given, label_smoothing=0.0),
+            losses.odpo(*given, chosen_score=zero + 2, rejected_score=zero),
+            losses.bradley_terry(chosen, rejected),
+            losses.bradley_terry(chosen, rejected, margin=1.0),
+        ]
+        assert [out.loss.item() for out in found] == [0.0] * len(found)
+        assert losses.cdpo(*given, label_smoothing=0.1).loss == math.inf
+
     def test_discopop_at_minus_100(self):
         """m e^-z is 0 * inf in two factors; here it is a number, and the loss that of a logistic loss."""
         for z in (-100.0, -1e4, 100.0, 1e4):
