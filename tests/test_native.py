@@ -36,16 +36,6 @@ def test_native_is_here_where_it_is_required():
             assert CUDA
 
 
-# Open: without FMA two fp64 rows of the skew KL err by 7.5 eps, where the tests' model of rounding allows 5
-_DIVERGENCE = "tests/kernels/test_vocab_divergence.py::"
-OPEN = {
-    "default": [
-        f"--deselect={_DIVERGENCE}TestMembers::test_near_and_far[torch.float64-30.0-skew near 0]",
-        f"--deselect={_DIVERGENCE}TestSkew::test_impossible_tokens[torch.float64-0.4-reverse]",
-    ]
-}
-
-
 @pytest.mark.skipif(not _native.CPU.loaded, reason="no compiled library")
 class TestLibrary:
     def test_every_pairwise_row_has_a_formula(self):
@@ -93,9 +83,8 @@ class TestLibrary:
         kernels = {p.name.rsplit("_", 1)[0] for p in (PACKAGE.parent / "csrc" / "cpu").glob("*_baseline.cpp")}
         tests = [f"tests/kernels/test_{name}.py" for name in sorted(kernels)]
         assert len(tests) >= 2
-        left_out = OPEN.get(capability, [])
         out = subprocess.run(
-            [sys.executable, "-m", "pytest", "-k", "not ompile", "-p", "no:cacheprovider", *tests, *left_out],
+            [sys.executable, "-m", "pytest", "-k", "not ompile", "-p", "no:cacheprovider", *tests],
             env={**os.environ, "FASTPO_CPU_CAPABILITY": capability},
             cwd=Path(__file__).parent.parent,
             capture_output=True,
