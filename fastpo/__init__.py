@@ -14,6 +14,7 @@ from fastpo.kernels import (
     group_normalize,
     linear_logprobs,
     pack,
+    pack_allowed,
     segment_stats,
     sequence_logprobs,
     token_alpha_divergence,
@@ -21,6 +22,8 @@ from fastpo.kernels import (
     token_kl,
     token_logprobs,
     token_tv,
+    top_p_allowed,
+    unpack_allowed,
     use_backend,
 )
 from fastpo.losses.formula import formula
@@ -46,6 +49,7 @@ __all__ = [
     "linear_logprobs",
     "losses",
     "pack",
+    "pack_allowed",
     "rewards",
     "segment_stats",
     "sequence_logprobs",
@@ -54,5 +58,7 @@ __all__ = [
     "token_kl",
     "token_logprobs",
     "token_tv",
+    "top_p_allowed",
+    "unpack_allowed",
     "use_backend",
 ]

@@ -45,6 +45,8 @@ struct TokenLogprobs {
   int64_t ignore_index;
   const void* temperatures;  // per row, in the accumulator's type, or null
   double temperature;
+  const uint32_t* allowed;  // bit c % 32 of word c / 32 where column c takes part, or null: all do
+  int64_t allowed_stride;   // words from row to row: 0 for a set that all share
   void* row_max;
   void* row_sum;
   // forward: outputs, null if not wanted
@@ -110,6 +112,8 @@ struct LogitTile {
   const double* inverse;    // what turns a number under the softmax into its exponent: 1 / T, scaled if there is no cap
   double logit_scale, cap;  // with cap > 0 the softmax is of cap tanh(logit_scale x / cap) / T
   double* state;            // (4, rows): the largest so far, and the sums of softmax.h
+  const uint32_t* allowed;  // as in TokenLogprobs, for the tile's columns; a target that is here is allowed
+  int64_t allowed_stride;
   // fold: null if not wanted
   bool weighted, squared;
   double* taken;  // (rows, ids), the numbers at the targets

@@ -60,9 +60,38 @@ FASTPO_FN const Storage<dtype>* columns(const Storage<dtype>* row, int64_t strid
   return buffer;
 }
 
+// The columns that a softmax is over, counted from a block's first: every one, or those whose bit is set. What is not
+// among them may hold anything.
+struct EveryColumn {
+  static constexpr bool every = true;
+  static FASTPO_FN EveryColumn of_row(const uint32_t*, int64_t, int64_t) { return {}; }
+  FASTPO_FN EveryColumn from(int64_t) const { return {}; }
+  FASTPO_FN bool has(int64_t) const { return true; }
+  template <class V>
+  FASTPO_FN V operator()(int64_t, V x, Scalar<V>) const {
+    return x;
+  }
+};
+
+struct AllowedColumns {
+  static constexpr bool every = false;
+  const uint32_t* words;
+  static FASTPO_FN AllowedColumns of_row(const uint32_t* words, int64_t stride, int64_t row) {
+    return {words + row * stride};
+  }
+  // counted from a multiple of 32
+  FASTPO_FN AllowedColumns from(int64_t column) const { return {words + column / 32}; }
+  FASTPO_FN bool has(int64_t column) const { return words[column / 32] >> (column % 32) & 1; }
+  // of the vector that begins at `column` the elements that are among them, and `out` for the others
+  template <class V>
+  FASTPO_FN V operator()(int64_t column, V x, Scalar<V> out) const {
+    return where_bit(words, column, x, out);
+  }
+};
+
 // largest of n elements; a NaN is passed over
-template <DType dtype>
-Acc<dtype> block_max(const Storage<dtype>* p, int64_t n) {
+template <DType dtype, class Set = EveryColumn>
+Acc<dtype> block_max(const Storage<dtype>* p, int64_t n, Set set = {}) {
   using A = Acc<dtype>;
   using V = Vec<A>;
   constexpr int w = lanes<A>;
@@ -71,9 +100,9 @@ Acc<dtype> block_max(const Storage<dtype>* p, int64_t n) {
   for (auto& v : m) v = constant<V>(least);
   int64_t i = 0;
   for (; i + 4 * w <= n; i += 4 * w)
-    for (int j = 0; j < 4; ++j) m[j] = max(Element<dtype>::load(p + i + j * w), m[j]);
-  for (; i + w <= n; i += w) m[0] = max(Element<dtype>::load(p + i), m[0]);
-  if (i < n) m[1] = max(load_some<dtype>(p + i, 1, n - i, least), m[1]);
+    for (int j = 0; j < 4; ++j) m[j] = max(set(i + j * w, Element<dtype>::load(p + i + j * w), least), m[j]);
+  for (; i + w <= n; i += w) m[0] = max(set(i, Element<dtype>::load(p + i), least), m[0]);
+  if (i < n) m[1] = max(set(i, load_some<dtype>(p + i, 1, n - i, least), least), m[1]);
   return max_lanes(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
@@ -109,8 +138,8 @@ FASTPO_FN void load_four(const Storage<dtype>* p, Vec<Acc<dtype>> (&x)[4]) {
 }
 
 // Sums of n elements for a given offset; returns their maximum.
-template <DType dtype, bool weighted, bool squared>
-Acc<dtype> block_sums(const Storage<dtype>* p, int64_t n, Acc<dtype> offset, Acc<dtype> scale, Sums& sums) {
+template <DType dtype, bool weighted, bool squared, class Set>
+Acc<dtype> block_sums(const Storage<dtype>* p, int64_t n, Set set, Acc<dtype> offset, Acc<dtype> scale, Sums& sums) {
   using A = Acc<dtype>;
   using V = Vec<A>;
   constexpr int width = lanes<A>;
@@ -135,13 +164,16 @@ Acc<dtype> block_sums(const Storage<dtype>* p, int64_t n, Acc<dtype> offset, Acc
     const int64_t end = n - i < run ? n : i + run;
     for (; i + 4 * width <= end; i += 4 * width) {
       V x[4];
-      load_four<dtype>(p + i, x);
+      if constexpr (Set::every)
+        load_four<dtype>(p + i, x);
+      else  // a bit's place is that of its element
+        for (int j = 0; j < 4; ++j) x[j] = set(i + j * width, Element<dtype>::load(p + i + j * width), least);
       for (size_t line = 0; line < 4 * width * sizeof(*p); line += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(p + i) + line + prefetch_bytes);
       for (int j = 0; j < 4; ++j) add(x[j], j);
     }
-    for (; i + width <= end; i += width) add(Element<dtype>::load(p + i), 0);
-    if (i < end) add(load_some<dtype>(p + i, 1, end - i, least), 1);
+    for (; i + width <= end; i += width) add(set(i, Element<dtype>::load(p + i), least), 0);
+    if (i < end) add(set(i, load_some<dtype>(p + i, 1, end - i, least), least), 1);
     i = end;
     total_s += (s[0] + s[1]) + (s[2] + s[3]);
     if constexpr (weighted) total_w += (w[0] + w[1]) + (w[2] + w[3]);
@@ -153,12 +185,12 @@ Acc<dtype> block_sums(const Storage<dtype>* p, int64_t n, Acc<dtype> offset, Acc
   return max_lanes(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
-// first column that holds `value`, or the first NaN for a NaN; n if there is none
-template <DType dtype>
-int64_t find(const Storage<dtype>* p, int64_t stride, int64_t n, Acc<dtype> value) {
+// first column of the set that holds `value`, or the first NaN for a NaN; n if there is none
+template <DType dtype, class Set>
+int64_t find(const Storage<dtype>* p, int64_t stride, int64_t n, Set set, Acc<dtype> value) {
   for (int64_t i = 0; i < n; ++i) {
     const Acc<dtype> x = load_one<dtype>(p + i * stride);
-    if (x == value || (value != value && x != x)) return i;
+    if ((x == value || (value != value && x != x)) && set.has(i)) return i;
   }
   return n;
 }
@@ -170,9 +202,9 @@ struct RowSums {
   Sums sums;
 };
 
-// Adds n adjacent columns, n <= block_columns, the first of which is number `column` of the row.
-template <DType dtype, bool weighted, bool squared>
-FASTPO_FN void fold_block(const Storage<dtype>* p, int64_t n, int64_t column, Acc<dtype> scale, bool top1,
+// Adds those of n adjacent columns, n <= block_columns, that are in the set; the first is number `column` of the row.
+template <DType dtype, bool weighted, bool squared, class Set>
+FASTPO_FN void fold_block(const Storage<dtype>* p, int64_t n, Set set, int64_t column, Acc<dtype> scale, bool top1,
                           RowSums& row) {
   using A = Acc<dtype>;
   constexpr A infinity = std::numeric_limits<A>::infinity();
@@ -180,18 +212,18 @@ FASTPO_FN void fold_block(const Storage<dtype>* p, int64_t n, int64_t column, Ac
   Sums block;
   A candidate = largest;
   if (largest == -infinity)
-    candidate = block_max<dtype>(p, n);
+    candidate = block_max<dtype>(p, n, set);
   else
-    candidate = block_sums<dtype, weighted, squared>(p, n, largest, scale, block);
+    candidate = block_sums<dtype, weighted, squared>(p, n, set, largest, scale, block);
   if (candidate > largest || largest == -infinity) {
     // in double, for t may be far beyond what a float holds
     const double shift = (static_cast<double>(candidate) - largest) * scale;
     if (shift <= highest_power)
       block.lower(shift);
     else  // the row's first block is here too, and a NaN
-      block_sums<dtype, weighted, squared>(p, n, candidate == -infinity ? A(0) : candidate, scale, block);
+      block_sums<dtype, weighted, squared>(p, n, set, candidate == -infinity ? A(0) : candidate, scale, block);
     if (largest != -infinity) row.sums.lower(shift);
-    if (top1 && candidate > largest) row.top1 = column + find<dtype>(p, 1, n, candidate);
+    if (top1 && candidate > largest) row.top1 = column + find<dtype>(p, 1, n, set, candidate);
     row.largest = candidate;
   }
   row.sums.s += block.s;

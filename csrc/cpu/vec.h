@@ -257,6 +257,29 @@ FASTPO_FN VecL wide_mask(const bool* mask, VecD) {
 #endif
 }
 
+// x where the bit of its column is set, else `out`. Column c has bit c % 32 of word c / 32; `column`, that of the first
+// lane, is a multiple of the number of lanes, so that one word has all their bits.
+FASTPO_FN VecF where_bit(const uint32_t* words, int64_t column, VecF x, float out) {
+  const uint32_t bits = words[column >> 5] >> (column & 31);
+#if FASTPO_AVX512
+  return (VecF)_mm512_mask_blend_ps(static_cast<__mmask16>(bits), _mm512_set1_ps(out), (__m512)x);
+#else
+  VecI lane;
+  for (int i = 0; i < lanes<float>; ++i) lane[i] = 1 << i;
+  return select((lane & static_cast<int>(bits)) != 0, x, constant<VecF>(out));
+#endif
+}
+FASTPO_FN VecD where_bit(const uint32_t* words, int64_t column, VecD x, double out) {
+  const uint32_t bits = words[column >> 5] >> (column & 31);
+#if FASTPO_AVX512
+  return (VecD)_mm512_mask_blend_pd(static_cast<__mmask8>(bits), _mm512_set1_pd(out), (__m512d)x);
+#else
+  VecL lane;
+  for (int i = 0; i < lanes<double>; ++i) lane[i] = Int64{1} << i;
+  return select((lane & static_cast<Int64>(bits)) != 0, x, constant<VecD>(out));
+#endif
+}
+
 // v where the bytes at `mask` are true, else 0; what a masked lane holds is never computed with
 template <class V>
 FASTPO_FN V where(const bool* mask, V v) {

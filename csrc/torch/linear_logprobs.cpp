@@ -17,7 +17,7 @@ double* doubles(const Tensor& t, int64_t count, const char* name) {
 }
 
 LogitTile tile_of(const Tensor& tile, int64_t first, const Tensor& targets, const Tensor& inverse, double logit_scale,
-                  double cap, const Tensor& state) {
+                  double cap, const Tensor& state, const OptionalTensor& allowed) {
   STD_TORCH_CHECK(tile.dim() == 2 && targets.dim() == 2 && tile.stride(1) == 1, "fastpo::linear_logprobs: wrong tile");
   LogitTile t{};
   t.dtype = dtype_of(tile);
@@ -32,6 +32,14 @@ LogitTile tile_of(const Tensor& tile, int64_t first, const Tensor& targets, cons
   t.logit_scale = logit_scale;
   t.cap = cap;
   t.state = doubles(state, 4 * t.rows, "state");
+  if (allowed) {
+    STD_TORCH_CHECK(allowed->scalar_type() == ScalarType::Int && allowed->dim() == 2 &&
+                        (allowed->size(0) == 1 || allowed->size(0) == t.rows) &&
+                        allowed->size(1) == (t.columns + 31) / 32 && (allowed->stride(1) == 1 || allowed->size(1) <= 1),
+                    "fastpo::linear_logprobs: allowed has the wrong dtype, size or strides");
+    t.allowed = static_cast<const uint32_t*>(allowed->const_data_ptr());
+    t.allowed_stride = allowed->size(0) == 1 ? 0 : allowed->stride(0);
+  }
   return t;
 }
 
@@ -39,8 +47,9 @@ LogitTile tile_of(const Tensor& tile, int64_t first, const Tensor& targets, cons
 int64_t grain(const LogitTile& t) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, t.columns)); }
 
 void fold_tile(Tensor tile, int64_t first, Tensor targets, Tensor inverse, double logit_scale, double cap, Tensor state,
-               Tensor taken, OptionalTensor top1, OptionalTensor total, bool weighted, bool squared) {
-  LogitTile t = tile_of(tile, first, targets, inverse, logit_scale, cap, state);
+               Tensor taken, OptionalTensor top1, OptionalTensor total, bool weighted, bool squared,
+               OptionalTensor allowed) {
+  LogitTile t = tile_of(tile, first, targets, inverse, logit_scale, cap, state, allowed);
   t.taken = doubles(taken, t.rows * t.ids, "taken");
   if (top1) t.top1 = numbers<int64_t>(*top1, ScalarType::Long, t.rows, "top1");
   if (total) t.total = doubles(*total, t.rows, "total");
@@ -51,9 +60,10 @@ void fold_tile(Tensor tile, int64_t first, Tensor targets, Tensor inverse, doubl
 }
 
 void dlogits_tile(Tensor tile, int64_t first, Tensor targets, Tensor inverse, double logit_scale, double cap,
-                  Tensor state, Tensor at, OptionalTensor slope, Tensor grads, OptionalTensor out) {
+                  Tensor state, Tensor at, OptionalTensor slope, Tensor grads, OptionalTensor out,
+                  OptionalTensor allowed) {
   STD_TORCH_CHECK(!out, "fastpo::dlogits_tile: on the CPU in place only");
-  LogitTile t = tile_of(tile, first, targets, inverse, logit_scale, cap, state);
+  LogitTile t = tile_of(tile, first, targets, inverse, logit_scale, cap, state, allowed);
   t.at = doubles(at, t.rows, "at");
   if (slope) t.slope = doubles(*slope, t.rows, "slope");
   t.grads = doubles(grads, t.rows * t.ids, "grads");

@@ -22,6 +22,16 @@ void check_arguments(const TokenLogprobs& a, const Tensor& targets) {
                  a.logits.columns, " (ignore_index is ", a.ignore_index, ")");
   }
   check_temperatures(a.temperatures, a.dtype, a.rows);
+  const int64_t words = (a.logits.columns + 31) / 32;
+  // bits behind the last column say nothing
+  const uint32_t last = ~uint32_t{0} >> (32 * words - a.logits.columns);
+  for (int64_t r = 0; a.allowed && r < a.rows; ++r) {
+    const uint32_t* set = a.allowed + r * a.allowed_stride;
+    const bool some = (set[words - 1] & last) || std::any_of(set, set + words - 1, [](uint32_t w) { return w != 0; });
+    bool asked = false;
+    for (int64_t k = 0; k < a.ids; ++k) asked |= a.target(r * a.ids + k) != a.ignore_index;
+    FASTPO_CHECK(some || !asked, ValueError, "allowed holds no token for row ", r, ", which has a target");
+  }
 }
 
 struct Prepared {
@@ -29,13 +39,13 @@ struct Prepared {
   ScalarType accumulator;
   // keep the storage alive
   Tensor targets;
-  OptionalTensor temperatures;
+  OptionalTensor temperatures, allowed;
 };
 
 Prepared prepare(const Tensor& logits, const Tensor& targets, const OptionalTensor& temperatures, double temperature,
-                 int64_t ignore_index) {
+                 int64_t ignore_index, const OptionalTensor& allowed) {
   const ScalarType accumulator = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Prepared p{{}, accumulator, as_contiguous(targets), std::nullopt};
+  Prepared p{{}, accumulator, as_contiguous(targets), std::nullopt, as_contiguous(allowed)};
   if (temperatures) p.temperatures = as_contiguous(torch::stable::to(*temperatures, accumulator));
   TokenLogprobs& a = p.arguments;
   a.logits = rows_of(logits, "token_logprobs");
@@ -47,6 +57,16 @@ Prepared prepare(const Tensor& logits, const Tensor& targets, const OptionalTens
   a.ignore_index = ignore_index;
   a.temperatures = data_or_null(p.temperatures);
   a.temperature = temperature;
+  if (p.allowed) {
+    const int64_t words = (a.logits.columns + 31) / 32;
+    const bool shared = p.allowed->dim() == 1;
+    STD_TORCH_CHECK(p.allowed->scalar_type() == ScalarType::Int && p.allowed->dim() >= 1 &&
+                        p.allowed->size(p.allowed->dim() - 1) == words &&
+                        p.allowed->numel() == words * (shared ? 1 : a.rows),
+                    "fastpo::token_logprobs: allowed has the wrong dtype or shape");
+    a.allowed = static_cast<const uint32_t*>(p.allowed->const_data_ptr());
+    a.allowed_stride = shared ? 0 : words;
+  }
   check_arguments(a, targets);
   return p;
 }
@@ -56,8 +76,9 @@ int64_t grain(const TokenLogprobs& a) { return std::max<int64_t>(1, 32768 / a.lo
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor logits, Tensor targets,
                                                                    OptionalTensor temperatures, double temperature,
-                                                                   int64_t ignore_index, int64_t stats) {
-  Prepared p = prepare(logits, targets, temperatures, temperature, ignore_index);
+                                                                   int64_t ignore_index, int64_t stats,
+                                                                   OptionalTensor allowed) {
+  Prepared p = prepare(logits, targets, temperatures, temperature, ignore_index, allowed);
   TokenLogprobs& a = p.arguments;
   std::vector<int64_t> shape = shape_of(logits);
   shape.pop_back();
@@ -85,8 +106,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor logits
 void write_gradient(const Tensor& logits, const Tensor& gradient, const Tensor& targets, const Tensor& state,
                     const OptionalTensor& entropy, const OptionalTensor& temperatures, double temperature,
                     int64_t ignore_index, const OptionalTensor& grad_logprobs, const OptionalTensor& grad_entropy,
-                    const OptionalTensor& grad_logsumexp) {
-  Prepared p = prepare(logits, targets, temperatures, temperature, ignore_index);
+                    const OptionalTensor& grad_logsumexp, const OptionalTensor& allowed) {
+  Prepared p = prepare(logits, targets, temperatures, temperature, ignore_index, allowed);
   TokenLogprobs& a = p.arguments;
   const Tensor row_state = as_contiguous(state);
   const OptionalTensor h = as_contiguous(entropy), g = as_contiguous(grad_logprobs), gh = as_contiguous(grad_entropy),
@@ -108,19 +129,19 @@ void write_gradient(const Tensor& logits, const Tensor& gradient, const Tensor& 
 
 Tensor backward(Tensor logits, Tensor targets, Tensor state, OptionalTensor entropy, OptionalTensor temperatures,
                 double temperature, int64_t ignore_index, OptionalTensor grad_logprobs, OptionalTensor grad_entropy,
-                OptionalTensor grad_logsumexp) {
+                OptionalTensor grad_logsumexp, OptionalTensor allowed) {
   Tensor gradient = new_tensor(logits, shape_of(logits), logits.scalar_type());
   advise_huge_pages(gradient);
   write_gradient(logits, gradient, targets, state, entropy, temperatures, temperature, ignore_index, grad_logprobs,
-                 grad_entropy, grad_logsumexp);
+                 grad_entropy, grad_logsumexp, allowed);
   return gradient;
 }
 
 void backward_inplace(Tensor logits, Tensor targets, Tensor state, OptionalTensor entropy, OptionalTensor temperatures,
                       double temperature, int64_t ignore_index, OptionalTensor grad_logprobs,
-                      OptionalTensor grad_entropy, OptionalTensor grad_logsumexp) {
+                      OptionalTensor grad_entropy, OptionalTensor grad_logsumexp, OptionalTensor allowed) {
   write_gradient(logits, logits, targets, state, entropy, temperatures, temperature, ignore_index, grad_logprobs,
-                 grad_entropy, grad_logsumexp);
+                 grad_entropy, grad_logsumexp, allowed);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 from fastpo.kernels._native import use_backend
 from fastpo.kernels.affine_scan import affine_scan
+from fastpo.kernels.allowed import pack_allowed, top_p_allowed, unpack_allowed
 from fastpo.kernels.completions import completion_logprobs, sequence_logprobs
 from fastpo.kernels.linear_logprobs import LinearLogprobs, linear_logprobs
 from fastpo.kernels.packing import balance, pack
@@ -19,6 +20,7 @@ __all__ = [
     "group_normalize",
     "linear_logprobs",
     "pack",
+    "pack_allowed",
     "segment_stats",
     "sequence_logprobs",
     "token_alpha_divergence",
@@ -26,5 +28,7 @@ __all__ = [
     "token_kl",
     "token_logprobs",
     "token_tv",
+    "top_p_allowed",
+    "unpack_allowed",
     "use_backend",
 ]

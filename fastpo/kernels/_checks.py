@@ -69,6 +69,29 @@ def statistics(asked: tuple[str, ...], known: tuple[str, ...]) -> None:
         raise ValueError(f"stats may hold {', '.join(known)}; got {unknown[0]!r}")
 
 
+def allowed(value: object, rows: torch.Size, vocabulary: int, other_name: str, other: Tensor) -> None:
+    """Packed sets of tokens: one for all rows, or one per row."""
+    if value is None:
+        return
+    words = tensor("allowed", value, (torch.int32,))
+    same_device("allowed", words, other_name, other)
+    count = -(-vocabulary // 32)
+    if words.shape != (count,) and words.shape != (*rows, count):
+        raise ValueError(
+            f"allowed has shape {tuple(words.shape)}, expected {(count,)} or {(*rows, count)}: one bit for each of "
+            f"{vocabulary} tokens, for all rows or for each"
+        )
+
+
+def some_allowed(asked: Tensor, some: Tensor) -> None:
+    """A set that is not empty, where `some`, for every row that is asked about, where values may be looked at."""
+    if not readable(asked):
+        return
+    empty = (asked & ~some).reshape(-1)
+    if empty.any():
+        raise ValueError(f"allowed holds no token for row {int(empty.nonzero()[0])}, which has a target")
+
+
 def values(targets: Tensor, temperature: object, ignore_index: int, vocabulary: int) -> None:
     """Targets in range and temperatures positive, where values may be looked at."""
     if not readable(targets):

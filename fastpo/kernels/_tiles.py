@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpo.kernels import _checks
+from fastpo.reference.vocabulary import any_allowed, are_allowed, count_allowed, unpack_allowed
+
 LN2 = math.log(2)
 # elements of a tile that are handled in fp64 by torch at a time
 _WIDE = 1 << 20
@@ -91,6 +94,7 @@ class Problem:
         lora_b: Tensor | None,
         rows: Tensor | None,
         temperatures: Tensor | None,
+        allowed: Tensor | None,
         temperature: float,
         logit_scale: float,
         cap: float,
@@ -120,6 +124,14 @@ class Problem:
         self.valid = self.take(valid)
         self.hidden = self.take(hidden).to(self.narrow).contiguous()
         self.targets = torch.where(self.valid, self.take(targets).long() - first, -1).contiguous()
+        # which targets' log-probs have a gradient
+        self.moved = self.valid
+        self.allowed = self.outside = None
+        if allowed is not None:
+            self.allowed = (allowed if len(allowed) == 1 else self.take(allowed)).contiguous()
+            self.outside = outside(self.allowed, self.targets, weight.shape[0], group)
+            self.moved = self.valid & ~self.outside
+            self.targets = torch.where(self.outside, -1, self.targets)
         self.rows = self.hidden.shape[0]
         inverse = torch.full((self.rows,), temperature, dtype=torch.float64, device=hidden.device)
         if temperatures is not None:
@@ -153,6 +165,21 @@ class Problem:
         if self.index is None:
             return t
         return t.new_full((self.count, *t.shape[1:]), fill).index_copy_(0, self.index, t)
+
+    def check_allowed(self) -> None:
+        """Every row has an allowed token, where values may be looked at; of a process group, on some rank."""
+        if self.allowed is None or (self.group is None and not _checks.readable(self.allowed)):
+            return
+        some = all_reduce(any_allowed(self.allowed, self.weight.shape[0]).int(), self.group) > 0
+        every = torch.ones(self.rows, dtype=torch.bool, device=some.device)
+        _checks.some_allowed(self.put(every, False), self.put(some & every, True))
+
+    def sets(self, s: Slice, rows: slice) -> Tensor | None:
+        """The packed sets of a tile, whose first column is that of a word: (1 or rows, words)."""
+        if self.allowed is None:
+            return None
+        words = self.allowed[:, s.first // 32 : -(-(s.first + s.columns) // 32)]
+        return words if len(words) == 1 else words[rows]
 
     def slices(self) -> Iterator[Slice]:
         for first in range(0, self.weight.shape[0], self.width):
@@ -212,6 +239,14 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool = False) -> No
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         out.add_(a @ b)
+
+
+def outside(allowed: Tensor, ids: Tensor, columns: int, group: str | None) -> Tensor:
+    """Which ids (N, K), counted from the weight's first row, some rank has in its columns but not in its sets."""
+    here = (ids >= 0) & (ids < columns)
+    if columns:
+        here &= ~are_allowed(allowed.expand(len(ids), -1), torch.where(here, ids, 0))
+    return here if group is None else all_reduce(here.int(), group) > 0
 
 
 def resolve(group: str) -> Any:
@@ -292,7 +327,9 @@ def forward(
             data = tile.within(kept, tile.start) if kept.numel() else tile.within(p.buffer)
             p.fill(data, s, rows)
             if skip:
-                peaks[-1][rows] = p.capped(data.amax(1))
+                sets = p.sets(s, rows)
+                among = data if sets is None else torch.where(unpack_allowed(sets, s.columns), data, -math.inf)
+                peaks[-1][rows] = p.capped(among.amax(1))
             before = state[0].clone() if expected else state[0]
             torch.ops.fastpo.fold_tile(
                 data,
@@ -303,6 +340,7 @@ def forward(
                 None if total is None else total[rows],
                 bool(stats & 1),
                 bool(stats & 4),
+                p.sets(s, rows),
             )
             if expected:
                 _add_expected(p, s, tile, data, before, state, sums[rows])
@@ -310,6 +348,11 @@ def forward(
     found = (p.targets >= 0) & (p.targets < p.weight.shape[0])
     if p.group is not None:
         state, taken, top1, total = _merge(p, first, state, taken, found, top1, total)
+    if p.outside is not None:
+        taken = torch.where(p.outside, -math.inf, taken)
+    if p.allowed is not None and total is not None:
+        counts = count_allowed(p.allowed, p.weight.shape[0])
+        total = total * (vocabulary / all_reduce(counts, p.group).double())
     largest, s, weighted, squared = state
     log_sum = s.log()
     slopes = p.inverse[:, None].expand(p.targets.shape) if expected else taken[:0]
@@ -367,7 +410,8 @@ def _dlogits(
 ) -> Tensor:
     """A tile's gradient in the dtype of the products, in the tile's own place if it fits there."""
     out = None if p.gradient is None else tile.within(p.gradient)
-    torch.ops.fastpo.dlogits_tile(data, *p.layout(s, tile.rows), state, at, slope, grads, out)
+    sets = p.sets(s, tile.rows)
+    torch.ops.fastpo.dlogits_tile(data, *p.layout(s, tile.rows), state, at, slope, grads, out, sets)
     return data if out is None else out
 
 
@@ -422,7 +466,7 @@ def backward(
     s = largest_and_sum[:, 1]
     grads = torch.zeros(p.targets.shape, dtype=torch.float64, device=device)
     if grad_logprobs is not None:
-        grads = torch.where(p.valid, p.take(grad_logprobs).double(), 0).contiguous()
+        grads = torch.where(p.moved, p.take(grad_logprobs).double(), 0).contiguous()
     at = -grads.sum(-1)
     if grad_logsumexp is not None:
         at = at + p.take(grad_logsumexp).double()
@@ -504,6 +548,8 @@ def variance(p: Problem, state: Tensor, entropy: Tensor) -> Tensor:
                 rows = slice(tile.rows.start + r, min(tile.rows.start + r + height, tile.rows.stop))
                 x = p.capped(data[r : r + height]) * p.inverse[rows, None]
                 probability = torch.exp(x - (largest[rows] + log_sum[rows])[:, None])
+                if (sets := p.sets(part, rows)) is not None:
+                    probability = torch.where(unpack_allowed(sets, part.columns), probability, 0)
                 # an impossible token adds 0, not 0 · inf
                 off = torch.where(probability == 0, 0, x - mean[rows, None])
                 out[rows] += (probability * off.square()).sum(1)
@@ -541,7 +587,8 @@ class SliceGradient:
 
 def _skipped(p: Problem, largest: Tensor, peaks: Tensor, at: Tensor, slope: Tensor | None, skip: float) -> list[Any]:
     """Per slice and block of rows, whether no element of the gradient is larger than `skip`."""
-    t = (peaks - largest) * (p.inverse / LN2)
+    # below the range of an exponent, a tile without an allowed token included, it is nothing
+    t = ((peaks - largest) * (p.inverse / LN2)).clamp(min=-2048)
     bound = torch.exp2(t) * at.abs()
     if slope is not None:
         # 2^t |t| grows up to t = -1/ln 2
@@ -550,7 +597,7 @@ def _skipped(p: Problem, largest: Tensor, peaks: Tensor, at: Tensor, slope: Tens
         bound *= p.logit_scale
     small = bound <= skip
     slices = torch.arange(len(peaks), device=peaks.device)[:, None, None]
-    own = (torch.div(p.targets, p.width, rounding_mode="floor") == slices) & p.valid
+    own = (torch.div(p.targets, p.width, rounding_mode="floor") == slices) & p.moved
     small &= ~own.any(-1)
     blocks = small.split(max(p.height, 1), 1)
     return torch.stack([b.all(1) for b in blocks], 1).tolist()

@@ -141,6 +141,7 @@ def completion_logprobs(
     cu_seqlens: Tensor | None = None,
     shift: int = 1,
     temperature: float | Tensor = 1.0,
+    allowed: Tensor | None = None,
     **options: Any,
 ) -> Tensor | LinearLogprobs:
     """Log-probabilities of the tokens of completions, from the hidden states of the whole sequences.
@@ -160,6 +161,8 @@ def completion_logprobs(
         shift: how many positions before a token its hidden state stands: 1 for the hidden states of a causal language
             model, 0 if they have been shifted already.
         temperature: a positive number, or a tensor of the shape of `input_ids`: that of each token.
+        allowed: packed sets of tokens as in `token_logprobs`: one for all, or one for each token of `input_ids`, that
+            from which it came.
         options: `logit_scale`, `softcap`, `stats`, `process_group`, `memory_budget`, `skip_below`, `logits_dtype` of
             `linear_logprobs`; with a weight as head also `bias` and `lora`.
 
@@ -185,12 +188,16 @@ def completion_logprobs(
     if isinstance(temperature, Tensor):
         _checks.shape("temperature", temperature, input_ids.shape, "one temperature per token")
         temperature = _shifted(temperature, -shift, 1.0)
+    if isinstance(allowed, Tensor) and allowed.dim() > 1:
+        # sequences are along the last but one dimension
+        allowed = _shifted(allowed.movedim(-1, 0), -shift, -1).movedim(0, -1)
     out = linear_logprobs(
         hidden,
         weight,
         _shifted(targets, -shift, _IGNORED),
         temperature=temperature,
         ignore_index=_IGNORED,
+        allowed=allowed,
         **options,
     )
     if isinstance(out, Tensor):

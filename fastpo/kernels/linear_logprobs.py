@@ -26,22 +26,23 @@ _MOST_LOGITS = 1 << 26
 # the part of a device's memory that kept logits may take by default
 _BUDGET = 1 / 32
 
+# `allowed` (1 or rows, words): the packed sets of a tile's columns, outside of which no target is
 torch.library.define(
     "fastpo::fold_tile",
     "(Tensor tile, int first, Tensor targets, Tensor inverse, float logit_scale, float cap, Tensor(a!) state, "
-    "Tensor(b!) taken, Tensor(c!)? top1, Tensor(d!)? total, bool weighted, bool squared) -> ()",
+    "Tensor(b!) taken, Tensor(c!)? top1, Tensor(d!)? total, bool weighted, bool squared, Tensor? allowed=None) -> ()",
 )
 # in place, or into `out`, of a narrower dtype, for products of narrow matrices with wide results
 torch.library.define(
     "fastpo::dlogits_tile",
     "(Tensor(a!) tile, int first, Tensor targets, Tensor inverse, float logit_scale, float cap, Tensor state, "
-    "Tensor at, Tensor? slope, Tensor grads, Tensor(b!)? out=None) -> ()",
+    "Tensor at, Tensor? slope, Tensor grads, Tensor(b!)? out=None, Tensor? allowed=None) -> ()",
 )
-# hidden (N, H), targets (N, K); cap 0 stands for none
+# hidden (N, H), targets (N, K), allowed (1 or N, W); cap 0 stands for none
 _PROBLEM = (
     "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? rows, "
-    "Tensor? temperatures, float temperature, float logit_scale, float cap, float lora_scale, int ignore_index, "
-    "str? group, bool wide"
+    "Tensor? temperatures, Tensor? allowed, float temperature, float logit_scale, float cap, float lora_scale, "
+    "int ignore_index, str? group, bool wide"
 )
 # `stats`: a bit per statistic; `budget`: bytes of logits that may be kept; `skip`: 0, or a threshold for which the
 # peaks are noted. See _tiles.Found
@@ -147,14 +148,17 @@ _native.on_cuda("linear_logprobs", _native.why_not_triton, by="Triton")
 @torch.library.impl("fastpo::linear_logprobs", ("CPU", "CUDA"))
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     *problem, stats, expected, budget, skip = args
-    weight, targets, rows, temperatures, ignore_index, group = (args[i] for i in (1, 2, 6, 7, 12, 13))
-    options = hash((*args[8:13], stats))
+    weight, targets, rows, temperatures, allowed, ignore_index, group = (args[i] for i in (1, 2, 6, 7, 8, 13, 14))
+    # of the sets, each rank has those of its own columns
+    options = hash((*args[9:14], stats, 0 if allowed is None else len(allowed)))
     first, vocabulary = _tiles.shard_of(weight, targets, rows, temperatures, options, group)
     # in a graph nobody has looked at them yet, and of a shard nobody knew the size of the whole
     _checks.values(targets, temperatures, ignore_index, vocabulary)
     _check_rows(rows, len(targets))
     with torch.autocast(weight.device.type, enabled=False):
-        return _tiles.forward(_tiles.Problem(*problem, first=first), first, vocabulary, stats, expected, budget, skip)
+        p = _tiles.Problem(*problem, first=first)
+        p.check_allowed()
+        return _tiles.forward(p, first, vocabulary, stats, expected, budget, skip)
 
 
 @torch.library.impl("fastpo::linear_logprobs_backward", ("CPU", "CUDA"))
@@ -174,11 +178,11 @@ def _variance(*args: Any) -> Tensor:
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Arguments: hidden, weight, targets, bias, lora_a, lora_b, rows, temperatures, then the options."""
+    """Arguments: hidden, weight, targets, bias, lora_a, lora_b, rows, temperatures, allowed, then the options."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        tensors, (options, stats, budget, skip, enabled) = args[:8], args[8:]
+        tensors, (options, stats, budget, skip, enabled) = args[:9], args[9:]
         # which says nothing of no_grad
         needs = [enabled and n for n in ctx.needs_input_grad]
         ctx.needed = [needs[i] for i in (0, 1, 3, 4, 5)]
@@ -224,7 +228,7 @@ class _LinearLogprobs(torch.autograd.Function):
         if all(g is None for g in upstream):
             return tuple(grads)
         saved = ctx.saved_tensors
-        tensors, (state, shard, expected, slopes, kept, peaks, entropy, logprobs) = saved[:8], saved[8:]
+        tensors, (state, shard, expected, slopes, kept, peaks, entropy, logprobs) = saved[:9], saved[9:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             with torch.autocast(state.device.type, enabled=False):
                 return _differentiable_backward(ctx, tensors, upstream)
@@ -254,10 +258,13 @@ def _frozen_backward(
     Σ_k g_k (c_k W[y_k] - Σ_j p_j c_j W[j]), where c is the slope of the numbers under the softmax; `expected` has the
     inner sum but for the targets.
     """
-    hidden, weight, targets, *_, rows, _ = tensors
+    hidden, weight, targets, *_, rows, _, allowed = tensors
     assert hidden is not None and weight is not None and targets is not None
     grad_logprobs, _, grad_logsumexp = upstream
-    valid = _counted(targets, rows, options)
+    valid = counted = _counted(targets, rows, options)
+    if allowed is not None:
+        # the log-prob of a target outside is -inf whatever the logits are
+        valid = valid & ~_tiles.outside(allowed, targets, len(weight), None)
     g = torch.zeros_like(slopes) if grad_logprobs is None else torch.where(valid, grad_logprobs.double(), 0)
     upward = torch.zeros_like(slopes[:, 0]) if grad_logsumexp is None else grad_logsumexp.double()
     total = g.sum(-1)
@@ -271,7 +278,7 @@ def _frozen_backward(
         once = (upward - (total - g_k)) * logprob.exp() - g_k * torch.expm1(logprob)
         at = torch.where(valid[:, k], torch.where(again, g_k, once) * slopes[:, k], 0).to(expected.dtype)
         out = out.addcmul(at[:, None], weight[ids[:, k]].to(expected.dtype))
-    return torch.where(valid.any(-1, keepdim=True), out, 0).to(hidden.dtype)
+    return torch.where(counted.any(-1, keepdim=True), out, 0).to(hidden.dtype)
 
 
 def _counted(targets: Tensor, rows: Tensor | None, options: _Options) -> Tensor:
@@ -290,13 +297,15 @@ def _temperature_gradient(
     upstream: tuple[Tensor | None, ...],
 ) -> Tensor:
     """d/dT log p = -(log p + H) / T, d/dT logsumexp = -(logsumexp - H) / T, d/dT H = Var[z / T] / T."""
-    targets, rows, temperatures = tensors[2], tensors[6], tensors[7]
+    targets, rows, temperatures, allowed = tensors[2], *tensors[6:]
     assert targets is not None and temperatures is not None
     grad_logprobs, grad_entropy, grad_logsumexp = upstream
     valid = _counted(targets, rows, options)
     total = torch.zeros_like(entropy)
     if grad_logprobs is not None:
-        total = total - torch.where(valid, grad_logprobs * (logprobs + entropy[:, None]), 0).sum(-1)
+        # that of a target outside is -inf at every temperature
+        moved = valid if allowed is None else valid & (logprobs != -math.inf)
+        total = total - torch.where(moved, grad_logprobs * (logprobs + entropy[:, None]), 0).sum(-1)
     if grad_logsumexp is not None:
         scale = 1.0 if options.cap else options.logit_scale
         logsumexp = state[0] * scale / temperatures.double() + state[1].log()
@@ -328,7 +337,7 @@ def _differentiable_backward(
         )
     names = tuple(name for name, g in zip(("entropy", "logsumexp"), upstream[1:], strict=True) if g is not None)
     # views, so that each gradient is that of its own argument, also where one is made from the other
-    needs = ctx.needs_input_grad[:8]
+    needs = ctx.needs_input_grad[:9]
     inputs = [t.view_as(t) if n and t is not None else t for t, n in zip(tensors, needs, strict=True)]
     out = _reference(inputs, options, names)
     pairs = [(getattr(out, n), g) for n, g in zip(("logprobs", "entropy", "logsumexp"), upstream, strict=True)]
@@ -340,7 +349,7 @@ def _differentiable_backward(
 
 def _reference(tensors: Iterable[Tensor | None], options: _Options, stats: tuple[str, ...]) -> LinearLogprobs:
     """The reference on the op's arguments."""
-    hidden, weight, targets, bias, lora_a, lora_b, rows, temperatures = tensors
+    hidden, weight, targets, bias, lora_a, lora_b, rows, temperatures, allowed = tensors
     assert hidden is not None and weight is not None and targets is not None
     if rows is not None:
         targets = torch.where(_members(rows, len(targets))[:, None], targets, options.ignore_index)
@@ -355,6 +364,7 @@ def _reference(tensors: Iterable[Tensor | None], options: _Options, stats: tuple
         ignore_index=options.ignore_index,
         stats=stats,
         lora=None if lora_a is None or lora_b is None else (lora_a, lora_b, options.lora_scale),
+        allowed=allowed[0] if allowed is not None and len(allowed) == 1 else allowed,
     )
 
 
@@ -370,12 +380,13 @@ def _check(
     stats: tuple[str, ...],
     lora: tuple[Tensor, Tensor, float] | None,
     rows: Tensor | None,
+    allowed: Tensor | None,
     sharded: bool,
 ) -> None:
     _checks.tensor("hidden", hidden, _checks.FLOATS)
     _checks.tensor("weight", weight, _checks.FLOATS)
     _checks.tensor("targets", targets, _checks.INTEGERS)
-    for name, value in (("hidden", hidden), ("targets", targets), ("bias", bias), ("rows", rows)):
+    for name, value in (("hidden", hidden), ("targets", targets), ("bias", bias), ("rows", rows), ("allowed", allowed)):
         if _is_dtensor(value):
             raise TypeError(f"{name} is a DTensor, but " + ("must be local" if sharded else "weight is none"))
     _checks.same_device("targets", targets, "hidden", hidden)
@@ -425,6 +436,7 @@ def _check(
         if rows.dim() != 1:
             raise ValueError(f"rows must have shape (M,), got {tuple(rows.shape)}")
         _check_rows(rows, math.prod(hidden.shape[:-1]))
+    _checks.allowed(allowed, hidden.shape[:-1], weight.shape[0], "hidden", hidden)
 
 
 def _check_rows(rows: Tensor | None, count: int) -> None:
@@ -495,6 +507,7 @@ def linear_logprobs(  # type: ignore[overload-overlap]  # an empty tuple is an I
     memory_budget: int | None = None,
     skip_below: float = 0.0,
     rows: Tensor | None = None,
+    allowed: Tensor | None = None,
     logits_dtype: Literal["auto", "float32"] = "auto",
 ) -> Tensor: ...
 
@@ -516,6 +529,7 @@ def linear_logprobs(
     memory_budget: int | None = None,
     skip_below: float = 0.0,
     rows: Tensor | None = None,
+    allowed: Tensor | None = None,
     logits_dtype: Literal["auto", "float32"] = "auto",
 ) -> LinearLogprobs: ...
 
@@ -536,6 +550,7 @@ def linear_logprobs(
     memory_budget: int | None = None,
     skip_below: float = 0.0,
     rows: Tensor | None = None,
+    allowed: Tensor | None = None,
     logits_dtype: Literal["auto", "float32"] = "auto",
 ) -> Tensor | LinearLogprobs:
     """Log-probabilities of chosen tokens from hidden states and the head's weight, without the logits in memory.
@@ -550,11 +565,11 @@ def linear_logprobs(
 
     Memory beside inputs, results and their gradients, with n the rows that count, b the bytes of an element of
     `hidden` and a those of an accumulator (4, or 8 for fp64): a buffer of 1 MiB per thread on a CPU, 256 MiB on a GPU
-    (half as much again for bf16 and fp16); n·H·b for the rows that count, unless all do; about 130 + 34·K bytes for
-    each; kept from the forward to the backward n·V·b (on a GPU n·V·a) if that is at most `memory_budget`, or N·H·a for
-    a frozen head; in the backward n·H·a for hidden's gradient and, for a bf16 or fp16 weight's, H·a per column of the
-    buffer where the rows are more than the buffer's (512, on a GPU 8,192). On a CPU products of bf16 and fp16 take up
-    to one more buffer.
+    (half as much again for bf16 and fp16); n·H·b for the rows that count, unless all do, and as long n·V/8 for their
+    allowed sets; about 130 + 34·K bytes for each; kept from the forward to the backward n·V·b (on a GPU n·V·a) if that
+    is at most `memory_budget`, or N·H·a for a frozen head; in the backward n·H·a for hidden's gradient and, for a bf16
+    or fp16 weight's, H·a per column of the buffer where the rows are more than the buffer's (512, on a GPU 8,192). On a
+    CPU products of bf16 and fp16 take up to one more buffer.
 
     Args:
         hidden: (..., H), fp32, bf16, fp16 or fp64. Under torch.autocast it and the head are cast, as by a linear layer.
@@ -568,8 +583,8 @@ def linear_logprobs(
         softcap: the bound of the logits, or None for none.
         ignore_index: targets of this value are skipped: log-prob 0, gradient 0. Rows that have no other are left out
             of every matrix product, so that a batch of which half is prompt costs half; they may hold anything.
-        stats: as in `token_logprobs`, and "mean_logit", the mean of c(z) / T over the vocabulary, which is not
-            differentiable.
+        stats: as in `token_logprobs`, and "mean_logit", the mean of c(z) / T over the vocabulary, or over its allowed
+            part, which is not differentiable.
         lora: (A, B, scaling) of an adapter on the head: A (rank, H), B (V, rank), sharded as the weight.
         process_group: the ranks whose shards make up the vocabulary. All have the same hidden states, targets, rows,
             temperatures and options (which are compared, but for the hidden states, in a small collective that
@@ -583,6 +598,10 @@ def linear_logprobs(
             a frozen head and torch.compile. On a GPU it synchronises.
         rows: int64 (M,), all different, the rows to be computed (counted over all leading dimensions); all others are
             taken as ignored. Without it a GPU is synchronised with, to count the rows that have targets.
+        allowed: packed sets of tokens, int32 (W,) for all rows or (..., W), one per row, W = ceil(V / 32), as in
+            `token_logprobs`; over a process group those of this rank's columns. The numbers under the softmax of other
+            tokens, NaN and inf included, have no influence; their rows of the weight must be finite all the same, since
+            in hidden's gradient they are multiplied by 0. No product is saved.
         logits_dtype: dtype of the tiles. On a GPU they are fp32. On a CPU "auto" is that of `hidden`: torch's CPU has
             no product of bf16 matrices with an fp32 result, so bf16 logits are rounded to bf16 there. "float32" makes
             them exact, at the price of a product in fp32.
@@ -593,8 +612,9 @@ def linear_logprobs(
 
     Raises:
         TypeError: a dtype or type is not one of the above.
-        ValueError: shapes or devices do not match, a number is not in its domain, or the ranks of the process group
-            hold different targets.
+        ValueError: shapes or devices do not match, a number is not in its domain, the ranks of the process group hold
+            different targets, or a row with a target has no allowed token (on other devices than the CPU only with
+            FASTPO_DEBUG=1; without it, such a row has NaN).
         IndexError: a target is out of range; the message names its place. On other devices than the CPU only with
             FASTPO_DEBUG=1; without it, such a target has the log-prob NaN there.
         RuntimeError: a second derivative (create_graph) is asked for of more than 2^26 logits or over a process group.
@@ -621,7 +641,8 @@ def linear_logprobs(
         hidden, weight, bias = _cast(hidden, dtype), _cast(weight, dtype), _cast(bias, dtype)
         if isinstance(lora, tuple):
             lora = tuple(_cast(part, dtype) for part in lora)
-    _check(hidden, weight, targets, bias, temperature, logit_scale, softcap, ignore_index, stats, lora, rows, sharded)
+    numbers = (temperature, logit_scale, softcap, ignore_index)
+    _check(hidden, weight, targets, bias, *numbers, stats, lora, rows, allowed, sharded)
     _check_budget(memory_budget, skip_below)
     if logits_dtype not in ("auto", "float32"):
         raise ValueError(f"logits_dtype must be 'auto' or 'float32', got {logits_dtype!r}")
@@ -650,10 +671,14 @@ def linear_logprobs(
         None if lora is None else lora[1],
         rows,
         temperature.reshape(count) if per_row else None,  # type: ignore[union-attr]
+        None if allowed is None else allowed.reshape(1 if allowed.dim() == 1 else count, allowed.shape[-1]),
     )
     if not _native.serves("linear_logprobs", hidden.device, hidden.dtype):
         if sharded:
             raise RuntimeError("linear_logprobs: process_group needs the compiled kernel; see `fastpo info`")
+        if allowed is not None and _checks.readable(allowed):
+            asked = _counted(targets.reshape(count, ids), rows, options).any(-1)
+            _checks.some_allowed(asked, vocabulary.any_allowed(allowed, weight.shape[0]).reshape(-1))
         found: Any = _reference(tensors, options, stats)
     else:
         # under a trace nothing is kept: it would have no shape that is known before

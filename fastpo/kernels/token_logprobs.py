@@ -20,12 +20,13 @@ STATISTICS: tuple[Statistic, ...] = ("entropy", "logsumexp", "log_sum_p2", "top1
 # `state` (2, rows) is what the backward needs of a row: its largest logit and Σ exp((x - max) / T).
 torch.library.define(
     "fastpo::token_logprobs",
-    "(Tensor logits, Tensor targets, Tensor? temperatures, float temperature, int ignore_index, int stats) -> "
+    "(Tensor logits, Tensor targets, Tensor? temperatures, float temperature, int ignore_index, int stats, "
+    "Tensor? allowed=None) -> "
     "(Tensor logprobs, Tensor state, Tensor entropy, Tensor logsumexp, Tensor log_sum_p2, Tensor top1)",
 )
 _BACKWARD_ARGUMENTS = (
     "Tensor targets, Tensor state, Tensor? entropy, Tensor? temperatures, float temperature, int ignore_index, "
-    "Tensor? grad_logprobs, Tensor? grad_entropy, Tensor? grad_logsumexp"
+    "Tensor? grad_logprobs, Tensor? grad_entropy, Tensor? grad_logsumexp, Tensor? allowed=None"
 )
 torch.library.define("fastpo::token_logprobs_backward", f"(Tensor logits, {_BACKWARD_ARGUMENTS}) -> Tensor")
 torch.library.define("fastpo::token_logprobs_backward_", f"(Tensor(a!) logits, {_BACKWARD_ARGUMENTS}) -> ()")
@@ -39,6 +40,7 @@ def _fake(
     temperature: float,
     ignore_index: int,
     stats: int,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     rows = math.prod(logits.shape[:-1])
@@ -101,9 +103,10 @@ class _TokenLogprobs(torch.autograd.Function):
         ignore_index: int,
         stats: int,
         inplace_backward: bool,
+        allowed: Tensor | None,
     ) -> tuple[Tensor, ...]:
         logprobs, state, entropy, logsumexp, log_sum_p2, top1 = torch.ops.fastpo.token_logprobs(
-            logits, targets, temperatures, temperature, ignore_index, stats
+            logits, targets, temperatures, temperature, ignore_index, stats, allowed
         )
         ctx.temperature, ctx.ignore_index, ctx.stats, ctx.inplace = (
             temperature,
@@ -113,7 +116,7 @@ class _TokenLogprobs(torch.autograd.Function):
         )
         ctx.mark_non_differentiable(log_sum_p2, top1)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, targets, temperatures, state, entropy if stats & 1 else None)
+        ctx.save_for_backward(logits, targets, temperatures, allowed, state, entropy if stats & 1 else None)
         return logprobs, entropy, logsumexp, log_sum_p2, top1
 
     @staticmethod
@@ -124,7 +127,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_logsumexp: Tensor | None,
         *_: None,
     ) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 6
+        nothing = (None,) * 7
         # the empty tensor that stands for a statistic not asked for has a gradient of no meaning
         upstream = (
             grad_logprobs,
@@ -133,10 +136,10 @@ class _TokenLogprobs(torch.autograd.Function):
         )
         if all(g is None for g in upstream):
             return (None, *nothing)
-        logits, targets, temperatures, state, entropy = ctx.saved_tensors
+        logits, targets, temperatures, allowed, state, entropy = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return (_differentiable_backward(ctx, logits, targets, temperatures, upstream), *nothing)
-        rest = (targets, state, entropy, temperatures, ctx.temperature, ctx.ignore_index, *upstream)
+            return (_differentiable_backward(ctx, logits, targets, temperatures, allowed, upstream), *nothing)
+        rest = (targets, state, entropy, temperatures, ctx.temperature, ctx.ignore_index, *upstream, allowed)
         if ctx.inplace and not torch.compiler.is_compiling():
             torch.ops.fastpo.token_logprobs_backward_(logits, *rest)
             # a second backward would read gradients where it expects logits: let autograd see the write
@@ -150,6 +153,7 @@ def _differentiable_backward(
     logits: Tensor,
     targets: Tensor,
     temperatures: Tensor | None,
+    allowed: Tensor | None,
     upstream: tuple[Tensor | None, ...],
 ) -> Tensor:
     """The gradient as a function that can be differentiated again (create_graph), from the reference."""
@@ -160,6 +164,7 @@ def _differentiable_backward(
         temperature=ctx.temperature if temperatures is None else temperatures,
         ignore_index=ctx.ignore_index,
         stats=names,
+        allowed=allowed,
     )
     pairs = [(getattr(out, n), g) for n, g in zip(("logprobs", "entropy", "logsumexp"), upstream, strict=True)]
     used = [(o, g) for o, g in pairs if g is not None]
@@ -168,7 +173,12 @@ def _differentiable_backward(
 
 
 def _check(
-    logits: Tensor, targets: Tensor, temperature: float | Tensor, ignore_index: int, stats: tuple[str, ...]
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor,
+    ignore_index: int,
+    stats: tuple[str, ...],
+    allowed: Tensor | None,
 ) -> None:
     _checks.tensor("logits", logits, _checks.FLOATS)
     _checks.tensor("targets", targets, _checks.INTEGERS)
@@ -181,6 +191,7 @@ def _check(
     _checks.temperature(temperature, logits.shape[:-1], "logits", logits)
     _checks.ignore_index(ignore_index)
     _checks.statistics(stats, STATISTICS)
+    _checks.allowed(allowed, logits.shape[:-1], logits.shape[-1], "logits", logits)
 
 
 def _check_inplace(logits: Tensor) -> None:
@@ -204,6 +215,7 @@ def token_logprobs(  # type: ignore[overload-overlap]  # an empty tuple is an It
     temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
     stats: tuple[()] = (),
+    allowed: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor: ...
 
@@ -216,6 +228,7 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
     stats: Iterable[Statistic],
+    allowed: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> TokenLogprobs: ...
 
@@ -227,6 +240,7 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
     stats: Iterable[Statistic] = (),
+    allowed: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor | TokenLogprobs:
     """Log-probabilities log softmax(logits / T)[target], read from the logits in one pass.
@@ -245,6 +259,12 @@ def token_logprobs(
         stats: statistics of softmax(logits / T) to return as well, of shape (...): "entropy" in nats and
             "logsumexp", both differentiable; "log_sum_p2", the log of Σ p², and "top1", the most likely id
             (the lowest of equals), which are not.
+        allowed: a set of tokens, int32 (W,) for all rows or (..., W), one per row, W = ceil(V / 32): token v is allowed
+            where bit v % 32 of word v // 32 is set, as in the token bitmasks of xgrammar and llguidance (see
+            `pack_allowed`). Bits behind the last token say nothing. Log-probs, statistics and gradients are those of
+            the softmax over the allowed tokens; the logits of others, NaN and inf included, have no influence and the
+            gradient 0. A target outside has the log-prob -inf, through which no gradient flows. None allows every
+            token.
         inplace_backward: let the backward overwrite the logits with their gradient, which saves a tensor of
             their size. A second backward then raises. Without effect under torch.compile, which plans memory
             itself, under create_graph, and in the reference.
@@ -255,21 +275,27 @@ def token_logprobs(
 
     Raises:
         TypeError: a dtype or type is not one of the above.
-        ValueError: shapes do not match, T is not positive and finite, or `inplace_backward` cannot be honoured.
+        ValueError: shapes do not match, T is not positive and finite, `inplace_backward` cannot be honoured, or a row
+            with a target has no allowed token; the last on the CPU (a RuntimeError under torch.compile), elsewhere with
+            FASTPO_DEBUG=1; without it, such a row has NaN and the gradient 0.
         IndexError: a target is out of range; the message names its place. On the CPU (a RuntimeError under
             torch.compile), elsewhere with FASTPO_DEBUG=1; without it, such a target has the log-prob NaN there.
     """
     stats = tuple(stats)
-    _check(logits, targets, temperature, ignore_index, stats)
+    _check(logits, targets, temperature, ignore_index, stats, allowed)
     if inplace_backward:
         _check_inplace(logits)
     per_row = isinstance(temperature, Tensor)
     native = _native.serves("token_logprobs", logits.device, logits.dtype)
     if not native or logits.device.type != "cpu":
         _checks.values(targets, temperature, ignore_index, logits.shape[-1])
+        if allowed is not None and _checks.readable(allowed):
+            valid = targets != ignore_index
+            asked = valid if targets.dim() < logits.dim() else valid.any(-1)
+            _checks.some_allowed(asked, vocabulary.any_allowed(allowed, logits.shape[-1]))
     if not native:
         out = vocabulary.token_logprobs(
-            logits, targets, temperature=temperature, ignore_index=ignore_index, stats=stats
+            logits, targets, temperature=temperature, ignore_index=ignore_index, stats=stats, allowed=allowed
         )
         return out if stats else out.logprobs
     many = targets.dim() == logits.dim()
@@ -282,6 +308,7 @@ def token_logprobs(
         ignore_index,
         sum(1 << bit for bit, name in enumerate(STATISTICS) if name in stats),
         inplace_backward,
+        allowed,
     )
     logprobs = logprobs if many else logprobs.squeeze(-1)
     if not stats:

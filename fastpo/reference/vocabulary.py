@@ -24,6 +24,72 @@ class TokenLogprobs(NamedTuple):
     top1: Tensor | None = None
 
 
+def pack_allowed(mask: Tensor) -> Tensor:
+    """A bit per token, as `fastpo.pack_allowed` documents it."""
+    vocabulary = mask.shape[-1]
+    words = -(-vocabulary // 32)
+    # by way of bytes, which take an eighth of what a word for every token would
+    bits = F.pad(mask, (0, 32 * words - vocabulary)).view(*mask.shape[:-1], 4 * words, 8)
+    place = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    octets = (bits.to(torch.uint8) << place).sum(-1, dtype=torch.uint8).view(*mask.shape[:-1], words, 4)
+    shift = 8 * torch.arange(4, dtype=torch.int32, device=mask.device)
+    return (octets.to(torch.int32) << shift).sum(-1, dtype=torch.int32)
+
+
+def unpack_allowed(words: Tensor, vocabulary: int) -> Tensor:
+    """bool (..., vocabulary) of words (..., W), where 32 W is at least `vocabulary`."""
+    bits = words.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
+    return (bits != 0).flatten(-2)[..., :vocabulary]
+
+
+def are_allowed(words: Tensor, ids: Tensor) -> Tensor:
+    """Which of ids (..., K), none of them behind the words, are in the sets: words (W,) for all rows, or (..., W)."""
+    ids = ids.long()
+    word = words[ids // 32] if words.dim() == 1 else words.gather(-1, ids // 32)
+    return (word >> (ids % 32).to(torch.int32) & 1) != 0
+
+
+def any_allowed(words: Tensor, vocabulary: int) -> Tensor:
+    """Which sets (..., W) are not empty."""
+    if vocabulary == 0:
+        return torch.zeros(words.shape[:-1], dtype=torch.bool, device=words.device)
+    # bits behind the vocabulary say nothing
+    last = words[..., -1] & (-1 if vocabulary % 32 == 0 else (1 << vocabulary % 32) - 1)
+    rest = words[..., :-1]
+    return (last != 0) if rest.shape[-1] == 0 else (last != 0) | (rest.amax(-1) != 0) | (rest.amin(-1) != 0)
+
+
+def count_allowed(words: Tensor, vocabulary: int) -> Tensor:
+    """How many of the first tokens, `vocabulary` of them, each set (..., W) holds."""
+    bits = words.long() & 0xFFFFFFFF
+    if vocabulary % 32:
+        bits[..., -1] &= (1 << vocabulary % 32) - 1
+    # of pairs, of fours, of eights, of all
+    bits = bits - (bits >> 1 & 0x55555555)
+    bits = (bits & 0x33333333) + (bits >> 2 & 0x33333333)
+    bits = bits + (bits >> 4) & 0x0F0F0F0F
+    return (bits * 0x01010101 >> 24 & 0xFF).sum(-1)
+
+
+def top_p_allowed(
+    logits: Tensor, top_p: float, *, min_tokens: int = 1, always: Tensor | None = None, ignore_index: int = -100
+) -> Tensor:
+    """The packed set, as `fastpo.top_p_allowed` documents it; `always` is (..., K)."""
+    order = logits.sort(dim=-1, descending=True, stable=True)
+    probability = order.values.double().softmax(-1)
+    # what the tokens before one have together; of all together 1 need not come out
+    before = probability.cumsum(-1) - probability
+    kept = (order.values > -torch.inf) if top_p == 1 else before < top_p
+    kept = kept | (torch.arange(logits.shape[-1], device=logits.device) < min_tokens)
+    mask = torch.zeros_like(kept).scatter_(-1, order.indices, kept)
+    if always is not None:
+        valid = always != ignore_index
+        # an id that is none adds nothing: it names the most likely token, which is there
+        ids = torch.where(valid, always.long(), order.indices[..., :1])
+        mask.scatter_(-1, ids, True)
+    return pack_allowed(mask)
+
+
 def token_logprobs(
     logits: Tensor,
     targets: Tensor,
@@ -31,6 +97,7 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
     stats: tuple[str, ...] = (),
+    allowed: Tensor | None = None,
 ) -> TokenLogprobs:
     """log softmax(logits / temperature) at the targets, as `fastpo.token_logprobs` documents it."""
     accumulate = torch.promote_types(logits.dtype, torch.float32)
@@ -43,8 +110,14 @@ def token_logprobs(
         temperature = torch.where(row, temperature, 1)
     # rows that nobody asks about may hold anything: they are replaced, not multiplied away
     scaled = torch.where(row, logits.to(accumulate), 0) / temperature
+    known = torch.where(valid, ids, 0).long()
+    if allowed is not None:
+        scaled = torch.where(unpack_allowed(allowed, logits.shape[-1]) | ~row, scaled, -torch.inf)
     logprobs = scaled.log_softmax(-1)
-    taken = logprobs.gather(-1, torch.where(valid, ids, 0).long())
+    taken = logprobs.gather(-1, known)
+    if allowed is not None:
+        # that of a token outside is -inf whatever the logits are: it has no gradient
+        taken = torch.where(are_allowed(allowed, known), taken, taken.detach())
     taken = torch.where(valid, taken, 0)
     keep = row.squeeze(-1)
 
@@ -172,7 +245,8 @@ def token_alpha_divergence(
 class LinearLogprobs(NamedTuple):
     """What `linear_logprobs` returns when statistics are asked for; those not asked for are None.
 
-    As `TokenLogprobs`, and `mean_logit`, the mean over the vocabulary of the numbers whose softmax is taken.
+    As `TokenLogprobs`, and `mean_logit`, the mean over the vocabulary, or over the allowed part of it, of the numbers
+    whose softmax is taken.
     """
 
     logprobs: Tensor
@@ -219,6 +293,7 @@ def linear_logprobs(
     ignore_index: int = -100,
     stats: tuple[str, ...] = (),
     lora: tuple[Tensor, Tensor, float] | None = None,
+    allowed: Tensor | None = None,
 ) -> LinearLogprobs:
     """`token_logprobs` of a head's logits, as `fastpo.linear_logprobs` documents it."""
     many = targets.dim() == hidden.dim()
@@ -227,9 +302,15 @@ def linear_logprobs(
     hidden = torch.where(row.unsqueeze(-1), hidden, 0)
     logits = head_logits(hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, lora=lora)
     rest = tuple(name for name in stats if name != "mean_logit")
-    out = token_logprobs(logits, targets, temperature=temperature, ignore_index=ignore_index, stats=rest)
+    out = token_logprobs(
+        logits, targets, temperature=temperature, ignore_index=ignore_index, stats=rest, allowed=allowed
+    )
     mean = None
     if "mean_logit" in stats:
         divisor = temperature.to(logits.dtype) if isinstance(temperature, Tensor) else temperature
-        mean = torch.where(row, logits.detach().mean(-1) / divisor, 0)
+        mean = logits.detach().mean(-1)
+        if allowed is not None:
+            among = unpack_allowed(allowed, logits.shape[-1])
+            mean = torch.where(among, logits.detach(), 0).sum(-1) / among.sum(-1)
+        mean = torch.where(row, mean / divisor, 0)
     return LinearLogprobs(*out, mean)

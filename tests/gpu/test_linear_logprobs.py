@@ -53,6 +53,19 @@ class TestValues:
 
 
 @by_dtype
+class TestAllowed:
+    def test_values(self, dtype):
+        cases.TestAllowed().test_values(dtype, 1000, 0.4)
+
+    @pytest.mark.parametrize("options", cases.TestAllowed.OPTIONS, ids=["plain", "scaled", "capped"])
+    def test_several_tiles(self, dtype, options, monkeypatch):
+        cases.TestAllowed().test_several_tiles(dtype, options, monkeypatch)
+
+    def test_one_set_for_all_rows(self, dtype, monkeypatch):
+        cases.TestAllowed().test_one_set_for_all_rows(dtype, monkeypatch)
+
+
+@by_dtype
 class TestRows:
     def test_left_out(self, dtype):
         cases.TestIgnored().test_rows_left_out(dtype)

@@ -31,6 +31,18 @@ class TestValues(cases.TestValues):
 class TestExtremeRows(cases.TestExtremeRows): ...
 
 
+class TestAllowed:
+    @pytest.mark.parametrize("vocab", [1, 33, 4097, 50_257, 151_936])
+    def test_values(self, dtype, vocab):
+        cases.TestAllowed().test_values(dtype, vocab, 0.4)
+
+    def test_layouts(self, dtype):
+        cases.TestAllowed().test_layouts(dtype)
+
+    def test_one_set_for_all_rows(self, dtype):
+        cases.TestAllowed().test_one_set_for_all_rows(dtype)
+
+
 class TestLayouts:
     def test_strides(self, dtype):
         for logits in cases.TestLayouts().layouts(dtype).values():

@@ -88,6 +88,28 @@ class TestPositions:
         assert torch.equal(out.top1[:, 1:], torch.where(mask, p.argmax(-1), -1))
         assert (out.entropy[:, 0] == 0).all() and (out.top1[:, 0] == -1).all() and out.logsumexp is None
 
+    @pytest.mark.parametrize("shift", [0, 1, 3])
+    def test_allowed_tokens(self, shift):
+        """The set of a token goes with the hidden state that predicts it."""
+        given = make()
+        mask = torch.rand(3, 7, VOCAB, generator=torch.Generator().manual_seed(1)) < 0.5
+        mask.scatter_(-1, given["input_ids"][..., None], True)
+        want = torch.zeros(3, 7, dtype=torch.float64)
+        for b, t in given["completion_mask"].nonzero().tolist():
+            if t >= shift:
+                logits = (given["head"] @ given["hidden"][b, t - shift]).masked_fill(~mask[b, t], -math.inf)
+                want[b, t] = logits.log_softmax(0)[given["input_ids"][b, t]]
+        words = fastpo.pack_allowed(mask)
+        found = fastpo.completion_logprobs(**given, shift=shift, allowed=words)
+        torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+        rest = {n: given[n].flatten(0, 1) for n in ("hidden", "input_ids", "completion_mask")}
+        rest |= {"head": given["head"], "cu_seqlens": torch.tensor([0, 7, 14, 21], dtype=torch.int32)}
+        found = fastpo.completion_logprobs(**rest, allowed=words.flatten(0, 1), shift=shift)
+        torch.testing.assert_close(found, want.flatten(), rtol=1e-12, atol=1e-12)
+        every = torch.full_like(words[0, 0], -1)
+        found = fastpo.sequence_logprobs(**given, allowed=every)
+        torch.testing.assert_close(found, fastpo.sequence_logprobs(**given), rtol=1e-12, atol=1e-12)
+
 
 class TestSequences:
     @pytest.mark.parametrize("reduction", ["sum", "mean"])

@@ -21,7 +21,7 @@ from fastpo.kernels import _tiles
 from fastpo.kernels.linear_logprobs import STATISTICS
 from fastpo.reference import vocabulary
 from tests.device import to_device
-from tests.kernels.test_token_logprobs import exact, upstream
+from tests.kernels.test_token_logprobs import allow, exact, upstream
 from tests.memory import peak_allocated
 from tests.tolerance import assert_within
 
@@ -134,8 +134,12 @@ def gradient_terms(given: dict[str, Tensor], stats, options) -> dict[str, Tensor
     if cap is not None:
         slope = scale * (1 - torch.tanh(logits / cap) ** 2)
         logits = cap * torch.tanh(logits / cap)
+    if "allowed" in options:
+        among = fastpo.unpack_allowed(options["allowed"], logits.shape[-1]).reshape(-1, logits.shape[-1])
+        logits, slope = torch.where(among, logits, -math.inf), torch.where(among, slope, 0)
     logp = (logits / t).log_softmax(-1)
     p, like = logp.exp(), torch.promote_types(given["hidden"].dtype, torch.float32)
+    logp = torch.where(p > 0, logp, 0)
     targets = given["targets"].reshape(len(p), -1)
     valid = targets != options.get("ignore_index", -100)
     up = {n: torch.empty(given["targets"].shape if n == "logprobs" else hidden.shape[:1]) for n in DIFFERENTIABLE}
@@ -167,7 +171,7 @@ def compare(given: dict[str, Tensor], stats=STATISTICS, **options) -> dict[str, 
     truth = evaluate(wide, "reference", stats, **options)
     terms = gradient_terms(given, stats, options)
     in_double = dtype == torch.float64
-    plain = set(options) <= {"temperature", "ignore_index"}
+    plain = set(options) <= {"temperature", "ignore_index", "allowed"}
     values, sizes = {}, {}
     if plain:  # judged as token_logprobs is
         rest = tuple(s for s in stats if s != "mean_logit")
@@ -747,6 +751,209 @@ class TestFrozenHead:
         assert torch.allclose(grad[:, 0], weight[[3999, 0, 3998], 0] - mean, rtol=1e-12, atol=1e-9)
 
 
+class TestAllowed:
+    OPTIONS = ({}, {"temperature": 0.6, "logit_scale": 2.0}, {"softcap": 3.0, "logit_scale": 1.7, "temperature": 1.3})
+
+    def sets(self, given: dict[str, Tensor], share: float = 0.4) -> Tensor:
+        return allow(logits_of(given), given["targets"], share)[1]
+
+    @by_dtype
+    @pytest.mark.parametrize("vocab", [1, 33, 64, 1000])
+    @pytest.mark.parametrize("share", [0.0, 0.4])
+    def test_values(self, dtype, vocab, share):
+        given = make(5, vocab=vocab, dtype=dtype, ids=2, bias=True)
+        given["targets"][3, 0] = -100
+        compare(given, allowed=self.sets(given, share))
+
+    @by_dtype
+    @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "scaled", "capped"])
+    def test_several_tiles(self, dtype, options, monkeypatch):
+        """Kept or computed again, with rows left out."""
+        small_tiles(monkeypatch, 8, 1)
+        given = make(19, vocab=333, dtype=dtype, ids=2, bias=True, rank=2)
+        given["targets"][::4] = -100
+        words = self.sets(given)
+        for budget in (0, 1 << 30):
+            compare(given, allowed=words, memory_budget=budget, **options)
+        rows = torch.tensor([1, 7, 18])
+        ours, whole = (evaluate(given, allowed=words, **o) for o in ({"rows": rows}, {}))
+        assert torch.equal(ours["entropy"][rows], whole["entropy"][rows]) and (ours["entropy"] > 0).sum() == 3
+
+    @by_dtype
+    def test_one_set_for_all_rows(self, dtype, monkeypatch):
+        """What is under the softmax of other tokens may be NaN or infinite."""
+        small_tiles(monkeypatch, 8, 1)
+        given = make(9, vocab=200, dtype=dtype, bias=True)
+        given["targets"][:] = torch.arange(9) % 3
+        words = self.sets(given)[0] | 7
+        among = fastpo.unpack_allowed(words, 200)
+        anything = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=dtype)
+        given["bias"] = torch.where(among, given["bias"], anything[torch.arange(200) % 3])
+        ours = compare(given, allowed=words)
+        assert (ours["d_bias"][~among] == 0).all() and (ours["d_weight"][~among] == 0).all()
+        own = evaluate(given, allowed=words.expand(9, -1))
+        assert all(torch.equal(t, own[n]) for n, t in ours.items())
+        banned = {**given, "bias": torch.where(among, given["bias"], -torch.inf)}
+        for name, value in evaluate(banned).items():
+            if name != "mean_logit":
+                # sums in another order
+                eps = torch.finfo(value.dtype).eps if value.is_floating_point() else 0
+                torch.testing.assert_close(ours[name], value, rtol=8 * eps, atol=8 * eps, msg=name)
+
+    def test_mean_over_the_set(self):
+        given = make(6, vocab=100, dtype=torch.float64)
+        words = self.sets(given)
+        among = fastpo.unpack_allowed(words, 100)
+        out = call(given, allowed=words, temperature=0.5, stats=("mean_logit",))
+        want = [logits_of(given)[r, among[r]].mean() / 0.5 for r in range(6)]
+        torch.testing.assert_close(out.mean_logit, torch.stack(want), rtol=1e-13, atol=1e-13)
+
+    @pytest.mark.parametrize("frozen", [False, True])
+    @pytest.mark.parametrize("options", OPTIONS[1:], ids=["scaled", "capped"])
+    def test_target_outside(self, frozen, options, monkeypatch):
+        """As in token_logprobs: -inf, no gradient, and none of the temperature's."""
+        small_tiles(monkeypatch, 4, 1)
+        given = make(6, vocab=150, dtype=torch.float64, ids=2)
+        mask = fastpo.unpack_allowed(self.sets(given), 150)
+        given["targets"][1:4, 0] = given["targets"][2, 1] = 100
+        mask[:, 100] = False
+        words = fastpo.pack_allowed(mask)
+        outside = given["targets"] == 100
+        temperature = torch.linspace(0.5, 2, 6, dtype=torch.float64)
+        rest = {n: v for n, v in options.items() if n != "temperature"}
+        for backend in ("native", "reference"):
+            found = []
+            for targets in (given["targets"], torch.where(outside, -100, given["targets"])):
+                leaves = [given["hidden"].clone().requires_grad_(), temperature.clone().requires_grad_(not frozen)]
+                with fastpo.use_backend(backend):
+                    out = fastpo.linear_logprobs(
+                        leaves[0],
+                        given["weight"].clone().requires_grad_(not frozen),
+                        targets,
+                        temperature=leaves[1],
+                        stats=("logsumexp",),
+                        allowed=words,
+                        **rest,
+                    )
+                up = torch.where(outside, torch.nan, 2.0).double()
+                wanted = [t for t in leaves if t.requires_grad]
+                found.append([out.logprobs, *torch.autograd.grad(out.logprobs, wanted, up)])
+            assert torch.equal(found[0][0] == -math.inf, outside) and outside[2].all()
+            for a, b in zip(found[0][1:], found[1][1:], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+                assert not a[2].any() and a[0].any()
+
+    @by_dtype
+    @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "scaled", "capped"])
+    def test_frozen_head(self, dtype, options, monkeypatch):
+        small_tiles(monkeypatch, 16, 1)
+        given = make(21, vocab=333, dtype=dtype, ids=2, bias=True)
+        given["targets"][::5] = -100
+        options = {**options, "allowed": self.sets(given)}
+        ours, same = TestFrozenHead().run(given, **options), evaluate(given, "reference", ("logsumexp",), **options)
+        wide = {n: t.double() if t.is_floating_point() else t for n, t in given.items()}
+        truth = evaluate(wide, "reference", ("logsumexp",), **options)["d_hidden"]
+        # twice the terms, as without sets
+        terms = 2 * gradient_terms(given, ("logsumexp",), options)["d_hidden"].numpy()
+        assert_within(ours["d_hidden"], truth, same["d_hidden"], name="d_hidden", terms=terms)
+
+    @pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "logit_scale": 1.7}], ids=["plain", "capped"])
+    def test_gradcheck(self, options, monkeypatch):
+        """The temperature's too, for which the variance is over the set."""
+        small_tiles(monkeypatch, 2, 1)
+        g = torch.Generator().manual_seed(0)
+        tensors = [torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_() for s in ((4, 2), (66, 2), (66,))]
+        temperature = (torch.rand(4, generator=g, dtype=torch.float64) + 0.5).requires_grad_()
+        targets = torch.tensor([[0, 65], [3, 3], [-100, -100], [5, -100]])
+        words = allow(torch.zeros(4, 66), targets, 0.1)[1]
+
+        def function(hidden, weight, bias, t):
+            out = fastpo.linear_logprobs(
+                hidden, weight, targets, bias, temperature=t, stats=("entropy", "logsumexp"), allowed=words, **options
+            )
+            return out[:3]
+
+        assert torch.autograd.gradcheck(function, (*tensors, temperature))
+        assert torch.autograd.gradgradcheck(function, (*tensors, temperature))
+
+    @pytest.mark.parametrize("stats", [(), ("entropy", "logsumexp")], ids=["plain", "stats"])
+    def test_tiles_without_an_allowed_token_are_skipped(self, stats, monkeypatch):
+        small_tiles(monkeypatch, 16, 1)
+        given = make(40, vocab=640, dtype=torch.float64, bias=True)
+        given["bias"][128:] = 1e3
+        given["targets"] = given["targets"] % 128
+        words = torch.zeros(20, dtype=torch.int32)
+        words[:4] = -1
+        found = []
+        for skip in (0.0, 1e-9):
+            with counted_products(monkeypatch) as products:
+                found.append(evaluate(given, stats=stats, allowed=words, skip_below=skip, memory_budget=0))
+            found[-1]["products"] = torch.tensor(len(products))
+        exact, ours = found
+        # of three products in four, 8 of the 10 slices
+        assert ours.pop("products") < 0.5 * exact.pop("products")
+        assert all(torch.allclose(t, exact[n], rtol=0, atol=1e-7) for n, t in ours.items())
+
+    def test_empty_set(self):
+        given = make(2, 3, vocab=40)
+        words = torch.full((2, 3, 2), -1, dtype=torch.int32)
+        words[1, 1] = torch.tensor([0, -1 << 8])
+        for backend in ("native", "reference"):
+            with fastpo.use_backend(backend):
+                with pytest.raises(ValueError, match="allowed holds no token for row 4, which has a target"):
+                    call(given, allowed=words)
+                ignored = given["targets"].clone()
+                ignored[0, 0] = ignored[1, 1] = -100
+                assert call({**given, "targets": ignored}, allowed=words).isfinite().all()
+                with pytest.raises(ValueError, match="allowed holds no token for row 1"):
+                    call({**given, "targets": ignored}, allowed=torch.zeros(2, dtype=torch.int32))
+
+    def test_messages(self):
+        given = make(2, 3, vocab=40)
+        words = torch.full((2, 3, 2), -1, dtype=torch.int32)
+        for allowed, error, message in (
+            (words.long(), TypeError, "allowed must have dtype int32, got int64"),
+            (words[..., :1], ValueError, r"allowed has shape \(2, 3, 1\), expected \(2,\) or \(2, 3, 2\)"),
+            (words.to("meta"), ValueError, "allowed is on meta, hidden on cpu"),
+        ):
+            for backend in ("native", "reference"):
+                with fastpo.use_backend(backend), pytest.raises(error, match=message):
+                    call(given, allowed=allowed)
+
+    def test_compiled(self):
+        torch._dynamo.reset()
+        given = make(4, 6, vocab=90, bias=True)
+        words = self.sets(given)
+        leaves = [given[n].requires_grad_() for n in ("hidden", "weight", "bias")]
+        leaves.append(torch.linspace(0.5, 2, 24).view(4, 6).requires_grad_())
+
+        def step(hidden, weight, bias, temperature):
+            out = fastpo.linear_logprobs(
+                hidden, weight, given["targets"], bias, temperature=temperature, stats=("entropy",), allowed=words
+            )
+            return out.logprobs * 2, out.entropy
+
+        results = []
+        for f in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+            out = f(*leaves)
+            results.append([*out, *torch.autograd.grad([o.sum() for o in out], leaves)])
+        for ours, compiled in zip(*results, strict=True):
+            torch.testing.assert_close(ours, compiled, rtol=1e-6, atol=1e-6)
+
+    def test_opcheck(self):
+        given = make(5, vocab=40, ids=2)
+        words = self.sets(given)
+        h, w, t = (given[n] for n in ("hidden", "weight", "targets"))
+        for sets in (words, words[:1] | -1):
+            common = (h, w, t, None, None, None, None, None, sets, 1.0, 1.0, 0.0, 0.0, -100, None, False)
+            rest = (31, False, 0, 0.0)
+            torch.library.opcheck(torch.ops.fastpo.linear_logprobs.default, (*common, *rest))
+            out = torch.ops.fastpo.linear_logprobs(*common, *rest)
+            torch.library.opcheck(torch.ops.fastpo.linear_logprobs_variance.default, (*common, out[1], out[2], out[7]))
+            arguments = (*common, out[1], out[2], *out[5:8], torch.randn(5, 2), torch.randn(5), None, 0.0, 3)
+            torch.library.opcheck(torch.ops.fastpo.linear_logprobs_backward.default, arguments)
+
+
 class TestCompile:
     @pytest.mark.parametrize("frozen", [False, True])
     def test_temperature_that_learns(self, frozen):
@@ -800,7 +1007,7 @@ class TestCompile:
         given["targets"][0] = -100
         like = torch.promote_types(dtype, torch.float32)
         temperatures = torch.rand(5) + 0.5
-        options = (temperatures, 1.0, 0.5, 3.0, SCALING, -100)
+        options = (temperatures, None, 1.0, 0.5, 3.0, SCALING, -100)
         lora = torch.rand(2, 32).to(dtype), torch.rand(40, 2).to(dtype)
         rows = torch.tensor([1, 3])
         common = (h, w, t, b, *lora, rows, *options, None, False)

@@ -96,6 +96,53 @@ def extreme_rows() -> None:
     _compare(given, (10, 10))
 
 
+def allowed_sets() -> None:
+    """Each rank has the sets of its own columns, which need not hold a token; a target outside is known to both."""
+    rank = dist.get_rank()
+    given = make(6, vocab=73, bias=True, ids=2, dtype=torch.float64)
+    mask = torch.rand(6, 73, generator=torch.Generator().manual_seed(1)) < 0.3
+    given["targets"] = torch.tensor([[3, 60], [60, 3], [5, 6], [61, -100], [-100, -100], [7, 8]])
+    mask[:, 3] = mask[:, 60] = True
+    mask[0, 3] = mask[1, 60] = mask[2, 5] = False
+    # no token of one rank's, or of any where nothing is asked
+    mask[2, 40:] = mask[3, :40] = mask[4] = False
+    mask[2, 6] = mask[3, 61] = True
+    mask[5, [7, 8]] = False
+    part = slice(0, 40) if rank == 0 else slice(40, 73)
+    for sets in (mask, mask[0]):
+        results = []
+        for columns, group in ((part, dist.group.WORLD), (slice(None), None)):
+            leaves = {n: given[n].clone().requires_grad_() for n in ("hidden", "weight", "bias")}
+            leaves["temperature"] = torch.linspace(0.5, 2, 6, dtype=torch.float64).requires_grad_()
+            out = fastpo.linear_logprobs(
+                **(leaves | {n: leaves[n][columns] for n in ("weight", "bias")}),
+                targets=given["targets"],
+                stats=STATISTICS,
+                allowed=fastpo.pack_allowed(sets[..., columns]),
+                process_group=group,
+            )
+            outputs = [getattr(out, n) for n in DIFFERENTIABLE]
+            up = [upstream(n, o) for n, o in zip(DIFFERENTIABLE, outputs, strict=True)]
+            up[0] = torch.where(out.logprobs == -torch.inf, torch.nan, up[0])
+            grads = dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), up), strict=True))
+            results.append([*out, *(g[part] if n in ("weight", "bias") else g for n, g in grads.items())])
+        for ours, want in zip(*results, strict=True):
+            assert not want.isnan().any()
+            assert torch.allclose(ours.double(), want.double(), rtol=1e-12, atol=1e-12)
+        if sets is mask:
+            outside = [[True, False], [True, False], [True, False], [False, False], [False, False], [True, True]]
+            assert (results[0][0] == -torch.inf).tolist() == outside
+    mask[3] = False
+    with pytest.raises(ValueError, match="allowed holds no token for row 3, which has a target"):
+        fastpo.linear_logprobs(
+            given["hidden"],
+            given["weight"][part],
+            given["targets"],
+            allowed=fastpo.pack_allowed(mask[:, part]),
+            process_group=dist.group.WORLD,
+        )
+
+
 def nothing_to_do() -> None:
     given = make(5, vocab=20)
     given["targets"][:] = -100
@@ -185,7 +232,7 @@ def bad_input() -> None:
         torch.autograd.grad(out.sum(), hidden, create_graph=True)
 
 
-CHECKS = (values, several_tiles, extreme_rows, nothing_to_do, only_hidden_learns, dtensor, bad_input)
+CHECKS = (values, several_tiles, extreme_rows, allowed_sets, nothing_to_do, only_hidden_learns, dtensor, bad_input)
 
 
 def _rank(rank: int, folder: str) -> None:

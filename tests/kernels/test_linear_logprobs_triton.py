@@ -22,7 +22,7 @@ import fastpo
 from fastpo.kernels import _tiles
 from tests.emulator.harness import in_place_of_cpu
 from tests.kernels import test_linear_logprobs as cases
-from tests.kernels.test_token_logprobs import make
+from tests.kernels.test_token_logprobs import allow, make
 from tests.tolerance import assert_within
 
 pytest.importorskip("triton")
@@ -493,6 +493,53 @@ class TestPlace:
             kernels.dlogits_tile(tile, *arguments, *rest)
 
 
+class TestAllowed:
+    @by_two_dtypes
+    @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+    @pytest.mark.parametrize("scale_and_cap", [PLAIN, CAPPED], ids=["plain", "capped"])
+    def test_as_the_cpu_has_them(self, dtype, scale_and_cap, shared):
+        """Rows that begin and end anywhere; logits outside hold anything, and in one row so do those inside."""
+        e = vector(dtype)
+        for before, columns in ((0, 40 * e), (1, 5), (3, 17 * e + 1), (e - 1, 66 * e - 3)):
+            logits, _ = make(3, columns, dtype=dtype, seed=before)
+            targets, inverse = torch.tensor([[0], [columns - 1], [-1]]), torch.tensor([0.7, 1.3, 1.0]).double()
+            # that hold the first and the last column
+            spoiled, words, mask = allow(logits, torch.tensor([[0, columns - 1]] * 3))
+            if shared:
+                spoiled, words, mask = torch.where(mask[0], logits, spoiled), words[:1], mask[:1].expand(3, -1)
+            spoiled[2, mask[2].nonzero()[0]] = torch.nan
+            tile = among_nans(spoiled, before, 2)
+            carried = []
+            for op in (functools.partial(kernels.fold_tile, config=SMALL[0]), torch.ops.fastpo.fold_tile):
+                call = functools.partial(_with_sets, op, words)
+                carried.append(fold(call, [tile], targets, inverse, scale_and_cap=scale_and_cap))
+            for name, value in carried[0].items():
+                torch.testing.assert_close(value, carried[1][name], rtol=2e-6, atol=2e-5, equal_nan=True, msg=name)
+            assert carried[0]["state"][:, :2].isfinite().all() and carried[0]["state"][1, 2].isnan()
+            x, _ = capped(torch.where(mask, spoiled, 0), *scale_and_cap)
+            torch.testing.assert_close(carried[0]["total"][:2], x.sum(1)[:2], rtol=2e-6, atol=2e-5)
+            at, slope, grads = coefficients(inverse, carried[1]["state"], 1)
+            arguments = (0, targets, inverse, *scale_and_cap, carried[1]["state"], at, slope, grads, None, words)
+            ours, theirs = copy_of(tile), tile.clone()
+            kernels.dlogits_tile(ours, *arguments, config=SMALL[1])
+            torch.ops.fastpo.dlogits_tile(theirs, *arguments)
+            torch.testing.assert_close(ours, theirs, rtol=torch.finfo(dtype).eps, atol=2e-5, equal_nan=True)
+            assert torch.equal(surroundings(ours), surroundings(tile))
+            assert (ours[~mask] == 0).all() and ours[:2].isfinite().all()
+
+    def test_wrong_arguments(self):
+        logits, _ = make(3, 40)
+        targets, inverse = rows_of(3, 1, 40)
+        for words in (torch.zeros(3, 2), torch.zeros(2, 2).int(), torch.zeros(3, 1).int(), torch.zeros(2, 3).int().t()):
+            for op in (kernels.fold_tile, torch.ops.fastpo.fold_tile):
+                with pytest.raises((ValueError, RuntimeError), match="allowed has the wrong dtype, size or strides"):
+                    fold(functools.partial(_with_sets, op, words), [logits], targets, inverse)
+
+
+def _with_sets(op: Any, words: Tensor, *args: Any) -> None:
+    op(*args, words)
+
+
 @contextlib.contextmanager
 def interpreted(configs=LARGE) -> Iterator[Counter]:
     """The two ops on CPU tensors are the Triton kernels; counts how often each was called."""
@@ -596,6 +643,11 @@ class TestDriver:
 
     def test_nan_stays_in_its_row(self):
         cases.TestBadInput().test_nan_stays_in_its_row()
+
+    @by_two_dtypes
+    def test_allowed(self, dtype, monkeypatch):
+        cases.TestAllowed().test_one_set_for_all_rows(dtype, monkeypatch)
+        cases.TestAllowed().test_frozen_head(dtype, cases.TestAllowed.OPTIONS[2], monkeypatch)
 
 
 def test_the_cpu_ops_come_back():

@@ -47,7 +47,7 @@ def evaluate(logits: Tensor, targets: Tensor, backend: str = "native", **options
 
 
 def exact(
-    logits: Tensor, targets: Tensor, temperature=1.0, ignore_index=-100, stats=STATISTICS
+    logits: Tensor, targets: Tensor, temperature=1.0, ignore_index=-100, stats=STATISTICS, allowed=None
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The textbook formulas in 80-bit floats, without torch: the truth, for the reference as well.
 
@@ -56,6 +56,11 @@ def exact(
     """
     shape, vocab = logits.shape[:-1], logits.shape[-1]
     x = logits.to(torch.float64).numpy().astype(np.longdouble).reshape(-1, vocab)
+    if allowed is not None:
+        bits = np.unpackbits(np.ascontiguousarray(allowed.numpy()).view(np.uint8), axis=-1, bitorder="little")[
+            ..., :vocab
+        ]
+        x = np.where(bits.reshape(-1, vocab), x, -np.inf)
     y = targets.numpy().reshape(len(x), -1)
     t = temperature.double().numpy().reshape(-1, 1) if isinstance(temperature, Tensor) else temperature
     z = x / np.asarray(t, dtype=np.longdouble)
@@ -502,6 +507,219 @@ class TestCompile:
         )
         torch.library.opcheck(torch.ops.fastpo.token_logprobs_backward.default, (logits, *rest))
         torch.library.opcheck(torch.ops.fastpo.token_logprobs_backward_.default, (logits.clone(), *rest))
+
+
+def allow(logits: Tensor, targets: Tensor, share: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
+    """Random sets, one per row, that hold the row's targets: the logits with anything outside, the packed sets, with
+    every bit behind the vocabulary set, and the mask."""
+    vocab = logits.shape[-1]
+    mask = torch.rand(logits.shape, generator=torch.Generator().manual_seed(1)) < share
+    ids = targets if targets.dim() == logits.dim() else targets.unsqueeze(-1)
+    mask.scatter_(-1, ids.clamp(min=0), True)
+    words = fastpo.pack_allowed(mask)
+    if vocab % 32:
+        words[..., -1] |= -1 << vocab % 32
+    anything = torch.tensor([math.nan, math.inf, -math.inf, torch.finfo(logits.dtype).max], dtype=logits.dtype)
+    return torch.where(mask, logits, anything[torch.arange(vocab) % 4]), words, mask
+
+
+class TestAllowed:
+    @pytest.mark.parametrize("share", [0.02, 0.6])
+    @pytest.mark.parametrize("vocab", [1, 2, 31, 32, 33, 63, 65, 1000, 4097, 8225])
+    def test_values(self, dtype, vocab, share):
+        logits, targets = make(3, vocab, dtype=dtype, ids=2, seed=vocab)
+        targets[1, 0] = -100
+        logits, words, mask = allow(logits, targets, share)
+        ours = compare(logits, targets, allowed=words)
+        assert (ours["grad"][~mask] == 0).all()
+
+    @pytest.mark.parametrize("stats", [(), ("entropy",), ("log_sum_p2",)])
+    def test_statistics_asked_for(self, dtype, stats):
+        logits, targets = make(2, 3, 300, dtype=dtype)
+        logits, words, _ = allow(logits, targets)
+        compare(logits, targets, allowed=words, stats=stats, temperature=torch.linspace(0.3, 2, 6).view(2, 3))
+
+    def test_is_the_softmax_of_the_columns_alone(self, dtype):
+        logits, targets = make(1, 500, dtype=dtype)
+        logits, words, mask = allow(logits, targets, 0.2)
+        columns = mask[0].nonzero()[:, 0]
+        ours = evaluate(logits, targets, allowed=words, temperature=0.7)
+        alone = evaluate(logits[:, columns], torch.searchsorted(columns, targets), temperature=0.7)
+        ours["grad"] = ours["grad"][:, columns]
+        alone["top1"] = columns[alone["top1"]]
+        for name, value in ours.items():
+            # a hundred terms in another order
+            eps = torch.finfo(value.dtype).eps if value.is_floating_point() else 0
+            torch.testing.assert_close(value, alone[name], rtol=8 * eps, atol=8 * eps, msg=name)
+
+    def test_one_set_for_all_rows(self, dtype):
+        logits, targets = make(2, 3, 200, dtype=dtype)
+        targets[:] = 7
+        words = allow(logits[0, 0], targets[0, 0])[1]
+        shared = evaluate(logits, targets, allowed=words)
+        own = evaluate(logits, targets, allowed=words.expand(2, 3, -1))
+        assert all(torch.equal(value, own[name]) for name, value in shared.items())
+        compare(logits, targets, allowed=words)
+
+    def test_every_token(self, dtype):
+        logits, targets = make(3, 5000, dtype=dtype)
+        ours = evaluate(logits, targets, allowed=torch.full((157,), -1, dtype=torch.int32))
+        for name, value in evaluate(logits, targets).items():
+            # bf16 is taken apart in another order where there are sets, and its terms added up in another
+            eps = 0 if dtype != torch.bfloat16 or name == "top1" else torch.finfo(value.dtype).eps
+            torch.testing.assert_close(ours[name], value, rtol=8 * eps, atol=8 * eps, msg=name)
+
+    def test_layouts(self, dtype):
+        base, _ = make(4, 6, 330, dtype=dtype)
+        for logits in (base[:, :-1], base[..., ::3], base.transpose(0, 1), base[..., 5:90], base[0, 0]):
+            targets = torch.arange(math.prod(logits.shape[:-1])).view(logits.shape[:-1]) % logits.shape[-1]
+            words = allow(logits, targets)[1]
+            apart = torch.stack([words, ~words], -1)[..., 0]
+            compare(logits, targets, allowed=apart)
+
+    def test_inplace_backward(self, dtype):
+        logits, targets = make(3, 5000, dtype=dtype, ids=2)
+        logits, words, _ = allow(logits, targets)
+        grads = []
+        for inplace in (False, True):
+            leaf = logits.clone().requires_grad_()
+            out = fastpo.token_logprobs(leaf * 1, targets, allowed=words, inplace_backward=inplace)
+            grads += torch.autograd.grad(out.sum(), leaf)
+        assert torch.equal(*grads)
+
+    def test_target_outside(self, dtype):
+        """Its log-prob is -inf, and whatever comes back to it is lost; to other ids of its row it is as if ignored."""
+        logits, targets = make(4, 70, dtype=dtype, ids=2)
+        _, words, mask = allow(logits, targets)
+        targets[:, 0] = 3
+        mask[:, 3] = False
+        targets[1, 1], targets[2, 1] = 3, -100
+        targets[3, 1] = 60
+        mask[0, targets[0, 1]] = mask[3, 60] = True
+        words = fastpo.pack_allowed(mask)
+        ignored = torch.where(targets == 3, -100, targets)
+        for backend in ("native", "reference"):
+            grads, found = [], []
+            for ids in (targets, ignored):
+                leaf = logits.clone().requires_grad_()
+                with fastpo.use_backend(backend):
+                    out = fastpo.token_logprobs(leaf, ids, allowed=words, stats=("entropy",))
+                up = torch.where(ids == 3, math.nan, 2.0).to(out.logprobs.dtype)
+                grads += torch.autograd.grad(out.logprobs, leaf, up)
+                found.append(out)
+            assert (found[0].logprobs[targets == 3] == -math.inf).all()
+            assert torch.equal(found[0].logprobs[ignored != -100], found[1].logprobs[ignored != -100])
+            assert (found[0].entropy > 0).all()
+            assert torch.equal(*grads) and not grads[0][[1, 2]].any() and grads[0][[0, 3]].any(-1).all()
+
+    def test_one_token(self, dtype):
+        """Log-prob and entropy exactly 0, and no gradient."""
+        logits, targets = make(3, 100, dtype=dtype)
+        _, words, mask = allow(logits, targets, share=0.0)
+        assert (mask.sum(-1) == 1).all()
+        for backend in ("native", "reference"):
+            ours = evaluate(logits, targets, backend, allowed=words, stats=("entropy", "log_sum_p2", "top1"))
+            assert not any(ours[name].any() for name in ("logprobs", "entropy", "log_sum_p2", "grad"))
+            assert torch.equal(ours["top1"], targets)
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    def test_bad_numbers_inside(self, dtype, bad):
+        logits, targets = make(3, 5000, dtype=dtype)
+        logits, words, mask = allow(logits, targets)
+        if bad == -math.inf:
+            logits[1, mask[1]] = bad
+        else:
+            logits[1, mask[1].nonzero()[100]] = bad
+        ours, reference = (
+            evaluate(logits, targets, allowed=words),
+            evaluate(logits, targets, "reference", allowed=words),
+        )
+        for name, value in ours.items():
+            assert torch.equal(value.isnan(), reference[name].isnan()), name
+        assert ours["logprobs"].isnan().tolist() == [False, True, False] and (ours["grad"][~mask] == 0).all()
+        assert ours["grad"][1, mask[1]].isnan().all()
+        if bad != -math.inf:
+            assert ours["top1"][1] == reference["top1"][1] == mask[1].nonzero()[100]
+
+    def test_ignored_rows_need_no_set(self, dtype):
+        logits, targets = make(3, 40, dtype=dtype)
+        words = torch.full((3, 2), -1, dtype=torch.int32)
+        words[1], targets[1] = 0, -100
+        ours, plain = evaluate(logits, targets, allowed=words), evaluate(logits, targets)
+        same = evaluate(logits, targets, "reference", allowed=words)
+        for name, value in ours.items():
+            assert torch.equal(value[1], plain[name][1]) and torch.equal(same[name][1], plain[name][1]), name
+
+    def test_empty_set(self):
+        logits, targets = make(2, 3, 40)
+        words = torch.full((2, 3, 2), -1, dtype=torch.int32)
+        words[1, 1] = torch.tensor([0, -1 << 8])
+        for backend in ("native", "reference"):
+            with fastpo.use_backend(backend):
+                with pytest.raises(ValueError, match="allowed holds no token for row 4, which has a target"):
+                    fastpo.token_logprobs(logits, targets, allowed=words)
+                with pytest.raises(ValueError, match="allowed holds no token for row 0"):
+                    fastpo.token_logprobs(logits, targets, allowed=torch.zeros(2, dtype=torch.int32))
+
+    def test_gradcheck(self):
+        logits, targets = make(2, 3, 40, dtype=torch.float64, ids=2)
+        targets[0, 0], targets[1, 1] = torch.tensor([4, -100]), -100
+        words, mask = allow(logits, targets, 0.3)[1:]
+        targets[1, 0, 1] = (~mask[1, 0]).nonzero()[0]
+
+        def function(x):
+            out = fastpo.token_logprobs(x, targets, temperature=0.8, stats=("entropy", "logsumexp"), allowed=words)
+            return out.logprobs[mask_of_finite], out.entropy, out.logsumexp
+
+        mask_of_finite = torch.ones(targets.shape, dtype=torch.bool)
+        mask_of_finite[1, 0, 1] = False
+        with fastpo.use_backend("native"):
+            assert torch.autograd.gradcheck(function, logits.requires_grad_())
+            assert torch.autograd.gradgradcheck(function, logits)
+
+    def test_opcheck(self, dtype):
+        logits, targets = make(2, 3, 70, dtype=dtype, ids=2)
+        words = allow(logits, targets)[1]
+        for sets in (words, words[0, 0] | 1):
+            arguments = (logits, targets, None, 0.7, -100, 15, sets)
+            torch.library.opcheck(torch.ops.fastpo.token_logprobs.default, arguments)
+            logprobs, state, entropy, *_ = torch.ops.fastpo.token_logprobs(*arguments)
+            up = (torch.randn_like(logprobs), torch.randn_like(entropy), None)
+            rest = (targets, state, entropy, None, 0.7, -100, *up, sets)
+            torch.library.opcheck(torch.ops.fastpo.token_logprobs_backward.default, (logits, *rest))
+            torch.library.opcheck(torch.ops.fastpo.token_logprobs_backward_.default, (logits.clone(), *rest))
+
+    def test_compiled(self):
+        logits, targets = make(6, 130)
+        words = allow(logits, targets)[1]
+
+        def function(x, words):
+            out = fastpo.token_logprobs(x * 2, targets, stats=STATISTICS, allowed=words)
+            return (out.logprobs * out.entropy).sum() + out.logsumexp.square().sum(), out.top1, out.log_sum_p2
+
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        results = []
+        for f in (function, compiled):
+            leaf = logits.clone().requires_grad_()
+            loss, *rest = f(leaf, words)
+            results.append((loss.detach(), *rest, *torch.autograd.grad(loss, leaf)))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        with pytest.raises(RuntimeError, match="allowed holds no token for row 0"):
+            compiled(logits, words * 0)
+
+    def test_messages(self):
+        logits, targets = make(2, 3, 40)
+        words = torch.full((2, 3, 2), -1, dtype=torch.int32)
+        for allowed, error, message in (
+            ([1], TypeError, "allowed must be a torch.Tensor, got list"),
+            (words.long(), TypeError, "allowed must have dtype int32, got int64"),
+            (words[..., :1], ValueError, r"allowed has shape \(2, 3, 1\), expected \(2,\) or \(2, 3, 2\): one bit for"),
+            (words[0], ValueError, r"allowed has shape \(3, 2\), expected \(2,\) or \(2, 3, 2\)"),
+            (words.to("meta"), ValueError, "allowed is on meta, logits on cpu"),
+        ):
+            for backend in ("native", "reference"):
+                with fastpo.use_backend(backend), pytest.raises(error, match=message):
+                    fastpo.token_logprobs(logits, targets, allowed=allowed)
 
 
 class TestBadInput:

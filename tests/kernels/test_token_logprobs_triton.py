@@ -405,5 +405,63 @@ class TestInplaceBackward(cases.TestInplaceBackward):
     pass
 
 
+class TestAllowed(cases.TestAllowed):
+    # fp64, which these kernels do not serve; and a trace, in which the ops would have to be there
+    test_gradcheck = None
+    test_compiled = None
+
+    @pytest.mark.parametrize("vocab", [1, 33, 1000, 8225])
+    def test_values(self, dtype, vocab):
+        super().test_values(dtype, vocab, 0.4)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+    def test_layouts(self, dtype):
+        super().test_layouts(dtype)
+
+    def test_opcheck(self):
+        super().test_opcheck(torch.bfloat16)
+
+    def test_empty_set(self, dtype):
+        """NaN in its row alone, and the gradient 0, since nobody looks at the values."""
+        logits, targets = make(3, 100, dtype=dtype)
+        words = torch.full((3, 4), -1, dtype=torch.int32)
+        clean = evaluate(logits, targets, allowed=words)
+        words[1] = torch.tensor([0, 0, 0, -1 << 4])
+        ours = evaluate(logits, targets, allowed=words)
+        for name in ("logprobs", "entropy"):
+            assert ours[name].isnan().tolist() == [False, True, False]
+        assert not ours["grad"][1].any()
+        assert all(torch.equal(value[[0, 2]], clean[name][[0, 2]]) for name, value in ours.items())
+
+    @two_dtypes
+    @pytest.mark.parametrize("parts", [1, 3])
+    def test_every_start(self, dtype, parts):
+        """Where rows begin inside a vector, one vector's bits are in two words."""
+        e = vector(dtype)
+        with interpreted(SMALL, parts):
+            for before in range(0, e, 1 if e == 4 else 3):
+                for columns in (1 + before, 35 * e + (3 * before) % e):
+                    logits, targets = make(2, columns, dtype=dtype, ids=2, seed=before)
+                    targets[:, 0] = torch.tensor([0, columns - 1])
+                    logits, words, _ = cases.allow(logits, targets)
+                    compare(among_nans(logits, before, 3 + before), targets, allowed=words)
+
+    @two_dtypes
+    def test_top1_among_equals(self, dtype):
+        """The lowest of equal maxima that are allowed, in edges and vectors, where others are larger."""
+        e, g = vector(dtype), torch.Generator().manual_seed(0)
+        with interpreted(SMALL, 2):
+            for before in (0, e - 1):
+                columns = 40 * e + e - 1
+                rows = torch.randint(0, 4, (4, columns), generator=g).to(dtype)
+                mask = torch.rand(4, columns, generator=g) < 0.2
+                mask[:, 5] = True
+                rows[~mask] += 5
+                targets = torch.full((4,), 5)
+                words = fastpo.pack_allowed(mask)
+                out = fastpo.token_logprobs(among_nans(rows, before, 1), targets, stats=("top1",), allowed=words)
+                assert np.array_equal(out.top1.numpy(), torch.where(mask, rows, -1).float().numpy().argmax(-1))
+
+
 def test_opcheck():
     cases.TestCompile().test_opcheck(torch.bfloat16)

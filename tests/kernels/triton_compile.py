@@ -33,7 +33,7 @@ DEFAULT = {
     "pair backward": pairs.BACKWARD_CONFIGS[0],
 }
 STATS = {"none": (), "entropy": ("ENTROPY",), "all": ("ENTROPY", "LOGSUMEXP", "P2", "TOP1")}
-POINTERS = {"targets": "*i64", "top1": "*i64", "mask": "*u8"}
+POINTERS = {"targets": "*i64", "top1": "*i64", "mask": "*u8", "allowed": "*i32"}
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
 FRACTIONS = {"forward": ("inverse", "scale"), "fold": ("cap", "inner")}
 FRACTIONS |= {"combine": FRACTIONS["forward"], "backward": FRACTIONS["forward"], "gradient": FRACTIONS["fold"]}
@@ -56,8 +56,9 @@ class Case(NamedTuple):
     token_logprobs; `out` is the gradient's dtype where it has its own tensor. "pair" and "pair backward" are those of
     vocab_divergence for the number `divergence`; with mask, temperatures and both gradients unless `stats` is "none".
 
-    `aligned` says whether rows begin and end at multiples of 16 bytes ("yes"), anywhere ("edges"), in the backward
-    anywhere and elsewhere than the gradient's ("unlike"), or whether nothing is known of the pointers ("unknown").
+    `allowed`: over packed sets of columns. `aligned` says whether rows begin and end at multiples of 16 bytes ("yes"),
+    anywhere ("edges"), in the backward anywhere and elsewhere than the gradient's ("unlike"), or whether nothing is
+    known of the pointers ("unknown").
     """
 
     kernel: str
@@ -68,6 +69,7 @@ class Case(NamedTuple):
     config: Any = None
     parts: bool = False
     capped: bool = False
+    allowed: bool = False
     out: str = ""
     divergence: int = 0
     options: tuple[tuple[str, int], ...] = ()
@@ -78,6 +80,7 @@ class Case(NamedTuple):
         rest = [
             "parts" * self.parts,
             "capped" * self.capped,
+            "allowed" * self.allowed,
             f"divergence {self.divergence}" * (self.divergence > 0),
             self.out,
         ]
@@ -99,6 +102,8 @@ def cases(vendor: str) -> Iterator[Case]:
     yield from (Case("backward", main, config=config) for config in kernels.BACKWARD_CONFIGS[1:])
     yield Case("forward", main, parts=True)
     yield Case("backward", main, aligned="unlike")
+    for aligned in ("yes", "edges"):
+        yield from (Case(kernel, main, aligned=aligned, allowed=True) for kernel in ("forward", "backward"))
     for arch in others:
         yield from (Case("forward", arch), Case("backward", arch))
 
@@ -114,6 +119,9 @@ def tile_cases(vendor: str) -> Iterator[Case]:
                     yield Case("gradient", main, "fp32", stats, aligned, capped=capped, out=out)
     for dtype in ("bf16", "fp16"):
         yield from (Case(kernel, main, dtype, capped=True) for kernel in ("fold", "gradient"))
+    for aligned in ("yes", "edges"):
+        # of which the words' loads can be told
+        yield from (Case(kernel, main, "bf16", "all", aligned, allowed=True) for kernel in ("fold", "gradient"))
     yield from (Case("fold", main, "fp32", config=config, capped=True) for config in tiles.FOLD_CONFIGS[1:])
     for config in tiles.GRADIENT_CONFIGS[1:]:
         yield Case("gradient", main, "fp32", config=config, capped=True, out="bf16")
@@ -200,6 +208,8 @@ def arguments(case: Case) -> tuple[Any, dict[str, Any], set[str], int, int]:
         function = tiles.gradient_kernel
     if case.kernel in ("fold", "gradient") and not case.capped:
         absent |= {"cap", "inner"}
+    if not case.allowed:
+        absent |= {"allowed"}
     lanes = 64 if case.arch.startswith("gfx") else 32
     warps = config.threads // lanes if case.kernel in PAIRS else config.warps
     return function, constants, absent, warps, config.tile // (warps * lanes)

@@ -23,6 +23,8 @@ from fastpo.kernels.triton.softmax import (
     NO_COLUMN,
     accumulate,
     add_at_ids,
+    bit_of,
+    bits_of,
     choose,
     common_gradient,
     edge_columns,
@@ -93,7 +95,7 @@ def _row_scale(inverse, row):
     return (tl.load(inverse + row) * tl.full((), LOG2_E, tl.float64)).to(tl.float32)
 
 
-_FOLD_NUMBERS = ["cap", "inner", "first_column", "lead", "stride", "rows", "columns", "ids"]
+_FOLD_NUMBERS = ["cap", "inner", "first_column", "lead", "stride", "rows", "columns", "ids", "allowed_stride"]
 
 
 @triton.jit(do_not_specialize=_FOLD_NUMBERS)
@@ -105,6 +107,7 @@ def fold_kernel(
     taken,
     top1,
     total,
+    allowed,
     cap,
     inner,
     first_column,
@@ -113,6 +116,7 @@ def fold_kernel(
     rows,
     columns,
     ids,
+    allowed_stride,
     E: tl.constexpr,
     EDGES: tl.constexpr,
     IDS: tl.constexpr,
@@ -125,6 +129,8 @@ def fold_kernel(
     scale = _row_scale(inverse, row)
     start = lead + row.to(tl.int64) * stride
     base = tile + start
+    if allowed is not None:
+        allowed += row.to(tl.int64) * allowed_stride
 
     k = tl.arange(0, IDS)
     at = row.to(tl.int64) * ids + k
@@ -152,12 +158,20 @@ def fold_kernel(
     whole = vectors // TILE * TILE
     for i in range(0, whole, TILE):
         x = _capped(tl.load(body + i * E + at_tile).to(tl.float32), cap, inner)
-        if total is not None:
+        if allowed is not None:
+            bits = bits_of(allowed, head + (i + lane) * E, None, E, EDGES)
+            if total is not None:
+                plain += tl.sum(tl.where(bits, x, 0.0), 1)
+            x = tl.where(bits, x, -INFINITY)
+        elif total is not None:
             plain += tl.sum(x, 1)
         m, s, w, q, best = accumulate(m, s, w, q, best, x, head + (i + lane) * E, scale, WEIGHTED, SQUARED, TOP1)
     # what is not there is 0 in the plain sum, where the cap leaves it, and then nothing in the others
     mask = (whole + lane < vectors)[:, None]
     x = _capped(tl.load(body + whole * E + at_tile, mask=mask, other=0.0).to(tl.float32), cap, inner)
+    if allowed is not None:
+        mask &= bits_of(allowed, head + (whole + lane) * E, whole + lane < vectors, E, EDGES)
+        x = tl.where(mask, x, 0.0)
     if total is not None:
         plain += tl.sum(x, 1)
     x = tl.where(mask, x, -INFINITY)
@@ -165,6 +179,9 @@ def fold_kernel(
     if EDGES:
         column, mask = edge_columns(lane, head, vectors, columns, 2 * E, E)
         x = _capped(tl.load(base + column, mask=mask, other=0.0).to(tl.float32), cap, inner)
+        if allowed is not None:
+            mask &= bit_of(allowed, column, mask)
+            x = tl.where(mask, x, 0.0)
         if total is not None:
             plain += x
         x = tl.where(mask, x, -INFINITY)
@@ -193,18 +210,21 @@ def fold_kernel(
         clean = s_before == s_before
         nan = columns * 0 + NO_COLUMN
         if clean & (s != s):
-            nan = first_nan(base, columns, TILE)
+            nan = first_nan(base, allowed, columns, TILE)
         # of the vector that begins at `best`, the first element that is its maximum
         place = tl.where(best == NO_COLUMN, columns, best) + tl.arange(0, E)
-        x = _capped(tl.load(base + place, mask=place < columns, other=0.0).to(tl.float32), cap, inner)
-        x = tl.where(place < columns, x, -INFINITY)
+        there = place < columns
+        x = _capped(tl.load(base + place, mask=there, other=0.0).to(tl.float32), cap, inner)
+        if allowed is not None:
+            there &= bit_of(allowed, place, there)
+        x = tl.where(there, x, -INFINITY)
         highest = tl.min(tl.where(x == tl.max(x, 0), place, NO_COLUMN), 0)
         column = tl.where(nan == NO_COLUMN, highest, nan).to(tl.int64) + first_column
         tl.store(top1 + row, column, mask=clean & ((best != NO_COLUMN) | (nan != NO_COLUMN)))
 
 
 _GRADIENT_NUMBERS = ["cap", "inner", "first_column", "lead", "stride", "out_lead", "out_stride"]
-_GRADIENT_NUMBERS += ["columns", "ids", "chunks"]
+_GRADIENT_NUMBERS += ["columns", "ids", "chunks", "allowed_stride"]
 
 
 @triton.jit(do_not_specialize=_GRADIENT_NUMBERS)
@@ -217,6 +237,7 @@ def gradient_kernel(
     at,
     slope,
     grads,
+    allowed,
     cap,
     inner,
     first_column,
@@ -227,6 +248,7 @@ def gradient_kernel(
     columns,
     ids,
     chunks,
+    allowed_stride,
     E: tl.constexpr,
     EDGES: tl.constexpr,
     ALIKE: tl.constexpr,
@@ -244,6 +266,8 @@ def gradient_kernel(
     out_start = out_lead + row.to(tl.int64) * out_stride
     first, head, vectors = whole_vectors(out_start, columns, E, EDGES)
     scale = _row_scale(inverse, row)
+    if allowed is not None:
+        allowed += row.to(tl.int64) * allowed_stride
     m = tl.load(state + row).to(tl.float32)
     common = tl.load(at + row).to(tl.float32)
     weight = common
@@ -282,6 +306,8 @@ def gradient_kernel(
             g = add_at_ids(g, low, low, low + TILE * E, own_targets, own_grads, ids, -1, 1.0)
         if cap is not None:
             g *= derivative
+        if allowed is not None:
+            g = tl.where(bits_of(allowed, head + (i + lane) * E, i + lane < end, E, EDGES), g, 0.0)
         tl.store(out_body + i * E + at_tile, g.to(out.dtype.element_ty), mask=mask)
     if EDGES:
         lanes = tl.where(chunk == 0, 2 * E, 0)
@@ -298,6 +324,8 @@ def gradient_kernel(
             g = add_at_ids(g, body_end - E, body_end, low + columns, own_targets, own_grads, ids, -1, 1.0)
         if cap is not None:
             g *= derivative
+        if allowed is not None:
+            g = tl.where(bit_of(allowed, column, mask), g, 0.0)
         tl.store(out + out_start + column, g.to(out.dtype.element_ty), mask=mask)
 
 
@@ -327,6 +355,20 @@ def _check(dtype: torch.dtype, **numbers: tuple[Tensor | None, int]) -> None:
             raise ValueError(f"fastpo::linear_logprobs: {name} has the wrong dtype, size or strides")
 
 
+def _sets(allowed: Tensor | None, rows: int, columns: int) -> tuple[Tensor | None, int]:
+    """The sets of a tile and how many words they are apart."""
+    if allowed is None:
+        return None, 0
+    words = triton.cdiv(columns, 32)
+    if (
+        allowed.dtype != torch.int32
+        or allowed.shape not in ((1, words), (rows, words))
+        or (allowed.stride(1) != 1 and words > 1)
+    ):
+        raise ValueError("fastpo::linear_logprobs: allowed has the wrong dtype, size or strides")
+    return allowed, 0 if len(allowed) == 1 else allowed.stride(0)
+
+
 def _cap(logit_scale: float, cap: float) -> tuple[float | None, float | None]:
     return (cap, logit_scale / cap) if cap else (None, None)
 
@@ -344,6 +386,7 @@ def fold_tile(
     total: Tensor | None,
     weighted: bool,
     squared: bool,
+    allowed: Tensor | None = None,
     *,
     config: Fold | None = None,
 ) -> None:
@@ -363,6 +406,7 @@ def fold_tile(
     if tile.numel() == 0:
         return
     vector, place = vector_of(tile), _place(tile)
+    allowed, allowed_stride = _sets(allowed, rows, columns)
     config = config or choose(FOLD_CONFIGS, columns // vector)
     with on_device(tile):
         launch(
@@ -376,6 +420,7 @@ def fold_tile(
             taken,
             top1,
             total,
+            allowed,
             *_cap(logit_scale, cap),
             first,
             place.lead,
@@ -383,6 +428,7 @@ def fold_tile(
             rows,
             columns,
             ids,
+            allowed_stride,
             E=vector,
             EDGES=any((*place.starts(vector), columns % vector)),
             IDS=triton.next_power_of_2(max(ids, 1)),
@@ -404,6 +450,7 @@ def dlogits_tile(
     slope: Tensor | None,
     grads: Tensor,
     out: Tensor | None = None,
+    allowed: Tensor | None = None,
     *,
     config: Gradient | None = None,
 ) -> None:
@@ -423,6 +470,7 @@ def dlogits_tile(
     if tile.numel() == 0:
         return
     place, out_place = _place(tile), _place(out)
+    allowed, allowed_stride = _sets(allowed, rows, columns)
     # of the narrower dtype, whose stores are then whole vectors; a thread loads several of the wider
     own, vector = vector_of(tile), max(vector_of(tile), vector_of(out))
     config = config or choose(GRADIENT_CONFIGS, columns // vector)
@@ -440,6 +488,7 @@ def dlogits_tile(
             at,
             slope,
             grads,
+            allowed,
             *_cap(logit_scale, cap),
             first,
             place.lead,
@@ -449,6 +498,7 @@ def dlogits_tile(
             columns,
             ids,
             chunks,
+            allowed_stride,
             E=vector,
             EDGES=any((*out_place.starts(vector), columns % vector)),
             ALIKE=place.starts(own) == out_place.starts(own),

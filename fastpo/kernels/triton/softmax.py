@@ -88,11 +88,39 @@ def edge_columns(lane, head, vectors, columns, lanes, E: tl.constexpr):
 
 
 @triton.jit
-def first_nan(base, columns, WIDTH: tl.constexpr):
+def _word_of(words, column, mask):
+    if mask is None:
+        word = tl.load(words + column // 32)
+    else:
+        word = tl.load(words + column // 32, mask=mask, other=0)
+    return word
+
+
+@triton.jit
+def bit_of(words, column, mask):
+    """Whether columns are allowed: bit c % 32 of word c / 32 is column c's. Without a mask, all are there."""
+    return ((_word_of(words, column, mask) >> (column % 32)) & 1) != 0
+
+
+@triton.jit
+def bits_of(words, column, mask, E: tl.constexpr, EDGES: tl.constexpr):
+    """Which of the E columns from each `column` on are allowed: one word has them all, two if rows have edges."""
+    at = column[:, None] + tl.arange(0, E)[None, :]
+    word = _word_of(words, column, mask)[:, None]
+    if EDGES:
+        last = _word_of(words, column + (E - 1), mask)[:, None]
+        word = tl.where(at // 32 == column[:, None] // 32, word, last)
+    return ((word >> (at % 32)) & 1) != 0
+
+
+@triton.jit
+def first_nan(base, allowed, columns, WIDTH: tl.constexpr):
     found = tl.full((WIDTH,), NO_COLUMN, tl.int32)
     lane = tl.arange(0, WIDTH)
     for c in range(0, columns, WIDTH):
         x = tl.load(base + c + lane, mask=c + lane < columns, other=0.0).to(tl.float32)
+        if allowed is not None:
+            x = tl.where(bit_of(allowed, c + lane, c + lane < columns), x, 0.0)
         found = tl.minimum(found, tl.where(x != x, c + lane, NO_COLUMN))
     return tl.min(found, 0)
 

@@ -21,6 +21,8 @@ from fastpo.kernels.triton.softmax import (
     Rows,
     accumulate,
     add_at_ids,
+    bit_of,
+    bits_of,
     choose,
     common_gradient,
     edge_columns,
@@ -74,10 +76,13 @@ def _row_ids(targets, row, ids, ignore_index, IDS: tl.constexpr):
 
 
 @triton.jit
-def _at_ids(base, id, valid, columns):
-    """Logits at the ids; NaN for an id out of range, which is not read."""
+def _at_ids(base, allowed, id, valid, columns):
+    """Logits at the ids; -inf for an id that is not allowed, NaN for one out of range, which is not read."""
     inside = valid & (id >= 0) & (id < columns)
-    return tl.load(base + tl.where(inside, id, 0), mask=inside, other=float("nan")).to(tl.float32)
+    x = tl.load(base + tl.where(inside, id, 0), mask=inside, other=float("nan")).to(tl.float32)
+    if allowed is not None:
+        x = tl.where(inside & ~bit_of(allowed, tl.where(inside, id, 0), inside), -INFINITY, x)
+    return x
 
 
 @triton.jit
@@ -92,6 +97,7 @@ def _finish(
     keep,
     inverse,
     base,
+    allowed,
     row,
     rows,
     columns,
@@ -124,7 +130,7 @@ def _finish(
     if LOGSUMEXP or TOP1:
         nan = columns * 0 + NO_COLUMN
         if s != s:
-            nan = first_nan(base, columns, TILE)
+            nan = first_nan(base, allowed, columns, TILE)
         if LOGSUMEXP:
             value = m * inverse + log_sum
             value = tl.where((s != s) & (nan == NO_COLUMN), INFINITY, value)
@@ -132,7 +138,10 @@ def _finish(
         if TOP1:
             # of the vector that begins at `best`, the first element that is the maximum; 0 where all are -inf
             place = tl.where(m == -INFINITY, 0, best) + tl.arange(0, E)
-            x = tl.load(base + place, mask=place < tl.where(keep, columns, 0), other=-INFINITY).to(tl.float32)
+            there = place < tl.where(keep, columns, 0)
+            x = tl.load(base + place, mask=there, other=-INFINITY).to(tl.float32)
+            if allowed is not None:
+                x = tl.where(bit_of(allowed, place, there), x, -INFINITY)
             column = tl.min(tl.where(x == m, place, NO_COLUMN), 0)
             column = tl.where(m == -INFINITY, 0, column)
             column = tl.where(nan == NO_COLUMN, column, nan)
@@ -140,7 +149,7 @@ def _finish(
 
 
 _FORWARD_NUMBERS = ["inverse", "scale", "ignore_index", "lead", "outer_stride", "inner_stride"]
-_FORWARD_NUMBERS += ["inner", "rows", "columns", "ids", "parts"]
+_FORWARD_NUMBERS += ["inner", "rows", "columns", "ids", "parts", "allowed_stride"]
 
 
 @triton.jit(do_not_specialize=_FORWARD_NUMBERS)
@@ -148,6 +157,7 @@ def forward_kernel(
     logits,
     targets,
     temperatures,
+    allowed,
     logprobs,
     state,
     entropy,
@@ -166,6 +176,7 @@ def forward_kernel(
     columns,
     ids,
     parts,
+    allowed_stride,
     E: tl.constexpr,
     EDGES: tl.constexpr,
     IDS: tl.constexpr,
@@ -183,7 +194,9 @@ def forward_kernel(
     inverse, scale = row_scale(temperatures, row, keep, inverse, scale)
     start = row_start(row, lead, outer_stride, inner_stride, inner)
     base = logits + start
-    x_at_ids = _at_ids(base, id, valid, columns)
+    if allowed is not None:
+        allowed += row.to(tl.int64) * allowed_stride
+    x_at_ids = _at_ids(base, allowed, id, valid, columns)
 
     # a row that nobody asks about has no columns
     width = tl.where(keep, columns, 0)
@@ -204,12 +217,18 @@ def forward_kernel(
     whole = begin + (end - begin) // TILE * TILE
     for i in tl.range(begin, whole, TILE, num_stages=STAGES):
         x = tl.load(body + i * E + at_tile).to(tl.float32)
+        if allowed is not None:
+            x = tl.where(bits_of(allowed, head + (i + lane) * E, None, E, EDGES), x, -INFINITY)
         m, s, w, q, best = accumulate(m, s, w, q, best, x, head + (i + lane) * E, scale, ENTROPY, P2, TOP1)
     x = tl.load(body + whole * E + at_tile, mask=(whole + lane < end)[:, None], other=-INFINITY).to(tl.float32)
+    if allowed is not None:
+        x = tl.where(bits_of(allowed, head + (whole + lane) * E, whole + lane < end, E, EDGES), x, -INFINITY)
     m, s, w, q, best = accumulate(m, s, w, q, best, x, head + (whole + lane) * E, scale, ENTROPY, P2, TOP1)
     if EDGES:
         column, mask = edge_columns(lane, head, vectors, width, tl.where(part == 0, 2 * E, 0), E)
         x = tl.load(base + column, mask=mask, other=-INFINITY).to(tl.float32)
+        if allowed is not None:
+            x = tl.where(bit_of(allowed, column, mask), x, -INFINITY)
         if TOP1:
             best = tl.where((x == m) & (column < best), column, best)
         m, s, w, q, best = accumulate(m, s, w, q, best, x[:, None], column, scale, ENTROPY, P2, TOP1)
@@ -234,6 +253,7 @@ def forward_kernel(
             keep,
             inverse,
             base,
+            allowed,
             row,
             rows,
             columns,
@@ -259,6 +279,7 @@ def combine_kernel(
     logits,
     targets,
     temperatures,
+    allowed,
     logprobs,
     state,
     entropy,
@@ -277,6 +298,7 @@ def combine_kernel(
     columns,
     ids,
     parts,
+    allowed_stride,
     E: tl.constexpr,
     IDS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -291,7 +313,9 @@ def combine_kernel(
     id, valid, keep = _row_ids(targets, row, ids, ignore_index, IDS)
     inverse, scale = row_scale(temperatures, row, keep, inverse, scale)
     base = logits + row_start(row, lead, outer_stride, inner_stride, inner)
-    x_at_ids = _at_ids(base, id, valid, columns)
+    if allowed is not None:
+        allowed += row.to(tl.int64) * allowed_stride
+    x_at_ids = _at_ids(base, allowed, id, valid, columns)
     part = tl.arange(0, PARTS)
     at = sums + (row * parts + part) * 5
     mask = part < parts
@@ -312,6 +336,7 @@ def combine_kernel(
         keep,
         inverse,
         base,
+        allowed,
         row,
         rows,
         columns,
@@ -334,6 +359,7 @@ def combine_kernel(
 
 _BACKWARD_NUMBERS = ["inverse", "scale", "ignore_index", "lead", "outer_stride", "inner_stride"]
 _BACKWARD_NUMBERS += ["out_lead", "out_outer_stride", "out_inner_stride", "inner", "rows", "columns", "ids", "chunks"]
+_BACKWARD_NUMBERS += ["allowed_stride"]
 
 
 @triton.jit(do_not_specialize=_BACKWARD_NUMBERS)
@@ -344,6 +370,7 @@ def backward_kernel(
     state,
     entropy,
     temperatures,
+    allowed,
     grad_logprobs,
     grad_entropy,
     grad_logsumexp,
@@ -361,6 +388,7 @@ def backward_kernel(
     columns,
     ids,
     chunks,
+    allowed_stride,
     E: tl.constexpr,
     EDGES: tl.constexpr,
     ALIKE: tl.constexpr,
@@ -383,6 +411,8 @@ def backward_kernel(
     out = gradient + out_start
     first, head, vectors = whole_vectors(out_start, columns, E, EDGES)
 
+    if allowed is not None:
+        allowed += row.to(tl.int64) * allowed_stride
     m = tl.load(state + row)
     s = tl.load(state + rows + row)
     total = s * 0
@@ -390,7 +420,12 @@ def backward_kernel(
         total = tl.load(grad_logsumexp + row)
     if grad_logprobs is not None:
         k = tl.arange(0, IDS)
-        upstream = tl.load(grad_logprobs + row.to(tl.int64) * ids + k, mask=valid, other=0.0)
+        known = valid
+        if allowed is not None:
+            # of an id that is not allowed there is no gradient
+            inside = valid & (id >= 0) & (id < columns)
+            known &= ~inside | bit_of(allowed, tl.where(inside, id, 0), inside)
+        upstream = tl.load(grad_logprobs + row.to(tl.int64) * ids + k, mask=known, other=0.0)
         total -= tl.sum(upstream, 0)
     at = total
     slope = s * 0
@@ -432,6 +467,8 @@ def backward_kernel(
             if near:
                 low = head + i * E
                 g = add_at_ids(g, low, low, low + TILE * E, own_targets, own_grads, ids, ignore_index, inverse)
+        if allowed is not None:
+            g = tl.where(bits_of(allowed, head + (i + lane) * E, i + lane < end, E, EDGES), g, 0.0)
         tl.store(out_body + i * E + at_tile, g.to(gradient.dtype.element_ty), mask=(i + lane < end)[:, None])
     if EDGES:
         lanes = tl.where(chunk == 0, 2 * E, 0)
@@ -443,6 +480,8 @@ def backward_kernel(
                 tail = head + vectors * E
                 g = add_at_ids(g, 0, 0, head, own_targets, own_grads, ids, ignore_index, inverse)
                 g = add_at_ids(g, tail - E, tail, columns, own_targets, own_grads, ids, ignore_index, inverse)
+        if allowed is not None:
+            g = tl.where(bit_of(allowed, column, mask), g, 0.0)
         tl.store(out + column, g.to(gradient.dtype.element_ty), mask=mask)
 
 
@@ -461,6 +500,11 @@ def parts_of_a_row(rows: int, vectors: int, processors: int, tile: int) -> int:
     return max(1, min(wanted, vectors // (_TILES_PER_PROGRAM * tile), _MOST_PARTS))
 
 
+def _set_stride(allowed: Tensor | None) -> int:
+    """Words from the set of a row to the next; 0 for one that all share."""
+    return 0 if allowed is None or allowed.dim() == 1 else allowed.shape[-1]
+
+
 def forward(
     logits: Tensor,
     targets: Tensor,
@@ -468,6 +512,7 @@ def forward(
     temperature: float,
     ignore_index: int,
     stats: int,
+    allowed: Tensor | None = None,
     *,
     config: Forward | None = None,
     parts: int | None = None,
@@ -501,6 +546,7 @@ def forward(
         rows.base,
         targets.contiguous(),
         temperatures,
+        None if allowed is None else allowed.contiguous(),
         *outputs,
         logits.new_empty(count * parts * 5, dtype=torch.float32) if parts > 1 else None,
         inverse,
@@ -511,6 +557,7 @@ def forward(
         columns,
         ids,
         parts,
+        _set_stride(allowed),
     )
     constants = dict(
         E=vector,
@@ -537,6 +584,7 @@ def _write_gradient(
     temperature: float,
     ignore_index: int,
     upstream: tuple[Tensor | None, ...],
+    allowed: Tensor | None,
     config: Backward | None,
 ) -> None:
     """The gradient into `gradient`, which is contiguous or the logits themselves."""
@@ -565,6 +613,7 @@ def _write_gradient(
             state.contiguous(),
             None if grad_entropy is None or entropy is None else entropy.contiguous(),
             temperatures,
+            None if allowed is None else allowed.contiguous(),
             grad_logprobs,
             grad_entropy,
             grad_logsumexp,
@@ -582,6 +631,7 @@ def _write_gradient(
             columns,
             ids,
             chunks,
+            _set_stride(allowed),
             E=vector,
             EDGES=any((*out.starts(vector), columns % vector)),
             ALIKE=rows.starts(vector) == out.starts(vector),
@@ -602,6 +652,7 @@ def backward(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     grad_logsumexp: Tensor | None,
+    allowed: Tensor | None = None,
     *,
     config: Backward | None = None,
 ) -> Tensor:
@@ -610,7 +661,7 @@ def backward(
         logits = logits.contiguous()
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     upstream = (grad_logprobs, grad_entropy, grad_logsumexp)
-    rest = (targets, state, entropy, temperatures, temperature, ignore_index, upstream, config)
+    rest = (targets, state, entropy, temperatures, temperature, ignore_index, upstream, allowed, config)
     _write_gradient(logits, gradient, *rest)
     return gradient
 
@@ -626,12 +677,13 @@ def backward_inplace(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     grad_logsumexp: Tensor | None,
+    allowed: Tensor | None = None,
     *,
     config: Backward | None = None,
 ) -> None:
     """fastpo::token_logprobs_backward_. Logits that the forward copies are written by a copy."""
     upstream = (grad_logprobs, grad_entropy, grad_logsumexp)
-    rest = (targets, state, entropy, temperatures, temperature, ignore_index, upstream, config)
+    rest = (targets, state, entropy, temperatures, temperature, ignore_index, upstream, allowed, config)
     to = logits if rows_of(logits) is not None else logits.contiguous()
     _write_gradient(to, to, *rest)
     if to is not logits:
