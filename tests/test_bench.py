@@ -25,6 +25,7 @@ from fastpo.bench import (
     PolicyCase,
     Problem,
     Provider,
+    SubTbCase,
     TokenLogprobsCase,
     UnavailableError,
     VocabDivergenceCase,
@@ -218,6 +219,12 @@ def test_policy_passes_its_own_check(dtype: str, backward: bool) -> None:
     outcomes = checked(PolicyCase(5, 40, dtype, backward), "read")
     assert set(outcomes) == {"fastpo", "eager", "read"}
     assert {"loss", "kl", "ratio"} <= set(outcomes["fastpo"].errors)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_subtb_passes_its_own_check(backward: bool) -> None:
+    outcomes = checked(SubTbCase(3, 70, backward), "read")
+    assert set(outcomes) == {"fastpo", "eager", "read"}
 
 
 def test_every_compiled_formula_on_pairs_is_measured() -> None:
