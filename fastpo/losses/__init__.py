@@ -32,6 +32,19 @@ from fastpo.losses.flows import (
     subtrajectory_balance,
     trajectory_balance,
 )
+from fastpo.losses.likelihood import (
+    AwrOutput,
+    LikelihoodOutput,
+    RegretOutput,
+    awr,
+    chain_of_hindsight,
+    regret_loss,
+    rwr,
+    sequence_unlikelihood,
+    sft,
+    token_unlikelihood,
+    unlikelihood,
+)
 from fastpo.losses.matching import (
     MatchingMetrics,
     MatchingOutput,
@@ -51,6 +64,16 @@ from fastpo.losses.statistics import (
     kto_kl,
     sampo_sample,
 )
+from fastpo.losses.weights import (
+    adverse_turns,
+    conditional_tokens,
+    document_filter,
+    forgetful_mask,
+    previous_tokens,
+    repeated_ngrams,
+    tl_key_tokens,
+    tl_token_weights,
+)
 from fastpo.reference.policy import RolloutCorrection, policies
 from fastpo.reference.registry import objectives
 
@@ -59,9 +82,11 @@ _FUNCTIONS |= {row.name: _policy.build(row) for row in policies()}
 globals().update(_FUNCTIONS)
 
 __all__ = [
+    "AwrOutput",
     "BetaDPOStatistics",
     "DemonstrationOutput",
     "FlowOutput",
+    "LikelihoodOutput",
     "MatchingMetrics",
     "MatchingOutput",
     "Moments",
@@ -70,20 +95,27 @@ __all__ = [
     "PolicyGradientOutput",
     "PolicyMetrics",
     "PolicyOutput",
+    "RegretOutput",
     "RewardBaseline",
     "RolloutCorrection",
     "UnpairedOutput",
+    "adverse_turns",
     "alpha_dpo_statistics",
+    "awr",
     "bco_delta",
     "beta_dpo_statistics",
+    "chain_of_hindsight",
     "clip_cov_tokens",
+    "conditional_tokens",
     "detailed_balance",
     "diffusion_dpo",
+    "document_filter",
     "dpg",
     "entropy_mask",
     "f_dpg",
     "fl_detailed_balance",
     "fl_subtrajectory_balance",
+    "forgetful_mask",
     "gdc",
     "gdc_plus_plus",
     "hypo",
@@ -95,10 +127,20 @@ __all__ = [
     "mixed_groups",
     "mixture",
     "overlong_mask",
+    "previous_tokens",
+    "regret_loss",
+    "repeated_ngrams",
+    "rwr",
     "sampo_sample",
+    "sequence_unlikelihood",
+    "sft",
     "subtrajectory_balance",
+    "tl_key_tokens",
+    "tl_token_weights",
+    "token_unlikelihood",
     "tppo_masks",
     "trajectory_balance",
+    "unlikelihood",
     *_FUNCTIONS,
 ]
 

@@ -28,6 +28,17 @@ from fastpo.losses.flows import fl_detailed_balance as fl_detailed_balance
 from fastpo.losses.flows import fl_subtrajectory_balance as fl_subtrajectory_balance
 from fastpo.losses.flows import subtrajectory_balance as subtrajectory_balance
 from fastpo.losses.flows import trajectory_balance as trajectory_balance
+from fastpo.losses.likelihood import AwrOutput as AwrOutput
+from fastpo.losses.likelihood import LikelihoodOutput as LikelihoodOutput
+from fastpo.losses.likelihood import RegretOutput as RegretOutput
+from fastpo.losses.likelihood import awr as awr
+from fastpo.losses.likelihood import chain_of_hindsight as chain_of_hindsight
+from fastpo.losses.likelihood import regret_loss as regret_loss
+from fastpo.losses.likelihood import rwr as rwr
+from fastpo.losses.likelihood import sequence_unlikelihood as sequence_unlikelihood
+from fastpo.losses.likelihood import sft as sft
+from fastpo.losses.likelihood import token_unlikelihood as token_unlikelihood
+from fastpo.losses.likelihood import unlikelihood as unlikelihood
 from fastpo.losses.matching import MatchingMetrics as MatchingMetrics
 from fastpo.losses.matching import MatchingOutput as MatchingOutput
 from fastpo.losses.matching import PartitionEstimate as PartitionEstimate
@@ -43,6 +54,14 @@ from fastpo.losses.statistics import bco_delta as bco_delta
 from fastpo.losses.statistics import beta_dpo_statistics as beta_dpo_statistics
 from fastpo.losses.statistics import kto_kl as kto_kl
 from fastpo.losses.statistics import sampo_sample as sampo_sample
+from fastpo.losses.weights import adverse_turns as adverse_turns
+from fastpo.losses.weights import conditional_tokens as conditional_tokens
+from fastpo.losses.weights import document_filter as document_filter
+from fastpo.losses.weights import forgetful_mask as forgetful_mask
+from fastpo.losses.weights import previous_tokens as previous_tokens
+from fastpo.losses.weights import repeated_ngrams as repeated_ngrams
+from fastpo.losses.weights import tl_key_tokens as tl_key_tokens
+from fastpo.losses.weights import tl_token_weights as tl_token_weights
 from fastpo.reference.policy import RolloutCorrection as RolloutCorrection
 
 def dpo(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, *, beta: float = 0.1, chosen_mask: Tensor | None = None, rejected_mask: Tensor | None = None, chosen_cu_seqlens: Tensor | None = None, rejected_cu_seqlens: Tensor | None = None, reduction: Literal["mean", "sum", "none"] = "mean", num_items: float | Tensor | None = None) -> PairwiseOutput: ...
