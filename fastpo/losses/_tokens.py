@@ -71,15 +71,22 @@ def check_rows(name: str, value: Tensor, of: str, like: Tensor, rows: int, *, sh
 
 def tokens(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tokens:
     """The places of tokens of a checked layout."""
-    if cu_seqlens is None:
-        bounds = torch.arange(len(like) + 1, device=like.device) * like.shape[1]
-    else:
-        bounds = cu_seqlens.long()
-    rows, n = len(bounds) - 1, like.numel()
+    n = like.numel()
     position = torch.arange(n, device=like.device)
+    if cu_seqlens is None:
+        rows, length = like.shape
+        place = position.view(rows, length)
+        counts = torch.ones_like(place, dtype=torch.bool) if mask is None else mask
+        if mask is not None and n:
+            # the next that counts, from each place on
+            place = torch.where(mask, place, n).flip(1).cummin(1).values.flip(1)
+        # behind the last of a row, and in a row without places, there is none
+        coming = torch.cat([place, place.new_full((rows, 1), n)], 1)
+        return Tokens(rows, position // max(length, 1), counts.flatten(), coming[:, 1:].flatten(), coming[:, 0])
+    bounds = cu_seqlens.long()
+    rows = len(bounds) - 1
     row = torch.searchsorted(bounds[1:], position, right=True)
-    counts = row < rows if mask is None else mask.flatten() & (row < rows)
-    # the next place that counts, from each place on, and n behind the last
+    counts = row < rows if mask is None else mask & (row < rows)
     coming = torch.where(counts, position, n).flip(0).cummin(0).values.flip(0) if n else position
     coming = torch.cat([coming, coming.new_full((2,), n)])
     ends = torch.cat([bounds[1:], bounds.new_zeros(1)])

@@ -51,18 +51,22 @@ class _Steps(NamedTuple):
     dtype: torch.dtype
 
 
-def _wide(value: Tensor, counts: Tensor) -> Tensor:
-    return torch.where(counts, value.flatten().double(), 0)
+def _wide(value: Tensor, places: Tokens | None) -> Tensor:
+    """In fp64, 0 where a token does not count; flat where there are places."""
+    return value.double() if places is None else torch.where(places.counts, value.flatten().double(), 0)
 
 
-def _along(value: Tensor, last: Tensor, places: Tokens) -> tuple[Tensor, Tensor]:
+def _along(value: Tensor, last: Tensor, places: Tokens | None) -> tuple[Tensor, Tensor]:
     """What a token-level quantity falls by at each token, and what it is before the first; `last` is behind all."""
+    if places is None:
+        states = torch.cat([value.double(), last.double()[:, None]], 1)
+        return states[:, :-1] - states[:, 1:], states[:, 0]
     n = len(places.row)
-    all_states = torch.cat([_wide(value, places.counts), last.double(), value.new_zeros(1, dtype=torch.float64)])
+    states = torch.cat([_wide(value, places), last.double(), value.new_zeros(1, dtype=torch.float64)])
     # the state behind the last token of a sequence stands behind all tokens
     following = torch.where(places.following < n, places.following, n + places.row)
     first = torch.where(places.first < n, places.first, n + places.rows)
-    return torch.where(places.counts, all_states[:n] - all_states[following], 0), all_states[first]
+    return torch.where(places.counts, states[:n] - states[following], 0), states[first]
 
 
 def _steps(
@@ -85,9 +89,13 @@ def _steps(
         check_like("energies", energies[0], "forward", forward)
         check_rows("final_energies", energies[1], "forward", forward, rows)
         given += energies
-    places = tokens(forward, mask, cu_seqlens)
-    counts = torch.zeros(rows + 1, dtype=torch.int64, device=forward.device)
-    counts = counts.index_add(0, places.row, places.counts.long())[:rows]
+    # of rows without padding, neighbours are the next ones
+    places = None if mask is None and cu_seqlens is None else tokens(forward, mask, cu_seqlens)
+    if places is None:
+        counts = torch.full((rows,), forward.shape[1], dtype=torch.int64, device=forward.device)
+    else:
+        counts = torch.zeros(rows + 1, dtype=torch.int64, device=forward.device)
+        counts = counts.index_add(0, places.row, places.counts.long())[:rows]
     if _checks.readable(last):
         bad = (~last.isfinite() & (counts > 0)).nonzero()
         if len(bad):
@@ -98,9 +106,9 @@ def _steps(
             )
     # a trajectory without steps has no balance, whatever its reward
     last = torch.where(counts > 0, last.double(), 0)
-    step = _wide(forward, places.counts)
+    step = _wide(forward, places)
     if backward is not None:
-        step = step - _wide(backward, places.counts)
+        step = step - _wide(backward, places)
     log_z = last
     if flows is not None:
         falls, log_z = _along(flows, last, places)
