@@ -16,6 +16,16 @@ from fastpo.losses import _policy
 from fastpo.losses._build import build
 from fastpo.losses.composed import diffusion_dpo, hypo, mixture
 from fastpo.losses.demonstrations import DemonstrationOutput, implicit_reward_sft, implicit_values
+from fastpo.losses.diffusion import (
+    ElboNodes,
+    Noised,
+    diffu_grpo,
+    diffu_grpo_tokens,
+    diffusion_gdpo,
+    elbo,
+    elbo_nodes,
+    noise_tokens,
+)
 from fastpo.losses.filters import (
     clip_cov_tokens,
     entropy_mask,
@@ -85,11 +95,13 @@ __all__ = [
     "AwrOutput",
     "BetaDPOStatistics",
     "DemonstrationOutput",
+    "ElboNodes",
     "FlowOutput",
     "LikelihoodOutput",
     "MatchingMetrics",
     "MatchingOutput",
     "Moments",
+    "Noised",
     "PairwiseOutput",
     "PartitionEstimate",
     "PolicyGradientOutput",
@@ -108,9 +120,14 @@ __all__ = [
     "clip_cov_tokens",
     "conditional_tokens",
     "detailed_balance",
+    "diffu_grpo",
+    "diffu_grpo_tokens",
     "diffusion_dpo",
+    "diffusion_gdpo",
     "document_filter",
     "dpg",
+    "elbo",
+    "elbo_nodes",
     "entropy_mask",
     "f_dpg",
     "fl_detailed_balance",
@@ -126,6 +143,7 @@ __all__ = [
     "kto_kl",
     "mixed_groups",
     "mixture",
+    "noise_tokens",
     "overlong_mask",
     "previous_tokens",
     "regret_loss",

@@ -214,6 +214,14 @@ from fastpo.losses.composed import mixture as mixture
 from fastpo.losses.demonstrations import DemonstrationOutput as DemonstrationOutput
 from fastpo.losses.demonstrations import implicit_reward_sft as implicit_reward_sft
 from fastpo.losses.demonstrations import implicit_values as implicit_values
+from fastpo.losses.diffusion import ElboNodes as ElboNodes
+from fastpo.losses.diffusion import Noised as Noised
+from fastpo.losses.diffusion import diffu_grpo as diffu_grpo
+from fastpo.losses.diffusion import diffu_grpo_tokens as diffu_grpo_tokens
+from fastpo.losses.diffusion import diffusion_gdpo as diffusion_gdpo
+from fastpo.losses.diffusion import elbo as elbo
+from fastpo.losses.diffusion import elbo_nodes as elbo_nodes
+from fastpo.losses.diffusion import noise_tokens as noise_tokens
 from fastpo.losses.filters import clip_cov_tokens as clip_cov_tokens
 from fastpo.losses.filters import entropy_mask as entropy_mask
 from fastpo.losses.filters import kl_cov_tokens as kl_cov_tokens

@@ -350,11 +350,11 @@ def test_fixed_points_of_regression(name, far):
         return (DATA * torch.stack(parts)).sum()
 
     theta = torch.tensor([-1.0, 2.0, 0.5, -2.0, 3.0], dtype=torch.float64) * far
-    for _ in range(1500):
+    for _ in range(700):
         leaf = theta.requires_grad_()
         (gradient,) = torch.autograd.grad(loss(leaf), leaf)
         scale = torch.cat([torch.softmax(leaf.detach()[:4], 0), torch.ones(1)])
-        theta = leaf.detach() - 0.2 * (gradient / scale).clamp(-1, 1)
+        theta = leaf.detach() - 0.3 * (gradient / scale).clamp(-1, 1)
     mean = (DATA * REWARD).sum()
     value = mean if name == "awr" else torch.zeros(())
 

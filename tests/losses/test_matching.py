@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import io
 import math
 from collections.abc import Callable
 
@@ -267,7 +267,12 @@ class TestPartitionEstimate:
         estimate.update(torch.tensor([0.1, -INF, 0.5]), torch.tensor([1, 2, 1]))
         baseline.update(torch.tensor([1.0, 2.0, 3.0, 4.0]))
         assert baseline.value == 3.0
-        states = [copy.deepcopy(s.state_dict()) for s in (estimate, baseline)]
+        states = []
+        for s in (estimate, baseline):
+            buffer = io.BytesIO()
+            torch.save(s.state_dict(), buffer)
+            buffer.seek(0)
+            states.append(torch.load(buffer, weights_only=True))
         others = losses.PartitionEstimate(), losses.RewardBaseline()
         for other, state in zip(others, states, strict=True):
             other.load_state_dict(state)
