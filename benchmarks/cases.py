@@ -14,6 +14,7 @@ from fastpo.bench import (
     LinearLogprobsCase,
     ObjectiveCase,
     PolicyCase,
+    SubTbCase,
     TokenLogprobsCase,
     VocabDivergenceCase,
 )
@@ -55,6 +56,7 @@ ADVANTAGES = (GAE, LONG_GAE, RAGGED_GAE, PACKED_GAE)
 GROUP = GroupCase()
 GROUPED = (GROUP, GroupCase(shuffled=True))
 POLICY = tuple(PolicyCase(backward=backward) for backward in (False, True))
+FLOWS = tuple(SubTbCase(backward=backward) for backward in (False, True))
 LINEAR_LOGPROBS = (HALF, HALF_BFLOAT16, HALF_FROZEN, WHOLE)
 LINEAR_DPO = (DPO,)
 GROUPS: dict[str, tuple[Case, ...]] = {
@@ -63,6 +65,7 @@ GROUPS: dict[str, tuple[Case, ...]] = {
     "objective": OBJECTIVE,
     "formulas": FORMULAS,
     "policy": POLICY,
+    "flows": FLOWS,
     "linear_logprobs": LINEAR_LOGPROBS,
     "linear_dpo": LINEAR_DPO,
     "advantages": ADVANTAGES,
@@ -75,6 +78,7 @@ REPETITIONS = {
     "objective": 9,
     "formulas": 5,
     "policy": 9,
+    "flows": 5,
     "linear_logprobs": 3,
     "linear_dpo": 3,
     "advantages": 5,
@@ -178,6 +182,7 @@ TARGETS = (
     Target(BFLOAT16, "speed", 1.0, "fastpo_float32"),
     Target(POLICY[1], "speed", 5.0, "eager"),
     Target(POLICY[1], "speed", 2.0, "compile"),
+    *(Target(case, "speed", 50.0, "eager") for case in FLOWS),
     Target(DPO, "speed", 1.8, "eager"),
     Target(DPO, "speed", 1.45, "compile"),
     Target(DPO, "speed", 1.6, "liger"),

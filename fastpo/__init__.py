@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fastpo import advantages, data, losses, rewards
+from fastpo import advantages, data, losses, rewards, schedules, scores
 from fastpo._info import info
 from fastpo.kernels import (
     LinearLogprobs,
@@ -51,6 +51,8 @@ __all__ = [
     "pack",
     "pack_allowed",
     "rewards",
+    "schedules",
+    "scores",
     "segment_stats",
     "sequence_logprobs",
     "token_alpha_divergence",

@@ -25,6 +25,7 @@ from fastpo.bench import (
     PolicyCase,
     Problem,
     Provider,
+    SubTbCase,
     TokenLogprobsCase,
     UnavailableError,
     VocabDivergenceCase,
@@ -230,6 +231,12 @@ def test_policy_peers_compute_the_same(backward: bool) -> None:
     more = {"gradient"} if backward else set()
     assert set(outcomes["trl"].errors) == {"loss", "kl", "clipped low", "clipped high", "clipped"} | more
     assert set(outcomes["liger"].errors) == {"loss", "kl", "clipped"} | more
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_subtb_passes_its_own_check(backward: bool) -> None:
+    outcomes = checked(SubTbCase(3, 70, backward), "read")
+    assert set(outcomes) == {"fastpo", "eager", "read"}
 
 
 def test_every_compiled_formula_on_pairs_is_measured() -> None:

@@ -5,6 +5,7 @@ A case builds its inputs and lists its providers; every provider's result is che
 
 from fastpo.bench.advantages import GaeCase, GroupCase
 from fastpo.bench.command import main
+from fastpo.bench.flows import SubTbCase
 from fastpo.bench.harness import (
     Case,
     CheckFailedError,
@@ -34,6 +35,7 @@ __all__ = [
     "PolicyCase",
     "Problem",
     "Provider",
+    "SubTbCase",
     "TokenLogprobsCase",
     "UnavailableError",
     "VocabDivergenceCase",

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from fastpo.bench.advantages import GaeCase, GroupCase
+from fastpo.bench.flows import SubTbCase
 from fastpo.bench.harness import BASELINE, OWN, Case, CheckFailedError
 from fastpo.bench.linear_dpo import LinearDpoCase
 from fastpo.bench.linear_logprobs import LinearLogprobsCase
@@ -109,6 +110,11 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--tokens", type=positive, default=PolicyCase.tokens, help="per sequence, at most")
     add.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32")
     _providers(add, PolicyCase.PROVIDERS)
+    help_ = "SubTB of trajectories, from log-probs and flows"
+    add = kernels.add_parser("subtb", parents=[backward, common], help=help_, description=help_)
+    add.add_argument("--rows", type=positive, default=SubTbCase.rows)
+    add.add_argument("--tokens", type=positive, default=SubTbCase.tokens)
+    _providers(add, SubTbCase.PROVIDERS)
     return root
 
 
@@ -147,6 +153,8 @@ def main(argv: list[str]) -> int:
         case = GroupCase(args.rewards, args.shuffled)
     elif args.kernel == "policy":
         case = PolicyCase(args.sequences, args.tokens, args.dtype, args.backward)
+    elif args.kernel == "subtb":
+        case = SubTbCase(args.rows, args.tokens, args.backward)
     else:
         case = ObjectiveCase(args.pairs, args.tokens, args.formula, args.dtype, args.backward)
     where = environment()

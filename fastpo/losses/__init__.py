@@ -16,6 +16,16 @@ from fastpo.losses import _policy
 from fastpo.losses._build import build
 from fastpo.losses.composed import diffusion_dpo, hypo, mixture
 from fastpo.losses.demonstrations import DemonstrationOutput, implicit_reward_sft, implicit_values
+from fastpo.losses.diffusion import (
+    ElboNodes,
+    Noised,
+    diffu_grpo,
+    diffu_grpo_tokens,
+    diffusion_gdpo,
+    elbo,
+    elbo_nodes,
+    noise_tokens,
+)
 from fastpo.losses.filters import (
     clip_cov_tokens,
     entropy_mask,
@@ -26,6 +36,37 @@ from fastpo.losses.filters import (
     rejection_mask,
     tppo_masks,
 )
+from fastpo.losses.flows import (
+    FlowOutput,
+    detailed_balance,
+    fl_detailed_balance,
+    fl_subtrajectory_balance,
+    subtrajectory_balance,
+    trajectory_balance,
+)
+from fastpo.losses.likelihood import (
+    AwrOutput,
+    LikelihoodOutput,
+    RegretOutput,
+    awr,
+    chain_of_hindsight,
+    regret_loss,
+    rwr,
+    sequence_unlikelihood,
+    sft,
+    token_unlikelihood,
+    unlikelihood,
+)
+from fastpo.losses.matching import (
+    MatchingMetrics,
+    MatchingOutput,
+    PartitionEstimate,
+    RewardBaseline,
+    dpg,
+    f_dpg,
+    gdc,
+    gdc_plus_plus,
+)
 from fastpo.losses.statistics import (
     BetaDPOStatistics,
     Moments,
@@ -35,6 +76,16 @@ from fastpo.losses.statistics import (
     kto_kl,
     sampo_sample,
 )
+from fastpo.losses.weights import (
+    adverse_turns,
+    conditional_tokens,
+    document_filter,
+    forgetful_mask,
+    previous_tokens,
+    repeated_ngrams,
+    tl_key_tokens,
+    tl_token_weights,
+)
 from fastpo.reference.policy import RolloutCorrection, policies
 from fastpo.reference.registry import objectives
 
@@ -43,21 +94,49 @@ _FUNCTIONS |= {row.name: _policy.build(row) for row in policies()}
 globals().update(_FUNCTIONS)
 
 __all__ = [
+    "AwrOutput",
     "BetaDPOStatistics",
     "DemonstrationOutput",
+    "ElboNodes",
+    "FlowOutput",
+    "LikelihoodOutput",
+    "MatchingMetrics",
+    "MatchingOutput",
     "Moments",
+    "Noised",
     "PairwiseOutput",
+    "PartitionEstimate",
     "PolicyGradientOutput",
     "PolicyMetrics",
     "PolicyOutput",
+    "RegretOutput",
+    "RewardBaseline",
     "RolloutCorrection",
     "UnpairedOutput",
+    "adverse_turns",
     "alpha_dpo_statistics",
+    "awr",
     "bco_delta",
     "beta_dpo_statistics",
+    "chain_of_hindsight",
     "clip_cov_tokens",
+    "conditional_tokens",
+    "detailed_balance",
+    "diffu_grpo",
+    "diffu_grpo_tokens",
     "diffusion_dpo",
+    "diffusion_gdpo",
+    "document_filter",
+    "dpg",
+    "elbo",
+    "elbo_nodes",
     "entropy_mask",
+    "f_dpg",
+    "fl_detailed_balance",
+    "fl_subtrajectory_balance",
+    "forgetful_mask",
+    "gdc",
+    "gdc_plus_plus",
     "hypo",
     "implicit_reward_sft",
     "implicit_values",
@@ -67,10 +146,23 @@ __all__ = [
     "mean_rollout_weight",
     "mixed_groups",
     "mixture",
+    "noise_tokens",
     "overlong_mask",
+    "previous_tokens",
+    "regret_loss",
     "rejection_mask",
+    "repeated_ngrams",
+    "rwr",
     "sampo_sample",
+    "sequence_unlikelihood",
+    "sft",
+    "subtrajectory_balance",
+    "tl_key_tokens",
+    "tl_token_weights",
+    "token_unlikelihood",
     "tppo_masks",
+    "trajectory_balance",
+    "unlikelihood",
     *_FUNCTIONS,
 ]
 

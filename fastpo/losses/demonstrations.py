@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastpo.kernels import _checks
-from fastpo.kernels.objective import Reduction, mean_denominator, mean_of
+from fastpo.kernels.objective import Reduction
+from fastpo.losses._tokens import check_layout, check_like, reducer, tokens
 from fastpo.reference.registry import Domain
 
 Divergence = Literal["total_variation", "pearson_chi2", "squared_hellinger", "jsd", "reverse_kl", "forward_kl"]
@@ -83,44 +84,22 @@ def implicit_reward_sft(
             for the squared Hellinger distance, above -log 2 for the JSD, above 0 for the forward KL. Where values may
             not be looked at, the loss is then NaN.
     """
-    for name, tensor in (("policy", policy), ("reference", reference), ("values", values)):
-        _checks.tensor(name, tensor, _checks.FLOATS)
-        _checks.same_device(name, tensor, "policy", policy)
-        _checks.shape(name, tensor, policy.shape, "it must match policy")
     if divergence not in _PHI:
         raise ValueError(f"divergence must be one of {', '.join(map(repr, _PHI))}, got {divergence!r}")
     if not 0 < _checks.number("beta", beta) < float("inf"):
         raise ValueError(f"beta must be in (0, inf) for implicit_reward_sft, got {beta:g}")
-    if policy.dim() != (2 if cu_seqlens is None else 1):
-        raise ValueError(f"policy has shape {tuple(policy.shape)}, expected (B, T), or (N,) with cu_seqlens")
-    if cu_seqlens is None:
-        bounds = torch.arange(len(policy) + 1, device=policy.device) * policy.shape[1]
-    else:
-        _checks.cu_seqlens("cu_seqlens", cu_seqlens, "policy", policy)
-        _checks.rising("cu_seqlens", cu_seqlens, len(policy))
-        bounds = cu_seqlens.long()
-    if mask is not None:
-        _checks.tensor("mask", mask, (torch.bool,))
-        _checks.same_device("mask", mask, "policy", policy)
-        _checks.shape("mask", mask, policy.shape, "it must match policy")
-    rows = len(bounds) - 1
-    denominator = mean_denominator(reduction, num_items, rows, policy, "policy")
+    rows = check_layout("policy", policy, mask, cu_seqlens)
+    check_like("reference", reference, "policy", policy)
+    check_like("values", values, "policy", policy)
+    reduce = reducer(reduction, num_items, rows, policy, "policy")
 
     dtype = torch.promote_types(policy.dtype, torch.promote_types(values.dtype, torch.float32))
     ours, theirs, value = (t.flatten().to(dtype) for t in (policy, reference.detach(), values))
     n = len(ours)
-    position = torch.arange(n, device=policy.device)
-    # behind the last sequence, the row that is cut off
-    row = torch.searchsorted(bounds[1:], position, right=True)
-    counts = row < rows if mask is None else mask.flatten() & (row < rows)
+    rows, row, counts, following, first = tokens(policy, mask, cu_seqlens)
     ratio = torch.where(counts, ours - theirs, 0)
     # V at place n: what is behind the last token
     value = torch.cat([torch.where(counts, value, 0), value.new_zeros(1)])
-    coming = torch.where(counts, position, n).flip(0).cummin(0).values.flip(0) if n else position
-    coming = torch.cat([coming, coming.new_full((2,), n)])
-    ends = torch.cat([bounds[1:], bounds.new_zeros(1)])
-    following = torch.where(coming[1 : n + 1] < ends[row], coming[1 : n + 1], n)
-    first = torch.where(coming[bounds[:-1]] < bounds[1:], coming[bounds[:-1]], n)
 
     reward = beta * ratio + value[:n] - value[following]
     phi, domain = _PHI[divergence]
@@ -135,10 +114,7 @@ def implicit_reward_sft(
     start = value[first]
     loss = start - zero.index_add(0, row, scores)[:rows]
     total = zero.index_add(0, row, torch.where(counts, reward, 0).detach())[:rows]
-    reduced = loss if reduction == "none" else mean_of(loss, denominator)
-    if isinstance(num_items, Tensor):
-        reduced = reduced / num_items.to(reduced.dtype)
-    return DemonstrationOutput(reduced, total, start.detach())
+    return DemonstrationOutput(reduce(loss), total, start.detach())
 
 
 def implicit_values(logits: Tensor, reference_logits: Tensor, *, beta: float = 1.0) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastpo import losses
+from fastpo import losses, rewards
 from fastpo.reference.policy import AGGREGATIONS, PolicyObjective, policies
 from tests.kernels import test_policy
 
@@ -34,6 +34,26 @@ def statistics(rows: slice, group: bool) -> list[Tensor]:
         *of_beta.moments,
         of_beta.keep,
     ]
+
+
+def pasts(rows: slice, group: bool) -> tuple[list[dict], list[Tensor]]:
+    """The states of what knows the past after two batches, and rewards whitened over the batch, of these rows."""
+    policy, reference, labels = (t[rows] for t in numbers())
+    estimate, baseline = losses.PartitionEstimate(decay=0.9), losses.RewardBaseline(10)
+    history, versions = rewards.HapoHistory(statistic="mean"), rewards.VersionNormalizer()
+    contexts = torch.tensor([3, 3, 5, 3, 5, 8, 3, 8])[rows]
+    for batch in (policy, reference.masked_fill(labels, -torch.inf)):
+        estimate.update(batch, contexts, process_group=group)
+    for batch in (policy, reference):
+        baseline.update(batch, process_group=group)
+        versions.update(batch, 2, process_group=group)
+        history.update(contexts.tolist(), (10 * batch.exp()).long(), labels, process_group=group)
+    several = torch.stack([policy, reference], 1)
+    whitened = [
+        rewards.weighted_rewards(several, [1.0, 0.5], normalize=True, process_group=group),
+        rewards.multi_objective(several, group_ids=labels.long(), process_group=group),
+    ]
+    return [s.state_dict() for s in (estimate, baseline, history, versions)], whitened
 
 
 # pairs of the first rank, of eight: ranks need not have equally many
@@ -111,6 +131,7 @@ def process(rank: int, folder: str) -> None:
     torch.save(chosen_tokens(rows, True), f"{folder}/tokens-{rank}")
     torch.save([aot(name, rows, True) for name in ("aot", "aot_unpaired")], f"{folder}/aot-{rank}")
     torch.save(statistics(slice(4 * rank, 4 * rank + 4), True), f"{folder}/{rank}")
+    torch.save(pasts(slice(4 * rank, 4 * rank + 4), True), f"{folder}/pasts-{rank}")
     # a batch of nothing on one rank
     zero = torch.zeros(3 * rank, requires_grad=True)
     out = losses.aot_unpaired(zero, zero, zero.detach(), zero.detach(), num_items=3, process_group=True)
@@ -196,3 +217,27 @@ def test_two_ranks(folder: Path):
     policy, reference, _ = numbers()
     clamped = sum(losses.kto_kl(policy[a : a + 4], reference[a : a + 4]) for a in (0, 4)) / 2
     assert abs(clamped - whole[0]) > 0.1
+
+
+def numbers_of(state: object) -> list[float]:
+    """All numbers of a state, in the order of its keys."""
+    if isinstance(state, dict):
+        return [
+            x for key in sorted(state) for x in [float(key) if isinstance(key, int) else 0.0, *numbers_of(state[key])]
+        ]
+    if isinstance(state, (list, tuple)):
+        return [x for part in state for x in numbers_of(part)]
+    return [float(state)]
+
+
+def test_pasts_over_ranks(folder: Path):
+    """All ranks have the states that one process has; groups here are of one rank each."""
+    ranks = [torch.load(folder / f"pasts-{rank}") for rank in (0, 1)]
+    states, whitened = pasts(slice(None), False)
+    for found, _ in ranks:
+        assert numbers_of(found) == pytest.approx(numbers_of(states), rel=1e-13)
+    for place, want in enumerate(whitened):
+        torch.testing.assert_close(torch.cat([rank[1][place] for rank in ranks]), want, rtol=1e-12, atol=1e-14)
+    alone = pasts(slice(0, 4), False)
+    assert numbers_of(alone[0]) != pytest.approx(numbers_of(states))
+    assert (alone[1][0] - whitened[0][:4]).abs().max() > 1e-3

@@ -1,15 +1,15 @@
-"""Rewards of tokens from scores of responses and their divergence, and the coefficient of that divergence."""
+"""Rewards of tokens from scores of responses, their divergence, and models that judge tokens."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastpo.kernels import _checks
+from fastpo.losses._tokens import counted
 from fastpo.reference.sequence import Side, sequence_sum, token_ranks
 
 Form = Literal["to_go", "sequence"]
@@ -122,54 +122,52 @@ def soft_overlong(lengths: Tensor, *, max_length: int = 20_480, cache: int = 409
     return ((max_length - cache - lengths.double()) / cache).clamp(-1, 0).to(dtype)
 
 
-@dataclass
-class FixedKLController:
-    """A coefficient that stays.
+def rto_rewards(
+    scores: Tensor,
+    logprobs: Tensor,
+    reference_logprobs: Tensor,
+    dpo_logprobs: Tensor,
+    *,
+    dpo_scale: float = 0.05,
+    dpo_clip: float = 0.05,
+    beta: float | Tensor = 0.01,
+    score_clip: float = 10.0,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """RTO: r_t = clip(β₁ log π_dpo/π_ref, ±c) - β log π/π_ref, and the clipped score at the last token that counts.
 
-    Attributes:
-        value: β.
+    No gradient flows through it. β₁ scales whatever it is; the official code leaves the ratio as it is for β₁ <= 0.
+
+    Args:
+        scores: (B,), the (normalised) reward model's.
+        logprobs: of the tokens under the policy that sampled them, (B, T), or (N,) with `cu_seqlens`.
+        reference_logprobs: under the model from which both DPO and the policy began.
+        dpo_logprobs: under the model trained by DPO.
+        dpo_scale: β₁, positive; dpo_clip: c, positive, applied after the scale, per token. The code's are 0.05.
+        beta: as in `token_rewards`; the code's first is 0.01.
+        score_clip: positive; the code's is 10.
+        mask, cu_seqlens: as in `token_rewards`.
+
+    Returns:
+        of the shape of logprobs, fp32 (fp64 for fp64 input); 0 where the mask is False.
+
+    Raises:
+        TypeError, ValueError: as `token_rewards`; or a number is not positive.
+
+    Source: DPO meets PPO (2404.18922), the equation of r_rto, as its official code has it.
     """
-
-    value: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= _checks.number("value", self.value) < math.inf:
-            raise ValueError(f"value must be at least 0 and finite, got {self.value:g}")
-
-    def update(self, kl: float, steps: int) -> None:
-        """Nothing changes."""
-
-
-@dataclass
-class AdaptiveKLController:
-    """β <- β (1 + clip(KL / target - 1, ±clip) steps / horizon), so that the divergence stays near the target.
-
-    Attributes:
-        value: β.
-        target: the divergence of a response, in nats; positive. 6 is the paper's.
-        horizon: in responses, positive; 10,000 is the paper's.
-        clip: the largest relative error, positive; 0.2 is the paper's.
-
-    Source: D. M. Ziegler et al. (1909.08593) §2.2.
-    """
-
-    value: float
-    target: float = 6.0
-    horizon: float = 10_000
-    clip: float = 0.2
-
-    def __post_init__(self) -> None:
-        for name in ("value", "target", "horizon", "clip"):
-            number = _checks.number(name, getattr(self, name))
-            if not 0 < number < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {number:g}")
-
-    def update(self, kl: float, steps: int) -> None:
-        """After a batch of `steps` responses with the mean divergence `kl`."""
-        if not math.isfinite(_checks.number("kl", kl)):
-            raise ValueError(f"kl must be finite, got {kl}")
-        # with more, the coefficient could turn negative
-        if not 0 <= _checks.number("steps", steps) < self.horizon / self.clip:
-            raise ValueError(f"steps must be at least 0 and below horizon / clip, got {steps}")
-        error = min(max(kl / self.target - 1, -self.clip), self.clip)
-        self.value *= 1 + error * steps / self.horizon
+    for name, value in (("dpo_scale", dpo_scale), ("dpo_clip", dpo_clip), ("score_clip", score_clip)):
+        if not 0 < _checks.number(name, value) < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value:g}")
+    given = {"logprobs": logprobs, "reference_logprobs": reference_logprobs, "dpo_logprobs": dpo_logprobs}
+    for name, tensor in given.items():
+        _checks.tensor(name, tensor, _checks.FLOATS)
+        _checks.same_device(name, tensor, "logprobs", logprobs)
+        _checks.shape(name, tensor, logprobs.shape, "it must match logprobs")
+    dtype = torch.promote_types(logprobs.dtype, torch.float32)
+    policy, reference, dpo = (t.detach().to(dtype) for t in given.values())
+    scores = _checks.tensor("scores", scores, _checks.FLOATS).clamp(-score_clip, score_clip)
+    shaped = token_rewards(scores, policy - reference, beta=beta, mask=mask, cu_seqlens=cu_seqlens)
+    counts = counted(mask, logprobs, cu_seqlens)
+    return shaped + torch.where(counts, (dpo_scale * (dpo - reference)).clamp(-dpo_clip, dpo_clip), 0)
