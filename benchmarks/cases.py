@@ -12,11 +12,13 @@ from fastpo.bench import (
     GroupCase,
     LinearDpoCase,
     LinearLogprobsCase,
+    ListwiseCase,
     ObjectiveCase,
     PolicyCase,
     TokenLogprobsCase,
     VocabDivergenceCase,
 )
+from fastpo.bench.listwise import OBJECTIVES as LIST_OBJECTIVES
 from fastpo.bench.processes import spread
 from fastpo.bench.vocab_divergence import DIVERGENCES
 
@@ -55,6 +57,7 @@ ADVANTAGES = (GAE, LONG_GAE, RAGGED_GAE, PACKED_GAE)
 GROUP = GroupCase()
 GROUPED = (GROUP, GroupCase(shuffled=True))
 POLICY = tuple(PolicyCase(backward=backward) for backward in (False, True))
+LISTWISE = tuple(ListwiseCase(objective, backward=b) for objective in LIST_OBJECTIVES for b in (False, True))
 LINEAR_LOGPROBS = (HALF, HALF_BFLOAT16, HALF_FROZEN, WHOLE)
 LINEAR_DPO = (DPO,)
 GROUPS: dict[str, tuple[Case, ...]] = {
@@ -63,6 +66,7 @@ GROUPS: dict[str, tuple[Case, ...]] = {
     "objective": OBJECTIVE,
     "formulas": FORMULAS,
     "policy": POLICY,
+    "listwise": LISTWISE,
     "linear_logprobs": LINEAR_LOGPROBS,
     "linear_dpo": LINEAR_DPO,
     "advantages": ADVANTAGES,
@@ -75,6 +79,7 @@ REPETITIONS = {
     "objective": 9,
     "formulas": 5,
     "policy": 9,
+    "listwise": 9,
     "linear_logprobs": 3,
     "linear_dpo": 3,
     "advantages": 5,
@@ -178,6 +183,8 @@ TARGETS = (
     Target(BFLOAT16, "speed", 1.0, "fastpo_float32"),
     Target(POLICY[1], "speed", 5.0, "eager"),
     Target(POLICY[1], "speed", 2.0, "compile"),
+    *(Target(case, "speed", 5.0, "eager") for case in LISTWISE if case.backward),
+    *(Target(case, "speed", 3.0, "compile") for case in LISTWISE if case.backward),
     Target(DPO, "speed", 1.8, "eager"),
     Target(DPO, "speed", 1.45, "compile"),
     Target(DPO, "speed", 1.6, "liger"),

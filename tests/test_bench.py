@@ -21,6 +21,7 @@ from fastpo.bench import (
     GroupCase,
     LinearDpoCase,
     LinearLogprobsCase,
+    ListwiseCase,
     ObjectiveCase,
     PolicyCase,
     Problem,
@@ -36,6 +37,7 @@ from fastpo.bench import (
     table,
 )
 from fastpo.bench.harness import Measurement, Outcome, check, interleave, peak_bytes, read
+from fastpo.bench.listwise import OBJECTIVES as LIST_OBJECTIVES
 from fastpo.bench.vocab_divergence import DIVERGENCES
 from fastpo.kernels import _native
 from fastpo.reference.registry import objective
@@ -218,6 +220,15 @@ def test_policy_passes_its_own_check(dtype: str, backward: bool) -> None:
     outcomes = checked(PolicyCase(5, 40, dtype, backward), "read")
     assert set(outcomes) == {"fastpo", "eager", "read"}
     assert {"loss", "kl", "ratio"} <= set(outcomes["fastpo"].errors)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("objective", LIST_OBJECTIVES)
+def test_listwise_passes_its_own_check(objective: str, dtype: str) -> None:
+    for backward in (False, True):
+        outcomes = checked(ListwiseCase(objective, 5, 7, dtype, backward), "read")
+        assert set(outcomes) == {"fastpo", "eager", "read"}
+        assert {"loss", "rewards"} <= set(outcomes["fastpo"].errors)
 
 
 def test_every_compiled_formula_on_pairs_is_measured() -> None:
