@@ -12,12 +12,14 @@ from fastpo.bench import (
     GroupCase,
     LinearDpoCase,
     LinearLogprobsCase,
+    ListwiseCase,
     ObjectiveCase,
     PolicyCase,
     SubTbCase,
     TokenLogprobsCase,
     VocabDivergenceCase,
 )
+from fastpo.bench.listwise import OBJECTIVES as LIST_OBJECTIVES
 from fastpo.bench.processes import spread
 from fastpo.bench.vocab_divergence import DIVERGENCES
 
@@ -57,6 +59,7 @@ GROUP = GroupCase()
 GROUPED = (GROUP, GroupCase(shuffled=True))
 POLICY = tuple(PolicyCase(backward=backward) for backward in (False, True))
 FLOWS = tuple(SubTbCase(backward=backward) for backward in (False, True))
+LISTWISE = tuple(ListwiseCase(objective, backward=b) for objective in LIST_OBJECTIVES for b in (False, True))
 LINEAR_LOGPROBS = (HALF, HALF_BFLOAT16, HALF_FROZEN, WHOLE)
 LINEAR_DPO = (DPO,)
 GROUPS: dict[str, tuple[Case, ...]] = {
@@ -66,6 +69,7 @@ GROUPS: dict[str, tuple[Case, ...]] = {
     "formulas": FORMULAS,
     "policy": POLICY,
     "flows": FLOWS,
+    "listwise": LISTWISE,
     "linear_logprobs": LINEAR_LOGPROBS,
     "linear_dpo": LINEAR_DPO,
     "advantages": ADVANTAGES,
@@ -79,6 +83,7 @@ REPETITIONS = {
     "formulas": 5,
     "policy": 9,
     "flows": 5,
+    "listwise": 9,
     "linear_logprobs": 3,
     "linear_dpo": 3,
     "advantages": 5,
@@ -183,6 +188,8 @@ TARGETS = (
     Target(POLICY[1], "speed", 5.0, "eager"),
     Target(POLICY[1], "speed", 2.0, "compile"),
     *(Target(case, "speed", 50.0, "eager") for case in FLOWS),
+    *(Target(case, "speed", 5.0, "eager") for case in LISTWISE if case.backward),
+    *(Target(case, "speed", 3.0, "compile") for case in LISTWISE if case.backward),
     Target(DPO, "speed", 1.8, "eager"),
     Target(DPO, "speed", 1.45, "compile"),
     Target(DPO, "speed", 1.6, "liger"),

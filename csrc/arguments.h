@@ -156,4 +156,29 @@ struct PolicyObjective {
   void* entropy_slopes;  // the same, or null if not wanted
 };
 
+constexpr int max_list = 1024;  // items
+
+// Lists of items, each with a score and a target: see formulas/listwise.h. Everything is contiguous.
+struct Listwise {
+  Numbers policy;
+  Numbers other;  // in the policy's layout: what is taken off it; of pro, what it is divided by
+  Numbers targets;
+  const bool* mask;
+  const int* boundaries;
+  Int64 lists;
+  Int64 items;  // per list, if there are no boundaries
+  Int64 total;
+  double scale;         // of the scores
+  double target_scale;  // of the targets
+  double weight;        // of the pairs; of pro, of the best item's log-prob
+  double factor;        // 1 / denominator, applied to the slopes
+  bool pair_mean;       // over the pairs of a list, else their sum
+  bool is_double;       // the accumulator's type, that of slopes and scores
+  int kind;
+  double* list_loss;  // (lists,)
+  void* slopes;       // by the policy's log-probs
+  void* scores;
+  double* scratch;  // on the GPU: one number per item
+};
+
 }  // namespace fastpo

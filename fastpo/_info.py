@@ -103,6 +103,11 @@ def _probe_policy(device: torch.device) -> bool:
     return losses.gspo(one, one, one).loss.item() == -1.0
 
 
+def _probe_lists(device: torch.device) -> bool:
+    scores, labels = torch.zeros(1, 2, device=device), torch.tensor([[0.0, 1.0]], device=device)
+    return abs(losses.list_mle(scores, None, labels).loss.item() - 0.6931472) < 1e-6
+
+
 def _probe_packing() -> bool:
     return pack([2, 3, 1], 3) == [[1], [0, 2]]
 
@@ -118,6 +123,7 @@ def _services() -> list[Service]:
         "policy_objective": _probe_policy,
         "affine_scan": _probe_scan,
         "segment_stats": _probe_segments,
+        "listwise": _probe_lists,
     }
     for name, probe in probes.items():
         for device in (torch.device("cpu"), torch.device("cuda")):

@@ -21,6 +21,7 @@ from fastpo.bench import (
     GroupCase,
     LinearDpoCase,
     LinearLogprobsCase,
+    ListwiseCase,
     ObjectiveCase,
     PolicyCase,
     Problem,
@@ -37,6 +38,7 @@ from fastpo.bench import (
     table,
 )
 from fastpo.bench.harness import Measurement, Outcome, check, interleave, peak_bytes, read
+from fastpo.bench.listwise import OBJECTIVES as LIST_OBJECTIVES
 from fastpo.bench.vocab_divergence import DIVERGENCES
 from fastpo.kernels import _native
 from fastpo.reference.registry import objective
@@ -237,6 +239,15 @@ def test_policy_peers_compute_the_same(backward: bool) -> None:
 def test_subtb_passes_its_own_check(backward: bool) -> None:
     outcomes = checked(SubTbCase(3, 70, backward), "read")
     assert set(outcomes) == {"fastpo", "eager", "read"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("objective", LIST_OBJECTIVES)
+def test_listwise_passes_its_own_check(objective: str, dtype: str) -> None:
+    for backward in (False, True):
+        outcomes = checked(ListwiseCase(objective, 5, 7, dtype, backward), "read")
+        assert set(outcomes) == {"fastpo", "eager", "read"}
+        assert {"loss", "rewards"} <= set(outcomes["fastpo"].errors)
 
 
 def test_every_compiled_formula_on_pairs_is_measured() -> None:

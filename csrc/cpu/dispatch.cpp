@@ -20,6 +20,7 @@ namespace fastpo {
   void scan(const Scan&, int64_t, int64_t);                                 \
   void segments(const Segments&, int64_t, int64_t);                         \
   void policy_objective(const PolicyObjective&, int64_t, int64_t);          \
+  void listwise(const Listwise&, int64_t, int64_t);                         \
   }
 #define FASTPO_TABLE(set)          \
   {set::token_logprobs,            \
@@ -32,7 +33,8 @@ namespace fastpo {
    set::spread,                    \
    set::scan,                      \
    set::segments,                  \
-   set::policy_objective}
+   set::policy_objective,          \
+   set::listwise}
 
 FASTPO_DECLARE(baseline)
 #if FASTPO_X86_SETS

@@ -144,6 +144,7 @@ struct Kernels {
   void (*scan)(const Scan&, int64_t begin, int64_t end);
   void (*segments)(const Segments&, int64_t begin, int64_t end);
   void (*policy_objective)(const PolicyObjective&, int64_t begin, int64_t end);
+  void (*listwise)(const Listwise&, int64_t begin, int64_t end);
 };
 
 // the table of the instruction set in force

@@ -18,6 +18,9 @@ const char* segment_stats(const Segments&, Int64 members, void* stream);
 const char* policy_objective(const PolicyObjective&, bool reduce, void* loss, double* sums, double* maxima,
                              void* stream);
 
+// The lists' losses and the scratch of `Listwise` are on the device; `items` per list, on average.
+const char* listwise(const Listwise&, Int64 items, bool reduce, double denominator, void* loss, void* stream);
+
 Int64 objective_blocks(Int64 rows, Int64 tokens, int streams);
 
 }  // namespace fastpo::gpu

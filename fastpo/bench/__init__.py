@@ -17,6 +17,7 @@ from fastpo.bench.harness import (
 )
 from fastpo.bench.linear_dpo import LinearDpoCase
 from fastpo.bench.linear_logprobs import LinearLogprobsCase
+from fastpo.bench.listwise import ListwiseCase
 from fastpo.bench.objective import ObjectiveCase
 from fastpo.bench.policy import PolicyCase
 from fastpo.bench.processes import environment, measure_in_processes, summarise, table
@@ -31,6 +32,7 @@ __all__ = [
     "GroupCase",
     "LinearDpoCase",
     "LinearLogprobsCase",
+    "ListwiseCase",
     "ObjectiveCase",
     "PolicyCase",
     "Problem",

@@ -12,12 +12,15 @@ from fastpo.bench.flows import SubTbCase
 from fastpo.bench.harness import BASELINE, OWN, Case, CheckFailedError
 from fastpo.bench.linear_dpo import LinearDpoCase
 from fastpo.bench.linear_logprobs import LinearLogprobsCase
+from fastpo.bench.listwise import OBJECTIVES as LIST_OBJECTIVES
+from fastpo.bench.listwise import ListwiseCase
 from fastpo.bench.objective import ObjectiveCase
 from fastpo.bench.policy import PolicyCase
 from fastpo.bench.processes import LEGEND, environment, heading, measure_in_processes, summarise, table
 from fastpo.bench.token_logprobs import TokenLogprobsCase
 from fastpo.bench.vocab_divergence import DIVERGENCES, VocabDivergenceCase
 from fastpo.kernels.token_logprobs import STATISTICS
+from fastpo.reference.listwise import MAX_ITEMS
 from fastpo.reference.registry import objectives
 
 
@@ -25,6 +28,13 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def list_length(text: str) -> int:
+    value = positive(text)
+    if value > MAX_ITEMS:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_ITEMS}, got {value}")
     return value
 
 
@@ -115,6 +125,13 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--rows", type=positive, default=SubTbCase.rows)
     add.add_argument("--tokens", type=positive, default=SubTbCase.tokens)
     _providers(add, SubTbCase.PROVIDERS)
+    help_ = "losses on lists of completions with their rewards, from summed log-probs"
+    add = kernels.add_parser("listwise", parents=[backward, common], help=help_, description=help_)
+    add.add_argument("--objective", choices=LIST_OBJECTIVES, default=ListwiseCase.objective)
+    add.add_argument("--lists", type=positive, default=ListwiseCase.lists)
+    add.add_argument("--items", type=list_length, default=ListwiseCase.items, help="per list")
+    add.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32")
+    _providers(add, ListwiseCase.PROVIDERS)
     return root
 
 
@@ -155,6 +172,8 @@ def main(argv: list[str]) -> int:
         case = PolicyCase(args.sequences, args.tokens, args.dtype, args.backward)
     elif args.kernel == "subtb":
         case = SubTbCase(args.rows, args.tokens, args.backward)
+    elif args.kernel == "listwise":
+        case = ListwiseCase(args.objective, args.lists, args.items, args.dtype, args.backward)
     else:
         case = ObjectiveCase(args.pairs, args.tokens, args.formula, args.dtype, args.backward)
     where = environment()

@@ -51,6 +51,7 @@ class Library:
     policy_formulas: dict[str, int] = field(default_factory=dict)
     policy_numbers: tuple[str, ...] = ()
     policy_choices: tuple[str, ...] = ()
+    list_kinds: dict[str, int] = field(default_factory=dict)
 
     @property
     def loaded(self) -> bool:
@@ -93,6 +94,7 @@ def _load(name: str) -> Library:
         library.policy_formulas = {n: i for i, n in enumerate(library.text("fastpo_policy_formulas").split(","))}
         library.policy_numbers = tuple(library.text("fastpo_policy_numbers").split(","))
         library.policy_choices = tuple(library.text("fastpo_policy_choices").split(","))
+        library.list_kinds = {n: i for i, n in enumerate(library.text("fastpo_list_kinds").split(","))}
         # reads FASTPO_CPU_CAPABILITY; an unknown or unsupported value is an error, not a fallback
         problem = library.text("fastpo_capability_error")
     except AttributeError as error:

@@ -1,8 +1,9 @@
 """Preference objectives: functions of log-probabilities, flat and named as in the literature.
 
-Most functions are built from two tables, one per row: preferences from `fastpo.reference.objectives()`, policy
-gradients from `fastpo.reference.policy.policies()`. `composed`, `demonstrations`, `statistics` and `filters` hold the
-others.
+Most functions are built from three tables, one per row: preferences from `fastpo.reference.objectives()`, policy
+gradients from `fastpo.reference.policy.policies()`, objectives on lists from
+`fastpo.reference.listwise.list_objectives()`. `contrastive`, `composed`, `demonstrations`, `ranking`, `statistics` and
+`filters` hold the others.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fastpo.kernels.listwise import ListwiseOutput
 from fastpo.kernels.objective import PairwiseOutput, PolicyOutput, UnpairedOutput
 from fastpo.kernels.policy import PolicyGradientOutput, PolicyMetrics, kl_reward
-from fastpo.losses import _policy
+from fastpo.losses import _listwise, _policy
 from fastpo.losses._build import build
 from fastpo.losses.composed import diffusion_dpo, hypo, mixture
+from fastpo.losses.contrastive import rank_gen
 from fastpo.losses.demonstrations import DemonstrationOutput, implicit_reward_sft, implicit_values
 from fastpo.losses.diffusion import (
     ElboNodes,
@@ -67,6 +70,7 @@ from fastpo.losses.matching import (
     gdc,
     gdc_plus_plus,
 )
+from fastpo.losses.ranking import RankingMetrics, ranking_metrics
 from fastpo.losses.statistics import (
     BetaDPOStatistics,
     Moments,
@@ -86,11 +90,13 @@ from fastpo.losses.weights import (
     tl_key_tokens,
     tl_token_weights,
 )
+from fastpo.reference.listwise import list_objectives
 from fastpo.reference.policy import RolloutCorrection, policies
 from fastpo.reference.registry import objectives
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {row.name: build(row) for row in objectives()}
 _FUNCTIONS |= {row.name: _policy.build(row) for row in policies()}
+_FUNCTIONS |= {row.name: _listwise.build(row) for row in list_objectives()}
 globals().update(_FUNCTIONS)
 
 __all__ = [
@@ -102,6 +108,7 @@ __all__ = [
     "LikelihoodOutput",
     "MatchingMetrics",
     "MatchingOutput",
+    "ListwiseOutput",
     "Moments",
     "Noised",
     "PairwiseOutput",
@@ -111,6 +118,7 @@ __all__ = [
     "PolicyOutput",
     "RegretOutput",
     "RewardBaseline",
+    "RankingMetrics",
     "RolloutCorrection",
     "UnpairedOutput",
     "adverse_turns",
@@ -153,6 +161,8 @@ __all__ = [
     "rejection_mask",
     "repeated_ngrams",
     "rwr",
+    "rank_gen",
+    "ranking_metrics",
     "sampo_sample",
     "sequence_unlikelihood",
     "sft",

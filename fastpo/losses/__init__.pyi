@@ -4,6 +4,7 @@ from typing import Literal
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from fastpo.kernels.listwise import ListwiseOutput as ListwiseOutput
 from fastpo.kernels.objective import PairwiseOutput as PairwiseOutput
 from fastpo.kernels.objective import PolicyOutput as PolicyOutput
 from fastpo.kernels.objective import UnpairedOutput as UnpairedOutput
@@ -13,50 +14,18 @@ from fastpo.kernels.policy import kl_reward as kl_reward
 from fastpo.losses.composed import diffusion_dpo as diffusion_dpo
 from fastpo.losses.composed import hypo as hypo
 from fastpo.losses.composed import mixture as mixture
+from fastpo.losses.contrastive import rank_gen as rank_gen
 from fastpo.losses.demonstrations import DemonstrationOutput as DemonstrationOutput
 from fastpo.losses.demonstrations import implicit_reward_sft as implicit_reward_sft
 from fastpo.losses.demonstrations import implicit_values as implicit_values
-from fastpo.losses.diffusion import ElboNodes as ElboNodes
-from fastpo.losses.diffusion import Noised as Noised
-from fastpo.losses.diffusion import diffu_grpo as diffu_grpo
-from fastpo.losses.diffusion import diffu_grpo_tokens as diffu_grpo_tokens
-from fastpo.losses.diffusion import diffusion_gdpo as diffusion_gdpo
-from fastpo.losses.diffusion import elbo as elbo
-from fastpo.losses.diffusion import elbo_nodes as elbo_nodes
-from fastpo.losses.diffusion import noise_tokens as noise_tokens
 from fastpo.losses.filters import clip_cov_tokens as clip_cov_tokens
 from fastpo.losses.filters import entropy_mask as entropy_mask
 from fastpo.losses.filters import kl_cov_tokens as kl_cov_tokens
-from fastpo.losses.filters import mean_rollout_weight as mean_rollout_weight
 from fastpo.losses.filters import mixed_groups as mixed_groups
 from fastpo.losses.filters import overlong_mask as overlong_mask
-from fastpo.losses.filters import rejection_mask as rejection_mask
 from fastpo.losses.filters import tppo_masks as tppo_masks
-from fastpo.losses.flows import FlowOutput as FlowOutput
-from fastpo.losses.flows import detailed_balance as detailed_balance
-from fastpo.losses.flows import fl_detailed_balance as fl_detailed_balance
-from fastpo.losses.flows import fl_subtrajectory_balance as fl_subtrajectory_balance
-from fastpo.losses.flows import subtrajectory_balance as subtrajectory_balance
-from fastpo.losses.flows import trajectory_balance as trajectory_balance
-from fastpo.losses.likelihood import AwrOutput as AwrOutput
-from fastpo.losses.likelihood import LikelihoodOutput as LikelihoodOutput
-from fastpo.losses.likelihood import RegretOutput as RegretOutput
-from fastpo.losses.likelihood import awr as awr
-from fastpo.losses.likelihood import chain_of_hindsight as chain_of_hindsight
-from fastpo.losses.likelihood import regret_loss as regret_loss
-from fastpo.losses.likelihood import rwr as rwr
-from fastpo.losses.likelihood import sequence_unlikelihood as sequence_unlikelihood
-from fastpo.losses.likelihood import sft as sft
-from fastpo.losses.likelihood import token_unlikelihood as token_unlikelihood
-from fastpo.losses.likelihood import unlikelihood as unlikelihood
-from fastpo.losses.matching import MatchingMetrics as MatchingMetrics
-from fastpo.losses.matching import MatchingOutput as MatchingOutput
-from fastpo.losses.matching import PartitionEstimate as PartitionEstimate
-from fastpo.losses.matching import RewardBaseline as RewardBaseline
-from fastpo.losses.matching import dpg as dpg
-from fastpo.losses.matching import f_dpg as f_dpg
-from fastpo.losses.matching import gdc as gdc
-from fastpo.losses.matching import gdc_plus_plus as gdc_plus_plus
+from fastpo.losses.ranking import RankingMetrics as RankingMetrics
+from fastpo.losses.ranking import ranking_metrics as ranking_metrics
 from fastpo.losses.statistics import BetaDPOStatistics as BetaDPOStatistics
 from fastpo.losses.statistics import Moments as Moments
 from fastpo.losses.statistics import alpha_dpo_statistics as alpha_dpo_statistics
@@ -64,14 +33,6 @@ from fastpo.losses.statistics import bco_delta as bco_delta
 from fastpo.losses.statistics import beta_dpo_statistics as beta_dpo_statistics
 from fastpo.losses.statistics import kto_kl as kto_kl
 from fastpo.losses.statistics import sampo_sample as sampo_sample
-from fastpo.losses.weights import adverse_turns as adverse_turns
-from fastpo.losses.weights import conditional_tokens as conditional_tokens
-from fastpo.losses.weights import document_filter as document_filter
-from fastpo.losses.weights import forgetful_mask as forgetful_mask
-from fastpo.losses.weights import previous_tokens as previous_tokens
-from fastpo.losses.weights import repeated_ngrams as repeated_ngrams
-from fastpo.losses.weights import tl_key_tokens as tl_key_tokens
-from fastpo.losses.weights import tl_token_weights as tl_token_weights
 from fastpo.reference.policy import RolloutCorrection as RolloutCorrection
 
 def dpo(policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, *, beta: float = 0.1, chosen_mask: Tensor | None = None, rejected_mask: Tensor | None = None, chosen_cu_seqlens: Tensor | None = None, rejected_cu_seqlens: Tensor | None = None, reduction: Literal["mean", "sum", "none"] = "mean", num_items: float | Tensor | None = None) -> PairwiseOutput: ...
@@ -152,3 +113,15 @@ def reinforce(logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor | None 
 def clip_cov(logprobs: Tensor, advantages: Tensor, selected: Tensor, old_logprobs: Tensor | None = None, reference_logprobs: Tensor | None = None, rollout_logprobs: Tensor | None = None, entropy: Tensor | None = None, *, epsilon_low: float = 0.2, epsilon_high: float = 0.2, dual_clip: float = float("inf"), beta: float = 0.0, kl: Literal["k1", "k2", "k3"] = "k3", kl_gradient: Literal["k1", "k2", "k3"] | None = None, kl_corrected: bool = False, entropy_coefficient: float = 0.0, correction: RolloutCorrection | None = None, off_policy_threshold: float | None = None, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "const_norm"] = "token_mean", max_length: int | None = None, count_empty: bool = False, reduction: Literal["mean", "none"] = "mean", num_items: float | Tensor | None = None) -> PolicyGradientOutput: ...
 def kl_cov(logprobs: Tensor, advantages: Tensor, selected: Tensor, old_logprobs: Tensor | None = None, reference_logprobs: Tensor | None = None, rollout_logprobs: Tensor | None = None, entropy: Tensor | None = None, *, penalty: float = 1.0, beta: float = 0.0, kl: Literal["k1", "k2", "k3"] = "k3", kl_gradient: Literal["k1", "k2", "k3"] | None = None, kl_corrected: bool = False, entropy_coefficient: float = 0.0, correction: RolloutCorrection | None = None, off_policy_threshold: float | None = None, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "const_norm"] = "token_mean", max_length: int | None = None, count_empty: bool = False, reduction: Literal["mean", "none"] = "mean", num_items: float | Tensor | None = None) -> PolicyGradientOutput: ...
 def value_clip(values: Tensor, returns: Tensor, old_values: Tensor, *, epsilon: float = 0.2, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "const_norm"] = "token_mean", max_length: int | None = None, count_empty: bool = False, reduction: Literal["mean", "none"] = "mean", num_items: float | Tensor | None = None) -> PolicyGradientOutput: ...
+def lipo_point(policy: Tensor, reference: Tensor | None, labels: Tensor, *, beta: float = 0.05, loss: Literal["mse", "sigmoid"] = "mse", mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: Literal["mean", "sum", "none"] = "mean", num_items: float | Tensor | None = None) -> ListwiseOutput: ...
+def lipo_pair(policy: Tensor, reference: Tensor | None, labels: Tensor, *, beta: float = 0.05, loss: Literal["logistic", "hinge"] = "logistic", average_pairs: bool = False, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: Literal["mean", "sum", "none"] = "mean", num_items: float | Tensor | None = None) -> ListwiseOutput: ...
+def lipo_lambda(policy: Tensor, reference: Tensor | None, labels: Tensor, *, beta: float = 0.05, average_pairs: bool = False, discount: Literal["log", "log2"] = "log", mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: Literal["mean", "sum", "none"] = "mean", num_items: float | Tensor | None = None) -> ListwiseOutput: ...
+def list_mle(policy: Tensor, reference: Tensor | None, labels: Tensor, *, beta: float = 0.05, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: Literal["mean", "sum", "none"] = "mean", num_items: float | Tensor | None = None) -> ListwiseOutput: ...
+def plackett_luce(policy: Tensor, reference: Tensor | None, rewards: Tensor, *, beta: float = 0.1, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: Literal["mean", "sum", "none"] = "mean", num_items: float | Tensor | None = None) -> ListwiseOutput: ...
+def lipo_softmax(policy: Tensor, reference: Tensor | None, labels: Tensor, *, beta: float = 0.05, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: Literal["mean", "sum", "none"] = "mean", num_items: float | Tensor | None = None) -> ListwiseOutput: ...
+def pro(policy: Tensor, lengths: Tensor, rewards: Tensor, *, sft_weight: float = 0.05, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: Literal["mean", "sum", "none"] = "mean", num_items: float | Tensor | None = None) -> ListwiseOutput: ...
+def first_ranknet(scores: Tensor, ranks: Tensor, *, average_pairs: bool = True, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: Literal["mean", "sum", "none"] = "mean", num_items: float | Tensor | None = None) -> ListwiseOutput: ...
+def brain(policy: Tensor, proposal: Tensor, prior: Tensor, rewards: Tensor, *, beta: float, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: Literal["mean", "sum", "none"] = "mean", num_items: float | Tensor | None = None) -> ListwiseOutput: ...
+def info_nca(policy: Tensor, reference: Tensor, rewards: Tensor, *, beta: float = 0.01, alpha: float = 1.0, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: Literal["mean", "sum", "none"] = "mean", num_items: float | Tensor | None = None) -> ListwiseOutput: ...
+def nca(policy: Tensor, reference: Tensor, rewards: Tensor, *, beta: float = 0.01, alpha: float = 1.0, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: Literal["mean", "sum", "none"] = "mean", num_items: float | Tensor | None = None) -> ListwiseOutput: ...
+def exo(policy: Tensor, reference: Tensor, rewards: Tensor, *, beta: float = 0.1, beta_r: float = 0.5, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: Literal["mean", "sum", "none"] = "mean", num_items: float | Tensor | None = None) -> ListwiseOutput: ...

@@ -2,6 +2,6 @@
 
 from pathlib import Path
 
-from fastpo.losses import _build, _policy
+from fastpo.losses import _build, _listwise, _policy
 
-Path(__file__).with_name("__init__.pyi").write_text(_build.stub() + _policy.stub())
+Path(__file__).with_name("__init__.pyi").write_text(_build.stub() + _policy.stub() + _listwise.stub())

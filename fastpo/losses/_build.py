@@ -202,6 +202,7 @@ from typing import Literal
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from fastpo.kernels.listwise import ListwiseOutput as ListwiseOutput
 from fastpo.kernels.objective import PairwiseOutput as PairwiseOutput
 from fastpo.kernels.objective import PolicyOutput as PolicyOutput
 from fastpo.kernels.objective import UnpairedOutput as UnpairedOutput
@@ -211,6 +212,7 @@ from fastpo.kernels.policy import kl_reward as kl_reward
 from fastpo.losses.composed import diffusion_dpo as diffusion_dpo
 from fastpo.losses.composed import hypo as hypo
 from fastpo.losses.composed import mixture as mixture
+from fastpo.losses.contrastive import rank_gen as rank_gen
 from fastpo.losses.demonstrations import DemonstrationOutput as DemonstrationOutput
 from fastpo.losses.demonstrations import implicit_reward_sft as implicit_reward_sft
 from fastpo.losses.demonstrations import implicit_values as implicit_values
@@ -255,6 +257,8 @@ from fastpo.losses.matching import dpg as dpg
 from fastpo.losses.matching import f_dpg as f_dpg
 from fastpo.losses.matching import gdc as gdc
 from fastpo.losses.matching import gdc_plus_plus as gdc_plus_plus
+from fastpo.losses.ranking import RankingMetrics as RankingMetrics
+from fastpo.losses.ranking import ranking_metrics as ranking_metrics
 from fastpo.losses.statistics import BetaDPOStatistics as BetaDPOStatistics
 from fastpo.losses.statistics import Moments as Moments
 from fastpo.losses.statistics import alpha_dpo_statistics as alpha_dpo_statistics

@@ -2,6 +2,7 @@
 #include <string>
 
 #include "../../csrc/cuda/affine_scan.cuh"
+#include "../../csrc/cuda/listwise.cuh"
 #include "../../csrc/cuda/objective.cuh"
 #include "../../csrc/cuda/policy.cuh"
 #include "../../csrc/cuda/segment_stats.cuh"
@@ -35,5 +36,8 @@ const char* simt_run(const char* name, std::int64_t blocks, std::int64_t threads
   KERNEL1(policy_f32, PolicyObjective);
   KERNEL1(policy_f64, PolicyObjective);
   KERNEL1(policy_sum, PolicySum);
+  KERNEL2(listwise_f32, Listwise, Shape);
+  KERNEL2(listwise_f64, Listwise, Shape);
+  KERNEL1(listwise_sum, ListSum);
   return "there is no such kernel";
 }

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from fastpo import losses
-from fastpo.losses import _build, _policy
+from fastpo.losses import _build, _listwise, _policy
 from fastpo.reference import objectives
 
 
 def test_stub_is_up_to_date():
     written = Path(losses.__file__).with_name("__init__.pyi").read_text()
-    assert written == _build.stub() + _policy.stub(), "run python -m fastpo.losses"
+    assert written == _build.stub() + _policy.stub() + _listwise.stub(), "run python -m fastpo.losses"
 
 
 @pytest.mark.parametrize("row", list(objectives()), ids=lambda row: row.name)
