@@ -17,7 +17,7 @@ from torch import Tensor
 from fastpo.kernels import _checks, _native
 from fastpo.kernels.cuda import listwise as _launch
 from fastpo.kernels.cuda import nvrtc
-from fastpo.kernels.objective import _keeps_graph, mean_denominator, mean_of
+from fastpo.kernels.objective import mean_denominator, mean_of, scaled
 from fastpo.reference import listwise as reference
 from fastpo.reference.listwise import DISCOUNTS, MAX_ITEMS, ListObjective, Numbers
 
@@ -114,9 +114,7 @@ class _Listwise(torch.autograd.Function):
             else:
                 if grad.dim() == 1:
                     grad = grad[:, None] if tensors[4] is None else _spread(grad, tensors[4], len(slopes))
-                # the slopes are nobody else's, and of no use once the graph is freed
-                kept = torch.compiler.is_compiling() or _keeps_graph()
-                out = (slopes * grad if kept else slopes.mul_(grad)).to(tensors[0].dtype)
+                out = scaled(slopes, grad).to(tensors[0].dtype)
         return None, out, None, None, None, None
 
 
@@ -260,7 +258,7 @@ def evaluate(
         plan = _plan(row, hyper, options)
     else:
         try:
-            plan = _known_plan(row.name, hyper, options)
+            plan = _known_plan(row.name, hyper, options, *map(type, hyper))
         except TypeError:
             # an argument without a hash has no place in the cache, and is no number: this says so
             plan = _plan(row, hyper, options)

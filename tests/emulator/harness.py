@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import shlex
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,15 @@ CHECKED = ["-fsanitize=signed-integer-overflow"]
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One process at a time, of those that run tests side by side."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(FOLDER / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _compile(source: Path, options: Sequence[str], name: str) -> Path:
     """The object of a source, made again when anything it may include has changed."""
     target = FOLDER / f"{name}.o"
@@ -41,12 +51,12 @@ def _compile(source: Path, options: Sequence[str], name: str) -> Path:
         or any(p.stat().st_mtime > target.stat().st_mtime for p in inputs)
         or stamp.read_text() != shlex.join(command)
     ):
-        target.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(command, check=True)
         stamp.write_text(shlex.join(command))
     return target
 
 
+@_alone()
 def build(name: str = "emulator", defines: Mapping[str, str] | None = None, sources: Sequence[Path] = ()) -> Path:
     """A library of the emulator and the kernels; `sources` are compiled in addition."""
     given = [f"-D{key}={value}" for key, value in (defines or {}).items()]
@@ -57,6 +67,7 @@ def build(name: str = "emulator", defines: Mapping[str, str] | None = None, sour
     return library
 
 
+@_alone()
 def build_ops() -> Path:
     """The compiled ops for CUDA, csrc/torch/cuda and csrc/cuda/*.cu, over the emulator."""
     includes = [flag for path in include_paths() for flag in ("-isystem", path)]
