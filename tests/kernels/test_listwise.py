@@ -17,6 +17,7 @@ from fastpo import losses
 from fastpo.kernels import _native
 from fastpo.reference.listwise import OTHERS, PAIRS, list_objective, list_objectives
 from tests.device import to_device
+from tests.memory import peak_allocated
 from tests.tolerance import assert_within
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -231,6 +232,15 @@ class TestValues:
         torch.set_num_threads(1)
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
+    def test_memory(self):
+        """No matrix of pairs, which would be 32 MB."""
+        policy, labels = torch.randn(8, 1024, requires_grad=True), torch.rand(8, 1024)
+
+        def run() -> Tensor:
+            return torch.autograd.grad(losses.lipo_lambda(policy, None, labels).loss, policy)[0]
+
+        assert peak_allocated(run) < 8 * policy.numel() * 4
+
     @by_case
     def test_micro_batches(self, case):
         given = make(case, "padded", 6, 5, torch.float64)
@@ -359,6 +369,21 @@ class TestArguments:
         given = {"policy": torch.ones(2, 3), "reference": torch.ones(2, 3), "labels": torch.ones(2, 3), **change}
         with fastpo.use_backend(backend), pytest.raises(error, match=re.escape(message)):
             losses.lipo_lambda(**given)
+
+    def test_what_equals_a_number_is_none(self):
+        """A call like an earlier one is not checked again, but True is not like 1.0."""
+        one = torch.ones(1, 2)
+        losses.lipo_pair(one, None, one, beta=1.0, average_pairs=False)
+        with pytest.raises(TypeError, match="beta must be a number, got bool"):
+            losses.lipo_pair(one, None, one, beta=True, average_pairs=False)
+        with pytest.raises(TypeError, match="average_pairs must be a bool, got int"):
+            losses.lipo_pair(one, None, one, beta=1.0, average_pairs=0)
+
+    def test_integer_targets(self):
+        """Ranks and rewards may be integers, whose order fp64 keeps."""
+        policy = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
+        far = torch.tensor([[2**40, 2**40 + 1]])
+        assert losses.list_mle(policy, None, far).loss == losses.list_mle(policy, None, torch.tensor([[0, 1]])).loss
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_bad_lists(self, backend):
