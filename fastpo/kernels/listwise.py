@@ -172,8 +172,8 @@ def _plan(row: ListObjective, hyper: tuple[object, ...], options: tuple[Any, ...
     return _Plan(row.kinds[loss], values, numbers, pair_mean)
 
 
-# of calls like earlier ones; True is no number, though it equals one
-@functools.lru_cache(maxsize=256, typed=True)
+# of calls like earlier ones; the types are arguments too: True is no number, though it equals one
+@functools.lru_cache(maxsize=256)
 def _known_plan(name: str, hyper: tuple[object, ...], options: tuple[Any, ...], *_: type) -> _Plan:
     return _plan(reference.list_objective(name), hyper, options)
 
@@ -226,7 +226,7 @@ def _check_targets(row: ListObjective, targets: Tensor, mask: Tensor | None, cu_
             raise ValueError(f"{name} must be in {row.targets} for {row.name}, got {found:g}")
 
 
-def _check_lengths(cu_seqlens: Tensor | None, of: str, total: int) -> None:
+def _check_lengths(cu_seqlens: Tensor | None, total: int) -> None:
     """Boundaries in order and lists not too long, where values may be looked at."""
     _checks.rising("cu_seqlens", cu_seqlens, total)
     if cu_seqlens is None or len(cu_seqlens) < 2 or not _checks.readable(cu_seqlens):
@@ -235,11 +235,11 @@ def _check_lengths(cu_seqlens: Tensor | None, of: str, total: int) -> None:
         raise ValueError(f"cu_seqlens has a list of {longest} items; at most {MAX_ITEMS} are supported")
 
 
-def _constant(t: Tensor | None) -> Tensor | None:
+def _constant(t: Tensor | None, integers: torch.dtype) -> Tensor | None:
     if t is None:
         return None
     t = t.detach() if t.requires_grad else t
-    return t if t.dtype.is_floating_point else t.to(torch.float32)
+    return t if t.dtype.is_floating_point else t.to(integers)
 
 
 def evaluate(
@@ -258,7 +258,7 @@ def evaluate(
         plan = _plan(row, hyper, options)
     else:
         try:
-            plan = _known_plan(row.name, hyper, options, *map(type, hyper))
+            plan = _known_plan(row.name, hyper, options, *map(type, hyper), *map(type, options))
         except TypeError:
             # an argument without a hash has no place in the cache, and is no number: this says so
             plan = _plan(row, hyper, options)
@@ -269,13 +269,15 @@ def evaluate(
     of = row.names[0]
     lists = first.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     denominator = mean_denominator(reduction, num_items, lists, first, of)
-    policy, other, targets = row.take(first, *map(_constant, tensors[1:]), plan.values)
+    # fp64 targets leave the accumulator's type alone, lengths in fp64 would not
+    constants = [_constant(t, torch.float32) for t in tensors[1:-1]]
+    policy, other, targets = row.take(first, *constants, _constant(tensors[-1], torch.float64), plan.values)
     call = _Call(plan.kind, plan.numbers, plan.pair_mean, reduction != "none", denominator)
     dtypes = (policy.dtype, targets.dtype) if other is None else (policy.dtype, other.dtype, targets.dtype)
     native = _native.serves("listwise", policy.device, *dtypes)
     # the compiled CPU kernel looks at boundaries itself
     if not native or policy.device.type != "cpu":
-        _check_lengths(cu_seqlens, of, len(policy))
+        _check_lengths(cu_seqlens, len(policy))
     if native:
         loss, scores = _native.call(_Listwise.apply, call, policy, other, targets, mask, cu_seqlens)
     else:

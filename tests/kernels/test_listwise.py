@@ -17,6 +17,7 @@ from fastpo import losses
 from fastpo.kernels import _native
 from fastpo.reference.listwise import OTHERS, PAIRS, list_objective, list_objectives
 from tests.device import to_device
+from tests.memory import peak_allocated
 from tests.tolerance import assert_within
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -107,7 +108,8 @@ def widened(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def compare(case: str, given: dict[str, Any], **more: Any) -> None:
-    """Our error is that of same-dtype torch and 2 eps of the largest term times the number of them."""
+    """Our error is that of same-dtype torch and 8 eps of the terms: a score, its exponential and logarithm, and a
+    weight are about eight roundings."""
     ours = evaluate(case, given, **more)
     first = list_objective(CASES[case][0]).names[0]
     dtype = given[first].dtype
@@ -126,8 +128,9 @@ def compare(case: str, given: dict[str, Any], **more: Any) -> None:
     items = 1 + given[first].numel() / max(1, len(ours[0]) if ours[0].dim() else 1)
     for name, mine, truth, theirs in zip(("loss", "rewards", "gradient"), ours, exact, plain, strict=True):
         eps = dtype if name == "gradient" else accumulator
+        whole = truth.masked_fill(~truth.isfinite(), 0).abs().max().item() if truth.numel() else 0.0
         # a gradient has its own dtype's rounding, and the terms that of the accumulator
-        size = terms * items * (torch.finfo(accumulator).eps / torch.finfo(eps).eps)
+        size = 4 * max(terms * items, whole) * torch.finfo(accumulator).eps / torch.finfo(eps).eps
         assert_within(mine, truth, theirs.to(mine.dtype), eps, f"{case} {name}", terms=size)
 
 
@@ -228,6 +231,15 @@ class TestValues:
         two = evaluate(case, given)
         torch.set_num_threads(1)
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+    def test_memory(self):
+        """No matrix of pairs, which would be 32 MB."""
+        policy, labels = torch.randn(8, 1024, requires_grad=True), torch.rand(8, 1024)
+
+        def run() -> Tensor:
+            return torch.autograd.grad(losses.lipo_lambda(policy, None, labels).loss, policy)[0]
+
+        assert peak_allocated(run) < 8 * policy.numel() * 4
 
     @by_case
     def test_micro_batches(self, case):
@@ -357,6 +369,21 @@ class TestArguments:
         given = {"policy": torch.ones(2, 3), "reference": torch.ones(2, 3), "labels": torch.ones(2, 3), **change}
         with fastpo.use_backend(backend), pytest.raises(error, match=re.escape(message)):
             losses.lipo_lambda(**given)
+
+    def test_what_equals_a_number_is_none(self):
+        """A call like an earlier one is not checked again, but True is not like 1.0."""
+        one = torch.ones(1, 2)
+        losses.lipo_pair(one, None, one, beta=1.0, average_pairs=False)
+        with pytest.raises(TypeError, match="beta must be a number, got bool"):
+            losses.lipo_pair(one, None, one, beta=True, average_pairs=False)
+        with pytest.raises(TypeError, match="average_pairs must be a bool, got int"):
+            losses.lipo_pair(one, None, one, beta=1.0, average_pairs=0)
+
+    def test_integer_targets(self):
+        """Ranks and rewards may be integers, whose order fp64 keeps."""
+        policy = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
+        far = torch.tensor([[2**40, 2**40 + 1]])
+        assert losses.list_mle(policy, None, far).loss == losses.list_mle(policy, None, torch.tensor([[0, 1]])).loss
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_bad_lists(self, backend):
