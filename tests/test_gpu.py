@@ -20,7 +20,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("kernel", ["linear_logprobs", "objective", "token_logprobs"])
+@pytest.mark.parametrize("kernel", ["linear_logprobs", "objective", "policy", "token_logprobs"])
 def test_the_tests(kernel):
     command = ("-m", "pytest", "-q", "-k", "TestDevice and not split", f"tests/gpu/test_{kernel}.py")
     out = run(*command, FASTPO_TEST_DEVICE="cpu")

@@ -588,7 +588,8 @@ def evaluate(
         loss, sums, maxima = _reference(settings, batch)
     metrics = PolicyMetrics(sums, maxima)
     if reduction == "mean":
-        loss = loss / _denominator(metrics, batch, aggregation, count_empty, num_items).to(loss.dtype)
+        by = _denominator(metrics, batch, aggregation, count_empty, num_items)
+        loss = loss / (by.to(loss.dtype) if isinstance(by, Tensor) else by)
     return PolicyGradientOutput(loss / plan.constant if plan.constant else loss, metrics)
 
 
@@ -622,15 +623,14 @@ def _check_num_items(num_items: float | Tensor | None, reduction: str, batch: Ba
 
 def _denominator(
     metrics: PolicyMetrics, batch: Batch, aggregation: str, count_empty: bool, num_items: float | Tensor | None
-) -> Tensor:
-    if isinstance(num_items, Tensor):
-        return num_items
+) -> Tensor | float:
+    # numbers stay on the host: copied to a GPU, they would be waited for
     if num_items is not None:
-        return metrics.sums.new_tensor(float(num_items))
+        return num_items
     if aggregation == "token_mean":
         return metrics.tokens.clamp(min=1)
     if count_empty or aggregation == "const_norm":
-        return metrics.sums.new_tensor(float(batch.rows))
+        return float(batch.rows)
     return metrics.sequences.clamp(min=1)
 
 

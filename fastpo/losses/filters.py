@@ -188,8 +188,7 @@ def rejection_mask(
     denominators, as in verl; as its `policy_mask`, it keeps its penalty and its place in them.
 
     Args:
-        old_logprobs, rollout_logprobs: (B, T), or (N,) with `cu_seqlens`; constants. Log-ratios beyond ±20 count as
-            that in k3.
+        old_logprobs, rollout_logprobs: (B, T), or (N,) with `cu_seqlens`; constants. In k3, r is at most e^20.
         limit: at least 0.
         estimator: "k2" or "k3".
         level: of the estimate: of the token, or its sum, mean or maximum over the tokens of the sequence, which is then

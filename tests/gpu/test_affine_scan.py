@@ -8,34 +8,12 @@ import pytest
 import torch
 
 import fastpo
-from fastpo.kernels import _native
 from fastpo.kernels.affine_scan import launched_by
-from fastpo.kernels.cuda import nvrtc
+from tests.gpu.launch import both_ways
 from tests.kernels import test_affine_scan as cases
 from tests.kernels.test_affine_scan import HYPER, LAYOUTS, advantage_case, affine_case, evaluate, scan
 
-
-@pytest.fixture(params=["compiled", "nvrtc"], autouse=True)
-def launch(request, device):
-    """Both ways to launch; the second in place of the first where that is the default."""
-    by_nvrtc = request.param == "nvrtc"
-    if device.type != "cuda":
-        if by_nvrtc:
-            pytest.skip("needs a CUDA device")
-        yield
-        return
-    if not by_nvrtc and not _native.CUDA.loaded:
-        pytest.skip(f"_cuda: {_native.CUDA.error}")
-    if by_nvrtc and nvrtc.why_not():
-        pytest.skip(nvrtc.why_not())
-    if not by_nvrtc or not _native.CUDA.loaded:
-        yield
-        return
-    library = torch.library.Library("fastpo", "IMPL")
-    for name, function in launched_by(nvrtc.Driver("affine_scan.cuh")).items():
-        library.impl(name, function, "CUDA", allow_override=True)
-    yield
-    library._destroy()
+launch = both_ways("affine_scan.cuh", launched_by)
 
 
 class TestValues(cases.TestValues): ...

@@ -11,39 +11,15 @@ from torch import Tensor
 
 import fastpo
 from fastpo import losses
-from fastpo.kernels import _native
-from fastpo.kernels.cuda import nvrtc
 from fastpo.kernels.objective import launched_by
 from fastpo.reference.registry import objective
 from tests.device import to_device
+from tests.gpu.launch import both_ways
 from tests.kernels import test_objective as cases
 from tests.kernels.test_objective import LAYOUTS, evaluate, make
 from tests.losses import test_methods as methods
 
-
-@pytest.fixture(params=["compiled", "nvrtc"], autouse=True)
-def launch(request, device):
-    """Both ways to launch; the second in place of the first where that is the default."""
-    if device.type != "cuda":
-        if request.param == "nvrtc":
-            pytest.skip("needs a CUDA device")
-        yield
-        return
-    if request.param == "compiled":
-        if not _native.CUDA.loaded:
-            pytest.skip(f"_cuda: {_native.CUDA.error}")
-        yield
-        return
-    if nvrtc.why_not():
-        pytest.skip(nvrtc.why_not())
-    if not _native.CUDA.loaded:
-        yield
-        return
-    library = torch.library.Library("fastpo", "IMPL")
-    for name, function in launched_by(nvrtc.Driver("objective.cuh")).items():
-        library.impl(name, function, "CUDA", allow_override=True)
-    yield
-    library._destroy()
+launch = both_ways("objective.cuh", launched_by)
 
 
 class TestValues(cases.TestValues): ...
