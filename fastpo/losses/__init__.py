@@ -1,8 +1,8 @@
 """Preference objectives: functions of log-probabilities, flat and named as in the literature.
 
 Most functions are built from two tables, one per row: preferences from `fastpo.reference.objectives()`, policy
-gradients from `fastpo.reference.policy.policies()`. `composed`, `demonstrations`, `statistics` and `filters` hold the
-others.
+gradients from `fastpo.reference.policy.policies()`. `composed`, `demonstrations`, `likelihood`, `flows`, `matching` and
+`diffusion` hold the others; `statistics`, `filters` and `weights` what they take.
 """
 
 from __future__ import annotations

@@ -158,6 +158,26 @@ class TestSequenceRatio:
             losses.diffusion_gdpo(x, x, x[:2], torch.ones(3, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("name", ["diffusion_gdpo", "diffu_grpo", "elbo"])
+def test_compiled_is_eager(name):
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(4, generator=generator) for _ in range(3)]
+    lengths, nodes = torch.tensor([1, 2, 0, 3]), losses.elbo_nodes(2)
+    tokens = -torch.rand(2, 4, 3, generator=generator)
+
+    def step(leaf: Tensor) -> Tensor:
+        if name == "diffusion_gdpo":
+            return losses.diffusion_gdpo(leaf[0, :, 0], rows[1], rows[2], lengths).loss
+        if name == "diffu_grpo":
+            return losses.diffu_grpo(leaf[0], rows[0], tokens[1], beta=0.0, mask=tokens[1] < -0.3).loss
+        return losses.elbo(leaf, tokens < -0.5, nodes).square().sum()
+
+    leaf = tokens.clone().requires_grad_()
+    found = torch.compile(step, backend="aot_eager", fullgraph=True)(leaf)
+    torch.testing.assert_close(found, step(leaf))
+    torch.testing.assert_close(torch.autograd.grad(found, leaf), torch.autograd.grad(step(leaf), leaf))
+
+
 class TinyDiffusion(torch.nn.Module):
     """A masked-diffusion model of three tokens: every position predicted from what is not hidden of all."""
 
