@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -235,8 +235,18 @@ TASKS = {
 }
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Thousands of tiny operations wait for threads longer than they work, where others use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", list(TASKS))
 @pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.usefixtures("one_thread")
 def test_a_tiny_model_learns(name, sign):
     """The reward rises from a quarter to nearly all; with the advantages' sign turned it falls."""
     torch.manual_seed(0)
@@ -245,7 +255,7 @@ def test_a_tiny_model_learns(name, sign):
     model = TinyDiffusion()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     before = reward(model.sample(500, generator)).mean()
-    for _ in range(40):
+    for _ in range(40 if sign > 0 else 15):
         tokens = model.sample(128, generator)
         a = sign * advantages.dr_grpo(reward(tokens)[None])[0]
         loss = make(model, tokens, generator)
@@ -255,4 +265,4 @@ def test_a_tiny_model_learns(name, sign):
             optimizer.step()
     after = reward(model.sample(500, generator)).mean()
     assert 0.15 < before < 0.35
-    assert after > 0.85 if sign > 0 else after < 0.1
+    assert after > 0.85 if sign > 0 else after < before / 2
