@@ -245,6 +245,8 @@ class TestXrpo:
             rewards.xrpo_allocate(torch.tensor([1]), torch.ones(1), 1)
         with pytest.raises(ValueError, match="stds must be at least 0 and finite"):
             rewards.xrpo_priorities(torch.tensor([2]), torch.tensor([NAN]))
+        with pytest.raises(ValueError, match="total must be at least 0 and finite, got -1"):
+            rewards.xrpo_priorities(counts, stds, total=-1)
         with pytest.raises(ValueError, match="budget must be at least 0"):
             rewards.xrpo_allocate(counts, stds, -1)
 

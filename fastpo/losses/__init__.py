@@ -2,8 +2,8 @@
 
 Most functions are built from three tables, one per row: preferences from `fastpo.reference.objectives()`, policy
 gradients from `fastpo.reference.policy.policies()`, objectives on lists from
-`fastpo.reference.listwise.list_objectives()`. `contrastive`, `composed`, `demonstrations`, `ranking`, `statistics` and
-`filters` hold the others.
+`fastpo.reference.listwise.list_objectives()`. `composed`, `contrastive`, `demonstrations`, `likelihood`, `flows`,
+`matching` and `diffusion` hold the others; `statistics`, `filters`, `weights` and `ranking` what they take or give.
 """
 
 from __future__ import annotations

@@ -6,9 +6,7 @@ that.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -40,9 +38,8 @@ class Noised(NamedTuple):
     masked: Tensor
 
 
-@functools.cache
-def _function(name: str) -> Callable[..., PolicyGradientOutput]:
-    return _policy.build(next(row for row in policies() if row.name == name))
+# built here: torch.compile does not trace the building of a function
+_PPO, _GRPO = (_policy.build(row) for name in ("ppo", "grpo") for row in policies() if row.name == name)
 
 
 def _number(name: str, value: object) -> int:
@@ -214,7 +211,7 @@ def diffusion_gdpo(
     _checks.shape("lengths", lengths, elbos.shape, "one per sequence")
     reduce = reducer(reduction, num_items, rows, elbos, "elbos")
     columns = [None if t is None else t[:, None] for t in (elbos, old_elbos, reference_elbos)]
-    out = _function("ppo")(
+    out = _PPO(
         columns[0],
         advantages,
         columns[1],
@@ -295,4 +292,4 @@ def diffu_grpo(
     """
     options = {"aggregation": "token_mean", **options}
     bounds = {"epsilon_low": epsilon, "epsilon_high": epsilon, "beta": beta}
-    return _function("grpo")(logprobs, advantages, old_logprobs, reference_logprobs, **bounds, **options)
+    return _GRPO(logprobs, advantages, old_logprobs, reference_logprobs, **bounds, **options)

@@ -207,20 +207,20 @@ def sequence_unlikelihood(
     repeats: Tensor,
     *,
     floor: float = 1e-20,
-    average: Literal["sum", "token_mean"] = "sum",
+    average: Literal["token_mean", "sum"] = "token_mean",
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     num_items: float | Tensor | None = None,
 ) -> LikelihoodOutput:
-    """-log max(1 - p, floor) of the tokens of the model's own continuations that repeat, their sum or their mean.
+    """-log max(1 - p, floor) of the tokens of the model's own continuations that repeat, over the number of all tokens.
 
     Source: Neural text generation with unlikelihood training, arXiv:1908.04319, Eq. 7 (its number is from memory).
 
     Args:
-        logprobs, mask, cu_seqlens, num_items: as in `sft`; num_items is of "token_mean", over all tokens that count.
+        logprobs, mask, cu_seqlens, num_items: as in `sft`; num_items is of "token_mean".
         repeats: bool, of the shape of logprobs, as from `repeated_ngrams`.
         floor: as in `unlikelihood`.
-        average: "sum" is the official code's.
+        average: "token_mean", over all tokens that count, as in the official code; or "sum".
 
     Returns:
         LikelihoodOutput; its weights are 1 for the repeats.
@@ -231,8 +231,8 @@ def sequence_unlikelihood(
     batch = _batch(logprobs, mask, cu_seqlens)
     number_in("floor", floor, 0, 1)
     check_mask("repeats", repeats, "logprobs", logprobs)
-    if average not in ("sum", "token_mean"):
-        raise ValueError(f"average must be 'sum' or 'token_mean', got {average!r}")
+    if average not in ("token_mean", "sum"):
+        raise ValueError(f"average must be 'token_mean' or 'sum', got {average!r}")
     if average == "sum" and num_items is not None:
         raise ValueError("num_items is the denominator of average='token_mean', got average='sum'")
     chosen = batch.counts & repeats

@@ -123,7 +123,7 @@ def previous_tokens(
         ignore_index: stands where there is no candidate.
 
     Returns:
-        of the dtype of targets, (B, T, T); or (N, longest sequence).
+        of the dtype of targets, (B, T, T); or (N, longest sequence). For texts of thousands of tokens, take a part.
 
     Raises:
         TypeError, ValueError: wrong dtypes or shapes.

@@ -261,6 +261,8 @@ def xrpo_priorities(
     """
     n, s = _counts(counts, stds, alpha, exploration)
     of = float(sum(n) if total is None else _checks.number("total", total))
+    if not 0 <= of < math.inf:
+        raise ValueError(f"total must be at least 0 and finite, got {of:g}")
     return torch.tensor(
         [_priority(*pair, of, alpha, exploration) for pair in zip(n, s, strict=True)], dtype=torch.float64
     )

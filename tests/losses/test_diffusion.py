@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -158,6 +158,26 @@ class TestSequenceRatio:
             losses.diffusion_gdpo(x, x, x[:2], torch.ones(3, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("name", ["diffusion_gdpo", "diffu_grpo", "elbo"])
+def test_compiled_is_eager(name):
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(4, generator=generator) for _ in range(3)]
+    lengths, nodes = torch.tensor([1, 2, 0, 3]), losses.elbo_nodes(2)
+    tokens = -torch.rand(2, 4, 3, generator=generator)
+
+    def step(leaf: Tensor) -> Tensor:
+        if name == "diffusion_gdpo":
+            return losses.diffusion_gdpo(leaf[0, :, 0], rows[1], rows[2], lengths).loss
+        if name == "diffu_grpo":
+            return losses.diffu_grpo(leaf[0], rows[0], tokens[1], beta=0.0, mask=tokens[1] < -0.3).loss
+        return losses.elbo(leaf, tokens < -0.5, nodes).square().sum()
+
+    leaf = tokens.clone().requires_grad_()
+    found = torch.compile(step, backend="aot_eager", fullgraph=True)(leaf)
+    torch.testing.assert_close(found, step(leaf))
+    torch.testing.assert_close(torch.autograd.grad(found, leaf), torch.autograd.grad(step(leaf), leaf))
+
+
 class TinyDiffusion(torch.nn.Module):
     """A masked-diffusion model of three tokens: every position predicted from what is not hidden of all."""
 
@@ -215,8 +235,18 @@ TASKS = {
 }
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Thousands of tiny operations wait for threads longer than they work, where others use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", list(TASKS))
 @pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.usefixtures("one_thread")
 def test_a_tiny_model_learns(name, sign):
     """The reward rises from a quarter to nearly all; with the advantages' sign turned it falls."""
     torch.manual_seed(0)
@@ -225,7 +255,7 @@ def test_a_tiny_model_learns(name, sign):
     model = TinyDiffusion()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     before = reward(model.sample(500, generator)).mean()
-    for _ in range(40):
+    for _ in range(40 if sign > 0 else 15):
         tokens = model.sample(128, generator)
         a = sign * advantages.dr_grpo(reward(tokens)[None])[0]
         loss = make(model, tokens, generator)
@@ -235,4 +265,4 @@ def test_a_tiny_model_learns(name, sign):
             optimizer.step()
     after = reward(model.sample(500, generator)).mean()
     assert 0.15 < before < 0.35
-    assert after > 0.85 if sign > 0 else after < 0.1
+    assert after > 0.85 if sign > 0 else after < before / 2

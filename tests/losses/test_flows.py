@@ -118,6 +118,17 @@ def test_the_residual_of_the_whole():
 
 
 @by_name
+def test_only_ratios_of_flows_matter(name):
+    """A constant added to every log F and log R changes nothing but log Z."""
+    x = given()
+    shift = 37.5
+    moved = x | {n: x[n] + shift for n in ("flows", "log_rewards", "log_z", "final_flows")}
+    before, after = call(name, x, reduction="none"), call(name, moved, reduction="none")
+    torch.testing.assert_close(after.loss, before.loss, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(after.log_z, torch.where(x["mask"].any(1), before.log_z + shift, 0))
+
+
+@by_name
 def test_differences(name):
     """gradcheck, and the second derivative, in everything that is learnt; energies and masked tokens have none."""
     x = given()

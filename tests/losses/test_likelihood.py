@@ -76,7 +76,7 @@ def by_hand(name: str, x: dict[str, Tensor]) -> float:
         total += terms
     if name in ("chain_of_hindsight", "seq_mean"):
         return float(sum(rows) / 4)
-    return float(total if name == "sequence_unlikelihood" else total / tokens)
+    return float(total / tokens)
 
 
 OPTIONS: dict[str, dict[str, object]] = {
@@ -144,8 +144,7 @@ def test_micro_batches_and_dtypes(name):
     halves = [{n: t[rows] for n, t in x.items()} for rows in (slice(0, 2), slice(2, 4))]
     items = 4 if name in ("seq_mean", "chain_of_hindsight") else int(x["mask"].sum())
     for number in (items, torch.tensor(items)):
-        more = {} if name == "sequence_unlikelihood" else {"num_items": number}
-        parts = [call(function(name), half, **OPTIONS[name], **more) for half in halves]
+        parts = [call(function(name), half, **OPTIONS[name], num_items=number) for half in halves]
         torch.testing.assert_close(sum(parts), whole, rtol=1e-13, atol=0)
     half = {n: t if n == "mask" else t.bfloat16() for n, t in x.items()}
     leaf = half["logprobs"].requires_grad_()
@@ -251,7 +250,14 @@ class TestUnlikelihood:
         with pytest.raises(ValueError, match=r"scores has shape \(3,\), expected \(1, 2\): .* or be \(1,\)"):
             losses.unlikelihood(x, torch.zeros(3))
         with pytest.raises(ValueError, match="num_items is the denominator of average='token_mean'"):
-            losses.sequence_unlikelihood(x, x < 0, num_items=3)
+            losses.sequence_unlikelihood(x, x < 0, average="sum", num_items=3)
+
+    def test_sum(self):
+        """The mean is over all tokens, not over the repeats."""
+        x, repeats = torch.tensor([[-1.0, -2.0, -3.0]]), torch.tensor([[True, False, True]])
+        total = losses.sequence_unlikelihood(x, repeats, average="sum").loss
+        assert total.item() == pytest.approx(-math.log1p(-math.exp(-1)) - math.log1p(-math.exp(-3)), rel=1e-6)
+        torch.testing.assert_close(losses.sequence_unlikelihood(x, repeats).loss, total / 3)
 
 
 class TestTokenUnlikelihood:

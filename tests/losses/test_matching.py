@@ -207,6 +207,17 @@ def test_log_space():
     assert out.loss.item() == pytest.approx(900.0)
 
 
+def test_the_scale_of_the_target():
+    """P and Z times the same factor are the same target; DPG, which has no Z, is that many times as fast."""
+    logp, shift = (P.log() + 0.2).requires_grad_(), 3.0
+    for divergence in DIVERGENCES:
+        out = losses.f_dpg(logp, Q.log(), TARGET, LOG_Z, divergence=divergence, reduction="none")
+        moved = losses.f_dpg(logp, Q.log(), TARGET + shift, LOG_Z + shift, divergence=divergence, reduction="none")
+        torch.testing.assert_close(moved.loss, out.loss, rtol=1e-12, atol=1e-13)
+    dpg = [losses.dpg(logp, Q.log(), t).loss for t in (TARGET, TARGET + shift)]
+    torch.testing.assert_close(dpg[1], math.exp(shift) * dpg[0])
+
+
 def test_tokens():
     """Padded and packed tokens are summed; padding has no influence."""
     generator = torch.Generator().manual_seed(0)
