@@ -758,8 +758,7 @@ class TestAllowed:
         return allow(logits_of(given), given["targets"], share)[1]
 
     @by_dtype
-    @pytest.mark.parametrize("vocab", [1, 33, 64, 1000])
-    @pytest.mark.parametrize("share", [0.0, 0.4])
+    @pytest.mark.parametrize(("vocab", "share"), [(1, 0.0), (33, 0.4), (64, 0.0), (1000, 0.4)])
     def test_values(self, dtype, vocab, share):
         given = make(5, vocab=vocab, dtype=dtype, ids=2, bias=True)
         given["targets"][3, 0] = -100
