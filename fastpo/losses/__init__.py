@@ -15,7 +15,7 @@ from fastpo.kernels.listwise import ListwiseOutput
 from fastpo.kernels.objective import PairwiseOutput, PolicyOutput, UnpairedOutput
 from fastpo.kernels.policy import PolicyGradientOutput, PolicyMetrics, kl_reward
 from fastpo.losses import _listwise, _policy
-from fastpo.losses._build import build
+from fastpo.losses._build import built
 from fastpo.losses.composed import diffusion_dpo, hypo, mixture
 from fastpo.losses.contrastive import rank_gen
 from fastpo.losses.demonstrations import DemonstrationOutput, implicit_reward_sft, implicit_values
@@ -94,7 +94,7 @@ from fastpo.reference.listwise import list_objectives
 from fastpo.reference.policy import RolloutCorrection, policies
 from fastpo.reference.registry import objectives
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {row.name: build(row) for row in objectives()}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {row.name: built(row) for row in objectives()}
 _FUNCTIONS |= {row.name: _policy.build(row) for row in policies()}
 _FUNCTIONS |= {row.name: _listwise.build(row) for row in list_objectives()}
 globals().update(_FUNCTIONS)

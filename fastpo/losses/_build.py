@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -193,6 +194,10 @@ def build(row: Objective) -> Callable[..., Any]:
     loss.__qualname__ = row.name
     loss.__doc__ = _docstring(row)
     return loss
+
+
+# one function per row of the registry, wherever it is called from
+built = functools.cache(build)
 
 
 _STUB_HEADER = """\

@@ -11,19 +11,15 @@ from torch import Tensor
 
 from fastpo.kernels import _checks
 from fastpo.kernels.objective import PairwiseOutput
-from fastpo.losses._build import build
-from fastpo.reference.registry import Objective, objective, objectives
+from fastpo.losses._build import built
+from fastpo.reference.registry import Objective, objectives
 
 Reduction = Literal["mean", "sum", "none"]
 
 
-@functools.cache
-def _function(name: str) -> Callable[..., PairwiseOutput]:
-    return build(objective(name))
-
-
-def _mixable() -> dict[str, Objective]:
-    return {row.name: row for row in objectives("pairwise") if row.scores == "policy"}
+_MIXABLE = {row.name: row for row in objectives("pairwise") if row.scores == "policy"}
+# here, and not in a call, since what is compiled may not build functions
+_FUNCTIONS: dict[str, Callable[..., PairwiseOutput]] = {name: built(row) for name, row in _MIXABLE.items()}
 
 
 def mixture(
@@ -58,7 +54,7 @@ def mixture(
             objective that has no weight; and what the objectives raise.
         TypeError: a weight is no number.
     """
-    known = _mixable()
+    known = _MIXABLE
     if not weights:
         raise ValueError("weights is empty: name at least one objective")
     for name, weight in weights.items():
@@ -78,7 +74,7 @@ def mixture(
         takes_lengths = row.lengths in ("average", "count") or given.get("length_norm") or given.get("convention")
         if takes_lengths and chosen_lengths is not None and given.get("sft") != "cumulative":
             given |= {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
-        outputs.append(_function(name)(*tensors, **own, **given, **common))
+        outputs.append(_FUNCTIONS[name](*tensors, **own, **given, **common))
     loss = functools.reduce(torch.add, (w * out.loss for w, out in zip(weights.values(), outputs, strict=True)))
     return outputs[0]._replace(loss=loss)
 
@@ -135,7 +131,7 @@ def diffusion_dpo(
 
     if not 0 < _checks.number("beta", beta) < float("inf"):
         raise ValueError(f"beta must be in (0, inf) for diffusion_dpo, got {beta:g}")
-    return _function("dpo")(
+    return _FUNCTIONS["dpo"](
         score("prediction_chosen", prediction_chosen, target_chosen, "target_chosen"),
         score("prediction_rejected", prediction_rejected, target_rejected, "target_rejected"),
         score("reference_prediction_chosen", reference_prediction_chosen.detach(), target_chosen, "target_chosen"),
@@ -192,7 +188,7 @@ def hypo(
         raise ValueError(f"online_policy has shape {tuple(online_policy.shape)}, expected (P, k), not empty")
     if not 0 <= _checks.number("lambda_", lambda_) < float("inf"):
         raise ValueError(f"lambda_ must be in [0, inf) for hypo, got {lambda_:g}")
-    out = _function("dpo")(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=beta, **common)
+    out = _FUNCTIONS["dpo"](policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=beta, **common)
     wide = torch.promote_types(online_policy.dtype, torch.float32)
     policy = online_policy.to(wide)
     ratio = (policy - online_reference.to(wide)).detach()

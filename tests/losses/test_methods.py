@@ -289,3 +289,13 @@ class TestNumbersPerPair:
             losses.cdpo(x, x, x, x, label_smoothing=torch.zeros(2))
         with pytest.raises(TypeError, match="label_smoothing must be a number, got Tensor"):
             losses.robust_dpo(x, x, x, x, label_smoothing=torch.zeros(3))
+
+
+def test_composed_losses_compile():
+    """They are made of functions that were built before."""
+    tensors = [torch.randn(8, requires_grad=i < 2) for i in range(4)]
+
+    def mixed(*given):
+        return losses.mixture({"dpo": 1.0, "ipo": 0.5}, *given).loss
+
+    torch.testing.assert_close(torch.compile(mixed, fullgraph=True)(*tensors), mixed(*tensors))
