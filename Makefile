@@ -11,8 +11,9 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 demo: $(VENV)/installed
 	$(BIN)/fastpo train dpo
 
+# a process that waits for its threads leaves a core to the other
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

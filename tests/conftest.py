@@ -12,6 +12,13 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The reference has no instruction set."""
+    for item in items:
+        if getattr(item, "callspec", None) is not None and item.callspec.params.get("backend") == "reference":
+            item.add_marker("once")
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Fill what torch.empty returns, also inside C++, with NaN: reading it before writing shows in the result."""

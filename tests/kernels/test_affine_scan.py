@@ -299,6 +299,7 @@ def compare_long(case: Arguments, reverse: bool) -> Tensor:
 
 
 class TestAutograd:
+    @pytest.mark.once
     @both_ways
     @by_layout
     def test_gradcheck(self, layout, reverse):
@@ -339,6 +340,7 @@ class TestAutograd:
                 if case["mask"] is not None and name != "initial":
                     assert (ours[~case["mask"]] == 0).all()
 
+    @pytest.mark.once
     def test_only_what_needs_a_gradient(self):
         case = affine_case("padded", 3, 8, torch.float32)
         every = [case[k].clone().requires_grad_() for k in ("a", "b", "initial")]
@@ -348,6 +350,7 @@ class TestAutograd:
             assert torch.equal(torch.autograd.grad(scan({**case, name: leaf}).sum(), leaf)[0], want[i])
         assert not scan(case).requires_grad
 
+    @pytest.mark.once
     def test_second_backward_and_upstream_of_any_layout(self):
         case = affine_case("padded", 4, 6, torch.float32)
         leaf = case["b"].requires_grad_()
@@ -356,6 +359,7 @@ class TestAutograd:
         assert torch.equal(-2 * first, second)
         assert torch.equal(torch.autograd.grad(x, leaf, up.contiguous())[0], first)
 
+    @pytest.mark.once
     def test_one_tensor_as_both(self):
         """x_t = b_t x_(t+1) + b_t: each gradient counts once, also under create_graph."""
         for create_graph in (False, True):
@@ -367,6 +371,7 @@ class TestAutograd:
                 found += torch.autograd.grad(x.square().sum(), leaf, create_graph=create_graph)
             assert torch.allclose(*found, rtol=1e-13)
 
+    @pytest.mark.once
     def test_create_graph_through_a_network(self):
         found = []
         for backend in BACKENDS:
@@ -380,6 +385,7 @@ class TestAutograd:
         assert torch.allclose(*found, rtol=1e-11) and found[0].abs().min() > 1e-6
 
 
+@pytest.mark.once
 class TestOps:
     def test_opcheck(self):
         for layout, reverse in itertools.product(LAYOUTS, (True, False)):
@@ -421,6 +427,7 @@ class TestOps:
         assert all(t is None or torch.equal(t, case[k]) for k, t in before.items())
 
 
+@pytest.mark.once
 class TestBadInput:
     a, b = torch.ones(2, 3), torch.ones(2, 3)
 
@@ -616,6 +623,7 @@ class TestAdvantages:
 numbers = st.integers(-64, 64).map(lambda k: k / 8)
 
 
+@pytest.mark.once
 class TestProperties:
     @settings(max_examples=40, deadline=None, derandomize=True)
     @given(st.lists(st.tuples(numbers, numbers, st.booleans()), min_size=1, max_size=40), st.booleans())

@@ -192,6 +192,7 @@ def compare(given: dict[str, Tensor], stats=STATISTICS, **options) -> dict[str, 
     return ours
 
 
+@pytest.mark.once
 class TestReference:
     def test_is_token_logprobs_of_the_heads_logits(self):
         given = make(3, 4, vocab=50, dtype=torch.float64, bias=True)
@@ -364,6 +365,7 @@ class TestKept:
         kept, again = (evaluate(given, stats=stats, memory_budget=b) for b in (1 << 30, 0))
         assert all(torch.equal(t, again[n]) for n, t in kept.items())
 
+    @pytest.mark.once
     def test_products(self, monkeypatch):
         """Three where the logits of the rows that count fit, four where they do not."""
         given = make(10, vocab=60)
@@ -469,6 +471,7 @@ class TestSkipping:
 
 
 class TestTemperatureGradient:
+    @pytest.mark.once
     def test_gradcheck(self):
         g = torch.Generator().manual_seed(0)
         hidden, weight = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((4, 3), (7, 3)))
@@ -512,6 +515,7 @@ class TestTemperatureGradient:
         torch.testing.assert_close(ours.double(), want, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.once
 class TestAutograd:
     OPTIONS = ({}, {"softcap": 3.0, "logit_scale": 1.7}, {"temperature": 0.6, "logit_scale": 2.0})
 
@@ -661,6 +665,7 @@ class TestFrozenHead:
             assert all(torch.equal(ours[n], learning[n]) for n in ("logprobs", "logsumexp"))
             assert (ours["d_hidden"][::5] == 0).all()
 
+    @pytest.mark.once
     def test_number_of_products(self, monkeypatch):
         given = make(5, vocab=60)
         with counted_products(monkeypatch) as products:
@@ -689,6 +694,7 @@ class TestFrozenHead:
             grads.append(torch.autograd.grad(out.sum(), leaf)[0].double())
         assert (grads[0] - grads[1]).abs().max() < 2**-6 * grads[1].abs().max() < 1e-3
 
+    @pytest.mark.once
     def test_gradcheck(self):
         g = torch.Generator().manual_seed(0)
         hidden = torch.randn(4, 3, generator=g, dtype=torch.float64).requires_grad_()
@@ -953,6 +959,7 @@ class TestAllowed:
             torch.library.opcheck(torch.ops.fastpo.linear_logprobs_backward.default, arguments)
 
 
+@pytest.mark.once
 class TestCompile:
     @pytest.mark.parametrize("frozen", [False, True])
     def test_temperature_that_learns(self, frozen):
@@ -1023,6 +1030,7 @@ class TestCompile:
         torch.library.opcheck(torch.ops.fastpo.linear_logprobs.default, (*common, 1, False, 1 << 20, 0.0))
 
 
+@pytest.mark.once
 class TestMemory:
     """What is allocated, against the formula of the docstring."""
 
@@ -1095,6 +1103,7 @@ class TestMemory:
         assert peak < parts["buffer"] + parts["rows"] + 5 * parts["expected"] < parts["logits"] / 8
 
 
+@pytest.mark.once
 class TestBadInput:
     def test_messages(self):
         h, w, t, b = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64), torch.zeros(5)

@@ -509,6 +509,7 @@ class TestExtremeRows:
         assert margin.grad.item() == -0.5
 
 
+@pytest.mark.once
 class TestAutograd:
     layouts = ("summed", "padded masked", "packed masked")
 
@@ -776,6 +777,7 @@ exact_number = st.integers(-(2**16), 2**16).map(lambda k: k / 1024)
 once = settings(max_examples=25, deadline=None, derandomize=True)
 
 
+@pytest.mark.once
 class TestProperties:
     @once
     @given(
@@ -890,6 +892,7 @@ def results_of(step: Callable[..., tuple[Tensor, ...]], pairs: Pairs) -> list[Te
     return [loss.detach(), *metrics, *torch.autograd.grad(loss, leaves, upstream(loss))]
 
 
+@pytest.mark.once
 class TestOps:
     def setup_method(self):
         # what one test compiled would count against the next one's limit of recompilations
@@ -1101,6 +1104,7 @@ class Wrong:
         ]
 
 
+@pytest.mark.once
 class TestBadInput:
     @staticmethod
     def refused(name: str, given: dict, error: type[Exception], message: str) -> None:

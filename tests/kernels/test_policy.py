@@ -208,6 +208,7 @@ class TestKernel:
                 options = settings(row, aggregation=aggregation, **penalty, correction=correction)
                 compare(row, given, **options, off_policy_threshold=0.02 if i % 2 else None)
 
+    @pytest.mark.once
     def test_derivatives(self, row):
         """First and second ones, of both backends the same; by differences where there is no stop-gradient."""
         given = make(row, "padded", 3, 4, seed=5)
@@ -291,6 +292,7 @@ class TestKernel:
         for name, value in ours.items():
             assert torch.equal(value, plain[name]), name
 
+    @pytest.mark.once
     def test_micro_batches_add_up(self, row):
         """With the denominator of the whole batch, as a number or a tensor, any split has the same gradient."""
         given = make(row, "padded", 6, 7, seed=9)
@@ -329,6 +331,7 @@ class TestKernel:
                 with pytest.raises(ValueError, match="empty batch is undefined: pass num_items"):
                     call(row, none, backend, **options)
 
+    @pytest.mark.once
     def test_compiles(self, row):
         """One graph, with the same numbers."""
         given = make(row, "padded", 4, 6, torch.float32)
@@ -345,6 +348,7 @@ class TestKernel:
         assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
         assert torch.equal(*(torch.autograd.grad(out[0], leaf)[0] for out in (eager, compiled)))
 
+    @pytest.mark.once
     def test_public(self, row):
         function = getattr(losses, row.name)
         parameters = inspect.signature(function).parameters
@@ -356,6 +360,7 @@ class TestKernel:
         assert row.paper in function.__doc__ and row.equation in function.__doc__
 
 
+@pytest.mark.once
 def test_names():
     assert list(_native.CPU.policy_formulas) == list(dict.fromkeys(_native.CPU.policy_formulas))
     assert {row.kernel for row in ROWS} == set(_native.CPU.policy_formulas)
@@ -365,6 +370,7 @@ def test_names():
     assert numbers < set(_native.CPU.policy_numbers)
 
 
+@pytest.mark.once
 def test_opcheck():
     given = make(policy("gspo"), "padded", 3, 5, torch.float32)
     streams = [given[f"{n}_logprobs"] for n in ("old", "reference", "rollout")]
@@ -751,6 +757,7 @@ class TestTraps:
             assert torch.equal(*found)
 
 
+@pytest.mark.once
 class TestFilters:
     def test_clip_cov_tokens(self):
         generator = torch.Generator().manual_seed(0)
@@ -898,6 +905,7 @@ class TestFilters:
             call(torch.ones(3, 4, dtype=torch.bool))
 
 
+@pytest.mark.once
 class TestBadInput:
     P, A = torch.zeros(2, 3), torch.zeros(2)
 

@@ -276,6 +276,7 @@ class TestGroups:
 numbers = st.integers(-50, 50).map(lambda k: k / 4)
 
 
+@pytest.mark.once
 class TestProperties:
     @settings(max_examples=50, deadline=None, derandomize=True)
     @given(st.lists(st.tuples(numbers, st.integers(-3, 3)), min_size=1, max_size=40), numbers)
@@ -314,6 +315,7 @@ class TestDeterminism:
         assert all(torch.equal(r, results[0]) for r in results)
 
 
+@pytest.mark.once
 class TestOps:
     def test_opcheck(self):
         for layout, wanted in itertools.product(LAYOUTS, (1, 2, 6, 7)):
@@ -344,6 +346,7 @@ class TestOps:
         assert counter.frame_count == 1
 
 
+@pytest.mark.once
 class TestBadInput:
     rewards, ids = torch.ones(4), torch.tensor([0, 1, 0, 1])
 

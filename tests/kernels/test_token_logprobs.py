@@ -134,6 +134,7 @@ def make(*shape: int, dtype: torch.dtype = torch.float32, ids: int = 0, seed: in
     return logits, targets
 
 
+@pytest.mark.once
 class TestReference:
     """The oracle itself, against results that need no torch."""
 
@@ -336,6 +337,7 @@ class TestExtremeRows:
         assert evaluate(logits, targets, ignore_index=0)["logprobs"][2] == 0
 
 
+@pytest.mark.once
 class TestAutograd:
     @pytest.mark.parametrize("per_token", [False, True])
     def test_gradcheck(self, per_token):
@@ -433,6 +435,7 @@ class TestInplaceBackward:
         fastpo.token_logprobs(other[:, :-1, ::2], targets[:, :-1] % 25).sum().backward()
         assert torch.equal(leaf.grad, other.grad)
 
+    @pytest.mark.once
     def test_second_backward_raises(self):
         logits, targets = make(3, 40)
         given = logits.requires_grad_() * 1
@@ -441,6 +444,7 @@ class TestInplaceBackward:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             out.backward()
 
+    @pytest.mark.once
     def test_refuses_what_it_cannot_honour(self):
         logits, targets = make(3, 40)
         with pytest.raises(ValueError, match="leaf"):
@@ -449,6 +453,7 @@ class TestInplaceBackward:
             fastpo.token_logprobs(torch.zeros(1, 40).expand(3, 40), targets, inplace_backward=True)
 
 
+@pytest.mark.once
 class TestCompile:
     @pytest.mark.parametrize("inplace", [False, True])
     def test_inductor_equals_eager(self, inplace):
@@ -722,6 +727,7 @@ class TestAllowed:
                     fastpo.token_logprobs(logits, targets, allowed=allowed)
 
 
+@pytest.mark.once
 class TestBadInput:
     def test_messages(self):
         logits, targets = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)

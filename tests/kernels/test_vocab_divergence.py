@@ -235,6 +235,7 @@ def make(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, spread:
     return logits.to(dtype), reference.to(dtype)
 
 
+@pytest.mark.once
 class TestReference:
     """The oracle itself, against results that need no torch."""
 
@@ -509,6 +510,7 @@ class TestMembers:
             ours = evaluate(logits, logits.clone(), **member)
             assert not any(value.any() for value in ours.values())
 
+    @pytest.mark.once
     def test_gradcheck(self, member):
         inputs = tuple(t.requires_grad_() for t in make(2, 3, 7, dtype=torch.float64))
         mask = torch.tensor([[True, True, False], [True, False, True]])
@@ -559,6 +561,7 @@ class TestKinds:
         ours = compare(*pair, mask=mask, **member)
         assert not any(value[1].any() for value in ours.values())
 
+    @pytest.mark.once
     def test_only_the_gradients_that_are_needed(self, member):
         options = {name: value for name, value in member.items() if name != "kind"}
         logits, reference = make(3, 50)
@@ -570,6 +573,7 @@ class TestKinds:
             out.backward(upstream(out))
             assert torch.equal(leaves[i].grad, clean[NAMES[1 + i]]) and leaves[1 - i].grad is None
 
+    @pytest.mark.once
     def test_compiled(self, member):
         options = {name: value for name, value in member.items() if name != "kind"}
 
@@ -629,6 +633,7 @@ class TestJensenShannon:
         ours = compare(logits, reference, kind="jsd", beta=beta)
         assert all(value.isfinite().all() for value in ours.values())
 
+    @pytest.mark.once
     def test_messages(self):
         logits = torch.zeros(2, 5)
         for backend in ("native", "reference"):
@@ -677,6 +682,7 @@ class TestSkew:
         assert all(value.isfinite().all() for value in ours.values())
         assert (ours["divergence"] <= -math.log(skew)).all()
 
+    @pytest.mark.once
     def test_messages(self):
         logits = torch.zeros(2, 5)
         for backend in ("native", "reference"):
@@ -726,6 +732,7 @@ class TestAlpha:
                 found = fastpo.token_alpha_divergence(logits, reference, alpha=alpha).item()
             assert found == pytest.approx(want, rel=1e-13)
 
+    @pytest.mark.once
     def test_names(self):
         """χ² and Hellinger's distance by their own formulas, and both KLs, which are also the limits."""
         logits, reference = make(4, 300, dtype=torch.float64)
@@ -773,6 +780,7 @@ class TestAlpha:
             for name in NAMES:
                 assert torch.equal(ours[name][[0, 2]], clean[name][[0, 2]]), name
 
+    @pytest.mark.once
     def test_messages(self):
         logits = torch.zeros(2, 5)
         for backend in ("native", "reference"):
@@ -784,6 +792,7 @@ class TestAlpha:
                     fastpo.token_alpha_divergence(logits, logits, alpha="0.5")
 
 
+@pytest.mark.once
 class TestAutograd:
     @pytest.mark.parametrize("direction", ["forward", "reverse"])
     @pytest.mark.parametrize("per_token", [False, True])
@@ -849,6 +858,7 @@ class TestAutograd:
         assert torch.equal(whole["divergence"][123:124], alone["divergence"])
 
 
+@pytest.mark.once
 class TestCompile:
     def test_inductor_equals_eager(self):
         logits, reference = make(6, 130)
@@ -887,6 +897,7 @@ class TestCompile:
                 torch.library.opcheck(backward, (logits, reference, grad, divergence, state, *options, *wanted))
 
 
+@pytest.mark.once
 class TestBadInput:
     def test_messages(self):
         logits = torch.zeros(2, 3, 5)
