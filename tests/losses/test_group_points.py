@@ -80,7 +80,9 @@ class TestGrpo:
         found = settle(expected(size, advantages, "grpo", beta=BETA, kl="k2"), STARTS[start])
         tilde = mean_advantage(found, size, ddof, eps)
         assert total_variation(found, gibbs(tilde / BETA)) < 1e-9
-        # the sum of the rewards' gaps, another deviation, another size: other points
+        wrong = settle(expected(size, advantages, "grpo", beta=1.5 * BETA, kl="k2"), STARTS[start])
+        assert total_variation(wrong, gibbs(mean_advantage(wrong, size, ddof, eps) / BETA)) > 1e-2
+        # the rewards themselves, another deviation, another size: other points
         assert total_variation(found, gibbs(REWARD / BETA)) > 1e-2
         other = mean_advantage(found, size, 1 - ddof, 0.1 - eps)
         assert total_variation(found, gibbs(other / BETA)) > 1e-3

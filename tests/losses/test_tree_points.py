@@ -58,9 +58,9 @@ def settle(loss: Callable[[Tensor], Tensor], start: str, rate: float = 1.0) -> T
     return tree_logprobs(first, second).sum(1).exp()
 
 
-def shaped(tokens: Tensor, form: str) -> tuple[Tensor, Tensor]:
+def shaped(tokens: Tensor, form: str, beta: float) -> tuple[Tensor, Tensor]:
     """Rewards of the tokens with the divergence in them, and their returns."""
-    rewards = token_rewards(REWARDS, tokens.detach() - TOKENS, beta=BETA, mask=MASK, form=form)
+    rewards = token_rewards(REWARDS, tokens.detach() - TOKENS, beta=beta, mask=MASK, form=form)
     return rewards, adv.discounted_returns(rewards, mask=MASK)
 
 
@@ -70,23 +70,23 @@ def greedy(tokens: Tensor) -> int:
     return first if first == 0 else 3 * first - 2 + int(tokens[3 * first - 2 : 3 * first + 1, 1].argmax())
 
 
-def reinforce(tokens: Tensor, form: str) -> tuple[str, Tensor]:
-    return "reinforce", shaped(tokens, form)[1]
+def reinforce(tokens: Tensor, form: str, beta: float) -> tuple[str, Tensor]:
+    return "reinforce", shaped(tokens, form, beta)[1]
 
 
-def ppo(tokens: Tensor, form: str) -> tuple[str, Tensor]:
-    returns = shaped(tokens, form)[1]
+def ppo(tokens: Tensor, form: str, beta: float) -> tuple[str, Tensor]:
+    returns = shaped(tokens, form, beta)[1]
     return "ppo", returns - (tokens.detach().sum(1).exp() * returns[:, 0]).sum()
 
 
-def remax(tokens: Tensor, form: str) -> tuple[str, Tensor]:
-    rewards = shaped(tokens, form)[0]
+def remax(tokens: Tensor, form: str, beta: float) -> tuple[str, Tensor]:
+    rewards = shaped(tokens, form, beta)[0]
     return "reinforce", adv.remax(rewards, rewards.sum(1)[greedy(tokens)].expand(7), mask=MASK).advantages
 
 
-def kl_in_the_reward(method: Callable, form: str, aggregation: str, beta: float = 1.0) -> Callable[[Tensor], Tensor]:
+def kl_in_the_reward(method: Callable, form: str, aggregation: str, beta: float = BETA) -> Callable[[Tensor], Tensor]:
     def loss(tokens: Tensor) -> Tensor:
-        name, advantages = method(tokens, form)
+        name, advantages = method(tokens, form, beta)
         out = getattr(losses, name)(tokens, advantages, mask=MASK, aggregation=aggregation, reduction="none")
         return (tokens.detach().sum(1).exp() * out.loss).sum()
 
@@ -110,38 +110,39 @@ class TestKlInTheReward:
     def test_reaches_the_tilted_reference(self, method, aggregation, form, start):
         found = settle(kl_in_the_reward(method, form, aggregation), start)
         assert total_variation(found, TARGET) < 1e-9
-        assert total_variation(found, torch.softmax(TOKENS.sum(1) + REWARDS / (1.5 * BETA), 0)) > 1e-2
+        wrong = settle(kl_in_the_reward(method, form, aggregation, 1.5 * BETA), start)
+        assert total_variation(wrong, TARGET) > 1e-2
 
     @pytest.mark.parametrize("aggregation", ["seq_mean_token_sum", "seq_mean_token_mean"])
     def test_rloo(self, aggregation, start):
         """Pairs of responses, each the other's baseline."""
         i, j = (t.flatten() for t in torch.meshgrid(torch.arange(7), torch.arange(7), indexing="ij"))
 
-        def loss(tokens: Tensor) -> Tensor:
+        def loss(tokens: Tensor, beta: float = BETA) -> Tensor:
             law = tokens.detach().sum(1).exp()
-            rewards = shaped(tokens, "sequence")[0].sum(1)
+            rewards = shaped(tokens, "sequence", beta)[0].sum(1)
             advantages = adv.rloo(torch.stack([rewards[i], rewards[j]], 1))
             options = {"mask": MASK[i], "aggregation": aggregation, "reduction": "none"}
             return (law[i] * law[j] * losses.reinforce(tokens[i], advantages[:, 0], **options).loss).sum()
 
-        found = settle(loss, start)
-        assert total_variation(found, TARGET) < 1e-9
+        assert total_variation(settle(loss, start), TARGET) < 1e-9
+        assert total_variation(settle(lambda tokens: loss(tokens, 1.5 * BETA), start), TARGET) > 1e-2
 
     @pytest.mark.parametrize("clipping", ["separate", "joint"])
     def test_p3o(self, clipping, start):
         """Sequences against each other."""
         i, j = (t.flatten() for t in torch.meshgrid(torch.arange(7), torch.arange(7), indexing="ij"))
 
-        def loss(tokens: Tensor) -> Tensor:
+        def loss(tokens: Tensor, beta: float = BETA) -> Tensor:
             logp, reference = tokens.sum(1), TOKENS.sum(1)
             sides = [(x[i], x[j]) for x in (logp, reference, logp.detach())]
-            options = {"beta": BETA, "clipping": clipping, "reduction": "none"}
+            options = {"beta": beta, "clipping": clipping, "reduction": "none"}
             out = losses.p3o(*sides[0], *sides[1], *sides[2], REWARDS[i], REWARDS[j], **options)
             law = logp.detach().exp()
             return (law[i] * law[j] * out.loss).sum()
 
-        found = settle(loss, start)
-        assert total_variation(found, TARGET) < 1e-9
+        assert total_variation(settle(loss, start), TARGET) < 1e-9
+        assert total_variation(settle(lambda tokens: loss(tokens, 1.5 * BETA), start), TARGET) > 1e-2
 
     def test_without_a_baseline_means_over_tokens_lead_elsewhere(self, start):
         found = settle(kl_in_the_reward(reinforce, "sequence", "seq_mean_token_mean"), start)
