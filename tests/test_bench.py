@@ -207,7 +207,8 @@ def test_vocab_divergence_passes_its_own_check(dtype: str, divergence: str, back
 )
 def test_objective_passes_its_own_check(formula: str, options: Any, tokens: int) -> None:
     # in fp64 eager torch is the exact result itself, which leaves two roundings: as many as simple formulas make
-    simple = formula in ("dpo", "cdpo", "robust_dpo", "ipo", "hinge")
+    # (robust_dpo's slope is a difference of two products, divided, scaled by the mean and by the incoming gradient)
+    simple = formula in ("dpo", "cdpo", "ipo", "hinge")
     for dtype in ("float32", "float64") if simple else ("float32",):
         case = ObjectiveCase(33, tokens, formula, dtype, True, options=options)
         outcomes = checked(case, "read")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import mpmath as mp
 import pytest
@@ -185,7 +185,7 @@ class TestClosedForms:
             seen.append(pair)
             return pair.chosen
 
-        row = Objective(**{**objective("ipo").__dict__, "formula": formula})
+        row = replace(objective("ipo"), formula=formula)
         sides = [
             Side(double(-8.0), double(-2.0), lengths=torch.tensor([4])),
             Side(double(-9.0), double(-3.0), lengths=torch.tensor([0])),
