@@ -654,6 +654,9 @@ def kl_reward(
 
     Raises:
         TypeError, ValueError: wrong dtypes, shapes, devices, a negative beta or an unknown estimator.
+
+    Source: RL with KL penalties is better viewed as Bayesian inference (2205.11275): the objective is
+    β (log Z - KL(π, π*)) with the posterior π* = π_ref e^(r/β)/Z, π_ref being the prior and e^(r/β) the evidence.
     """
     _checks.tensor("logprobs", logprobs, _checks.FLOATS)
     _checks.tensor("reference_logprobs", reference_logprobs, _checks.FLOATS)
