@@ -272,12 +272,17 @@ class _Settings(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """What a call of the op has beside its tensors, and which of those of a `Batch` there are."""
+    """What a call of the op has beside its tensors, and which of those of a `Batch` there are.
+
+    `counted`, "tokens", "sequences", "rows" or "", is what the loss is divided by, times `factor`.
+    """
 
     settings: _Settings
     numbers: list[float]
     choices: list[int]
     per_row: bool
+    counted: str
+    factor: float
     present: tuple[bool, ...]
 
     def batch(self, tensors: Sequence[Tensor]) -> Batch:
@@ -316,9 +321,9 @@ class _PolicyObjective(torch.autograd.Function):
         )
         ctx.mark_non_differentiable(sums, maxima)
         ctx.set_materialize_grads(False)
-        ctx.call = call
+        ctx.call, ctx.divisor = call, _divisor(call.counted, call.factor, sums, batch, loss.dtype)
         ctx.save_for_backward(slopes, entropy_slopes, *tensors)
-        return loss, sums, maxima
+        return loss / ctx.divisor, sums, maxima
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -330,6 +335,7 @@ class _PolicyObjective(torch.autograd.Function):
         found: list[Tensor | None] = [None] * len(tensors)
         if grad is not None and True in needed:
             grads: list[Tensor | None] = [None, None]
+            grad = grad / ctx.divisor
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 grads = _differentiable_backward(call.settings, batch, grad, needed)
             else:
@@ -577,20 +583,22 @@ def evaluate(
     _check_num_items(num_items, reduction, batch)
     if batch.logprobs.device.type != "cpu":
         _checks.rising("cu_seqlens", batch.cu_seqlens, batch.logprobs.shape[0])
+    count, factor = _denominator(aggregation, count_empty, reduction, num_items)
+    factor *= plan.constant or 1
     dtypes = [t.dtype for t in batch[:6] if t is not None]
     if _native.serves("policy_objective", batch.logprobs.device, *dtypes):
         held = [t.detach() if t is not None and t.requires_grad else t for t in batch[1:5]]
         tensors = [batch.logprobs, *held, *batch[5:]]
-        call = _Call(settings, plan.numbers, plan.choices, batch.per_row, tuple([t is not None for t in tensors]))
+        present = tuple([t is not None for t in tensors])
+        call = _Call(settings, plan.numbers, plan.choices, batch.per_row, count, factor, present)
         loss, sums, maxima = _native.call(_PolicyObjective.apply, call, *[t for t in tensors if t is not None])
     else:
         _checks.rising("cu_seqlens", batch.cu_seqlens, batch.logprobs.shape[0])
         loss, sums, maxima = _reference(settings, batch)
-    metrics = PolicyMetrics(sums, maxima)
-    if reduction == "mean":
-        by = _denominator(metrics, batch, aggregation, count_empty, num_items)
-        loss = loss / (by.to(loss.dtype) if isinstance(by, Tensor) else by)
-    return PolicyGradientOutput(loss / plan.constant if plan.constant else loss, metrics)
+        loss = loss / _divisor(count, factor, sums, batch, loss.dtype)
+    if isinstance(num_items, Tensor):
+        loss = loss / num_items.to(loss.dtype)
+    return PolicyGradientOutput(loss, PolicyMetrics(sums, maxima))
 
 
 def _max_length(aggregation: str, max_length: object) -> int:
@@ -622,16 +630,23 @@ def _check_num_items(num_items: float | Tensor | None, reduction: str, batch: Ba
 
 
 def _denominator(
-    metrics: PolicyMetrics, batch: Batch, aggregation: str, count_empty: bool, num_items: float | Tensor | None
-) -> Tensor | float:
-    # numbers stay on the host: copied to a GPU, they would be waited for
+    aggregation: str, count_empty: bool, reduction: str, num_items: float | Tensor | None
+) -> tuple[str, float]:
+    """What is counted of the batch, if anything, and a number: their product is the denominator."""
+    if reduction != "mean" or isinstance(num_items, Tensor):
+        return "", 1.0
     if num_items is not None:
-        return num_items
+        return "", float(num_items)
     if aggregation == "token_mean":
-        return metrics.tokens.clamp(min=1)
-    if count_empty or aggregation == "const_norm":
-        return float(batch.rows)
-    return metrics.sequences.clamp(min=1)
+        return "tokens", 1.0
+    return "rows" if count_empty or aggregation == "const_norm" else "sequences", 1.0
+
+
+def _divisor(count: str, factor: float, sums: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor | float:
+    # numbers stay on the host: copied to a GPU, they would be waited for
+    if count in ("", "rows"):
+        return factor * batch.rows if count else factor
+    return sums[_PLACES[count]].clamp(min=1).to(dtype)
 
 
 def kl_reward(
