@@ -168,9 +168,10 @@ def _algorithms(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     given = parser.parse_args(argv)
     from fastpo.reference import objectives
+    from fastpo.reference.listwise import list_objectives
     from fastpo.reference.policy import policies
 
-    rows = [*map(_row, objectives()), *map(_policy_row, policies())]
+    rows = [*map(_row, objectives()), *map(_policy_row, policies()), *map(_list_row, list_objectives())]
     if given.json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return 0
@@ -248,14 +249,34 @@ def _policy_row(row: Any) -> dict[str, Any]:
     }
 
 
+def _list_row(row: Any) -> dict[str, Any]:
+    """What is known of an objective on lists, in the same words."""
+    from fastpo.reference.listwise import DISCOUNTS
+
+    options = {"loss": list(row.kinds)} if len(row.kinds) > 1 else {}
+    if row.discounts:
+        options["discount"] = list(DISCOUNTS)
+    return {
+        "name": row.name,
+        "title": row.title,
+        "kind": "lists",
+        "data": "lists",
+        "columns": [],
+        "trainable": False,
+        "inputs": {name: row.tensors[name] for name in row.names if name not in row.models},
+        "options": options,
+        **_common(row),
+    }
+
+
 def _common(row: Any) -> dict[str, Any]:
     return {
         "paper": row.paper,
         "equation": row.equation,
         "models": list(row.models),
         "theory": row.theory,
-        # JSON has no infinity
-        "defaults": {name: value if value < float("inf") else "inf" for name, value in row.defaults.items()},
+        # JSON has no infinity; what has no default must be given
+        "defaults": {n: v if v < float("inf") else "inf" for n, v in row.defaults.items() if v is not None},
         "domains": {name: str(domain) for name, domain in row.domains.items()},
         "aliases": dict(row.aliases),
         "description": row.doc,

@@ -11,6 +11,7 @@ import yaml
 
 from fastpo import algorithms, cli
 from fastpo.reference import objectives
+from fastpo.reference.listwise import list_objectives
 from fastpo.reference.policy import policies
 
 from .training.conftest import (  # noqa: F401
@@ -79,7 +80,7 @@ def test_algorithms_prints_every_row(capsys, monkeypatch):
     table = capsys.readouterr().out
     assert cli.main(["algorithms", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["name"] for row in rows] == [row.name for row in (*objectives(), *policies())]
+    assert [row["name"] for row in rows] == [row.name for row in (*objectives(), *policies(), *list_objectives())]
     assert len({frozenset(row) for row in rows}) == 1
     assert all(row["name"] in table and row["paper"] in table for row in rows)
     for column in ("name", "data", "models", "defaults", "theory", "source"):
@@ -94,6 +95,9 @@ def test_algorithms_prints_every_row(capsys, monkeypatch):
     assert grpo["defaults"] == {"epsilon_low": 0.2, "epsilon_high": 0.2, "delta": "inf", "beta": 0.04}
     assert dapo["models"] == ["policy"]
     assert (dapo["options"]["aggregation"][0], dapo["options"]["kl"][0]) == ("token_mean", "k3")
+    brain, pair = by_name["brain"], by_name["lipo_pair"]
+    assert (brain["data"], brain["models"], brain["defaults"]) == ("lists", ["policy", "proposal", "prior"], {})
+    assert pair["options"]["loss"][0] == "logistic" and list(pair["inputs"]) == ["labels"]
     assert by_name["value_clip"]["models"] == ["critic"] and "beta" not in by_name["value_clip"]["defaults"]
 
 

@@ -261,6 +261,15 @@ class ListObjective:
         """Of the tensors."""
         return tuple(self.tensors)
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Whose log-probs, or scores, are given."""
+        return tuple(name for name in self.tensors if name in ("policy", "reference", "proposal", "prior", "scores"))
+
+    @property
+    def doc(self) -> str:
+        return self.about
+
 
 _ROWS: dict[str, ListObjective] = {}
 
