@@ -198,6 +198,19 @@ class TestKernel:
             given["advantages"] = torch.randn(4, 21, generator=torch.Generator().manual_seed(1)).to(dtype)
             compare(row, given, **settings(row))
 
+    def test_usual_call(self, row):
+        """fp32 with an old policy, and a reference or none, takes a body of its own; rows are read up to their last
+        token that counts, in chunks."""
+        for i, (rows, tokens) in enumerate([(1, 1), (4, 33), (3, 1500), (4, 2600)]):
+            given = make(row, ("padded", "packed")[i == 1], rows, tokens, torch.float32, seed=40 + i)
+            given = {k: v for k, v in given.items() if k not in ("rollout_logprobs", "entropy")}
+            if row.values:
+                compare(row, given, **hyper_of(row))
+                continue
+            options = {**hyper_of(row), "aggregation": "token_mean", "reduction": ("mean", "none")[i % 2]}
+            compare(row, given, **options, beta=0.3)
+            compare(row, {k: v for k, v in given.items() if k != "reference_logprobs"}, **options, beta=0.0)
+
     def test_choices(self, row):
         if row.values:
             pytest.skip("a critic has no penalty and no rollout")
