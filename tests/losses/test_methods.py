@@ -156,6 +156,22 @@ class TestKernel:
             for t in leaves.values():
                 t.grad = None
 
+    def test_rows_are_read_in_place_or_gathered(self, case):
+        """Whole vectors of adjacent fp32 numbers are read where they are, others by another path: the same bits."""
+        if "summed" not in layouts(case):
+            pytest.skip("takes tokens")
+        given = arguments(case, "summed", 48, 7, torch.float32, seed=8)
+        apart = {n: t if t.dim() == 0 else torch.stack([t, t], -1)[..., 0] for n, t in given.items()}
+        found = []
+        for tensors in (given, apart):
+            leaves = {n: t.detach().requires_grad_(n in policies(case)) for n, t in tensors.items()}
+            out = call(case, leaves, reduction="none")
+            wanted = [leaves[n] for n in policies(case)]
+            upstream = torch.linspace(-1.5, 2.0, 48)
+            found.append([*out, *torch.autograd.grad(out.loss, wanted, upstream, allow_unused=True)])
+        for ours, other in zip(*found, strict=True):
+            assert (ours is None and other is None) or torch.equal(ours, other)
+
     def test_compiled_equals_eager(self, case):
         torch._dynamo.reset()
         given = arguments(case, layouts(case)[0], 5, 6, torch.float32, seed=7)
