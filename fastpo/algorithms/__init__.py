@@ -9,9 +9,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastpo.algorithms import direct
-from fastpo.algorithms.base import Algorithm, Batch, Column, Completions, State, StepOutput
+from fastpo.algorithms.base import (
+    Algorithm,
+    Batch,
+    Column,
+    Completions,
+    Draft,
+    Draw,
+    Group,
+    Online,
+    Prepared,
+    Sample,
+    State,
+    StepOutput,
+    Turn,
+)
 from fastpo.algorithms.inputs import SOURCES
 from fastpo.algorithms.pairwise import Pairwise
+from fastpo.algorithms.recipes import RECIPES
+from fastpo.algorithms.rollouts import PolicyGradient
 from fastpo.algorithms.unpaired import Unpaired
 from fastpo.reference import Objective, objectives
 
@@ -29,41 +45,53 @@ _ROWS = {row.name: row for row in objectives() if _trainable(row)}
 
 def names() -> list[str]:
     """The algorithms that can be trained."""
-    return list(_ROWS)
+    return [*_ROWS, *RECIPES]
+
+
+def kind(name: str) -> str:
+    """The data that an algorithm eats: "prompts" of one that samples completions itself."""
+    return build(name, {}).kind
 
 
 def title(name: str) -> str:
     """The method's name in words."""
-    return _ROWS[name].title
+    return (RECIPES.get(name) or _ROWS[name]).title
 
 
 def defaults(name: str) -> dict[str, Any]:
     """The hyper-parameters of an algorithm and their default values."""
+    if name in RECIPES:
+        return RECIPES[name].defaults()
     return direct.defaults(_ROWS[name])
 
 
 def choices(name: str) -> dict[str, tuple[str | None, ...]]:
     """The hyper-parameters that are words, and their admissible values."""
+    if name in RECIPES:
+        return dict(RECIPES[name].choices())
     return dict(_ROWS[name].options)
 
 
 def columns(name: str) -> tuple[Column, ...]:
     """The numbers that an algorithm reads of every example; none of one that cannot be trained."""
-    return build(name, {}).columns if name in _ROWS else ()
+    return build(name, {}).columns if name in names() else ()
 
 
 def describe(name: str) -> dict[str, str]:
     """One phrase per hyper-parameter, for help texts."""
-    row = _ROWS[name]
-    phrases = {key: f"a number in {domain}" for key, domain in direct.domains(row).items()}
-    phrases |= {key: f"one of {', '.join(map(str, values))}" for key, values in row.options.items()}
-    if row.length_norm:
+    row = _ROWS.get(name)
+    domains = RECIPES[name].domains() if row is None else direct.domains(row)
+    phrases = {key: f"a number in {domain}" for key, domain in domains.items()}
+    phrases |= {key: f"one of {', '.join(map(str, values))}" for key, values in choices(name).items()}
+    if row is not None and row.length_norm:
         phrases["length_norm"] = "use per-token averages of the log-probs instead of sums"
     return phrases
 
 
 def build(name: str, hyper: Mapping[str, Any]) -> Algorithm:
     """The algorithm with these hyper-parameters; ValueError for one outside its domain."""
+    if name in RECIPES:
+        return PolicyGradient(RECIPES[name], {**defaults(name), **hyper})
     row = _ROWS[name]
     return _CLASSES[row.kind](row, {**defaults(name), **hyper})
 
@@ -73,13 +101,21 @@ __all__ = [
     "Batch",
     "Column",
     "Completions",
+    "Draft",
+    "Draw",
+    "Group",
+    "Online",
+    "Prepared",
+    "Sample",
     "State",
     "StepOutput",
+    "Turn",
     "build",
     "choices",
     "columns",
     "defaults",
     "describe",
+    "kind",
     "names",
     "title",
 ]

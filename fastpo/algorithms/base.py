@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+from fastpo.reference.registry import Domain
 
 Hyper = Mapping[str, float | bool | str | None]
 # what an algorithm remembers of the steps before, by name; saved with checkpoints
@@ -51,6 +54,8 @@ class Batch(NamedTuple):
         numbers: (B,) numbers of the examples, by column.
         num_items: examples in the whole step, over forwards and ranks.
         seed: of what is drawn for this step.
+        num_tokens: tokens of their completions, likewise.
+        max_length: most tokens that a completion of this run can have, if completions are sampled.
     """
 
     streams: Mapping[str, Tensor]
@@ -58,6 +63,8 @@ class Batch(NamedTuple):
     numbers: Mapping[str, Tensor]
     num_items: int
     seed: int
+    num_tokens: int = 0
+    max_length: int = 0
 
 
 class StepOutput(NamedTuple):
@@ -130,4 +137,153 @@ class Algorithm(Protocol):
 
     def finish(self, totals: Mapping[str, float]) -> dict[str, float]:
         """The step's metrics from the sums of `StepOutput.metrics` over its batches."""
+        ...
+
+
+class Sample(NamedTuple):
+    """A completion of a prompt.
+
+    Attributes:
+        prompt, completion: as text.
+        prompt_ids, ids: as tokens.
+        ended: whether the completion ended itself, and was not cut at its longest.
+        row: what else the data say of the prompt, by column.
+    """
+
+    prompt: str
+    completion: str
+    prompt_ids: list[int]
+    ids: list[int]
+    ended: bool
+    row: Mapping[str, Any]
+
+
+class Draw(NamedTuple):
+    """Completions of each prompt of a turn.
+
+    Attributes:
+        source: "policy"; "greedy", its most probable tokens; "reference"; "mixture", of policy and reference, by the
+            hyper-parameter `mixture`, the reference's share.
+        count: how many.
+    """
+
+    source: str
+    count: int
+
+
+class Group(NamedTuple):
+    """The completions of one prompt.
+
+    Attributes:
+        samples: in the order of the algorithm's draws, and behind them those that the data have.
+        rewards: of the samples; empty without reward functions.
+        wins: the probability that one sample, by its place, is preferred to another.
+        logprobs: of each sample under what it was drawn from, summed.
+        generator: seeded for this prompt and turn.
+    """
+
+    samples: Sequence[Sample]
+    rewards: Sequence[float]
+    wins: Callable[[int, int], float]
+    logprobs: Sequence[float]
+    generator: torch.Generator
+
+
+class Draft(NamedTuple):
+    """An example to be trained on.
+
+    Attributes:
+        completions: places in the group's samples, as many as the algorithm's data kind has.
+        numbers: of it, in the order of the algorithm's columns.
+    """
+
+    completions: tuple[int, ...]
+    numbers: tuple[float, ...] = ()
+
+
+class Turn(NamedTuple):
+    """All examples of a turn, of all ranks, before they are trained on.
+
+    Attributes:
+        batch: of them, with the streams of the models that are held fixed: `Online.anchors`, "rollout" (the log-probs
+            under what sampled) and, with a critic, "old_value".
+        groups: int64 (B,), the number of the prompt in the turn.
+        prompts: their texts.
+        ended: bool, of the completions, in their order.
+    """
+
+    batch: Batch
+    groups: Tensor
+    prompts: Sequence[str]
+    ended: Tensor
+
+
+class Prepared(NamedTuple):
+    """What an algorithm makes of a turn.
+
+    Attributes:
+        streams: per token, constants of the steps that follow.
+        metrics: of the turn.
+        state: what is to be remembered.
+        keep: bool (B,), the examples that are trained on; None for all.
+    """
+
+    streams: Mapping[str, Tensor]
+    metrics: Mapping[str, float]
+    state: State
+    keep: Tensor | None = None
+
+
+def check_hyper(
+    name: str, hyper: Hyper, domains: Mapping[str, Domain], options: Mapping[str, Sequence[str | None]]
+) -> None:
+    """Raise ValueError for a hyper-parameter of the algorithm `name` that is outside its domain."""
+    for key, domain in domains.items():
+        value = hyper[key]
+        if value not in domain:  # type: ignore[operator]
+            raise ValueError(f"{key} must be in {domain} for {name}, got {value:g}")
+    for key, values in options.items():
+        if hyper[key] not in values:
+            raise ValueError(f"{key} must be one of {', '.join(map(str, values))} for {name}, got {hyper[key]}")
+
+
+class Online(Algorithm, Protocol):
+    """A method that trains on completions which it samples, turn by turn.
+
+    A turn: completions of some prompts are sampled and judged, examples are drafted of them, the models that are held
+    fixed say their log-probs, the algorithm prepares what the steps need, and steps on parts of the examples follow.
+
+    Attributes:
+        draws: the completions of each prompt.
+        critic: whether there is one.
+        demonstrations: whether the data have a completion for every prompt.
+        needs: "reward" or "judge", what must be given beside the prompts; None for nothing.
+    """
+
+    @property
+    def draws(self) -> tuple[Draw, ...]: ...
+
+    @property
+    def critic(self) -> bool: ...
+
+    @property
+    def demonstrations(self) -> bool: ...
+
+    @property
+    def needs(self) -> str | None: ...
+
+    def anchors(self, steps: int) -> Mapping[str, str]:
+        """Streams of log-probs that stay constant in a turn of so many steps, and whose they are.
+
+        "start", the model before training; "turn", the policy at the turn's beginning; "average", a moving average of
+        the policy's weights.
+        """
+        ...
+
+    def drafts(self, group: Group) -> list[Draft]:
+        """The examples that are made of a prompt's completions."""
+        ...
+
+    def prepare(self, turn: Turn, state: State) -> Prepared:
+        """What is computed once for all of a turn's examples."""
         ...

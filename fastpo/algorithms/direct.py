@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpo.algorithms.base import Batch, Column, Completions, Hyper, State
+from fastpo.algorithms.base import Batch, Column, Completions, Hyper, State, check_hyper
 from fastpo.algorithms.inputs import SOURCES, Drawn, Seen, Statistic, Stream
 from fastpo.reference import Domain, Objective, objective
 from fastpo.reference.sequence import sequence_sum
@@ -50,14 +50,7 @@ class Direct:
     hyper: Hyper
 
     def __post_init__(self) -> None:
-        for key, domain in domains(self.row).items():
-            value = self.hyper[key]
-            if value not in domain:  # type: ignore[operator]
-                raise ValueError(f"{key} must be in {domain} for {self.name}, got {value:g}")
-        for key, values in self.row.options.items():
-            if self.hyper[key] not in values:
-                known = ", ".join(map(str, values))
-                raise ValueError(f"{key} must be one of {known} for {self.name}, got {self.hyper[key]}")
+        check_hyper(self.row.name, self.hyper, domains(self.row), self.row.options)
 
     @property
     def name(self) -> str:

@@ -34,12 +34,39 @@ class BatchConfig:
     """How much goes into a step and into one forward.
 
     Args:
-        size: examples (pairs, or single completions) per optimiser step, over all processes.
+        size: examples (pairs, or single completions) per optimiser step, or prompts per turn, over all processes.
         tokens: most tokens that one forward holds; examples are packed into this budget.
     """
 
     size: int = 32
     tokens: int = 4096
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are sampled, by algorithms that learn from the policy's own.
+
+    A turn samples completions for --batch.size prompts; some optimiser steps on them follow.
+
+    Args:
+        max_new_tokens: most tokens of a completion.
+        temperature: of the policy, when it is sampled and in the loss.
+        top_p: the probability of the nucleus that is sampled from.
+        stop: texts that end a completion, beside the tokenizer's EOS.
+        minibatches: optimiser steps into which a pass over a turn's completions is divided.
+        epochs: passes over them.
+        rounds: how often prompts are drawn until a turn has enough that teach something.
+        tokens: most tokens, of prompts with all that they may become, that are generated at once.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    minibatches: int = 1
+    epochs: int = 1
+    rounds: int = 3
+    tokens: int = 16384
 
 
 @dataclass(frozen=True)
@@ -79,6 +106,7 @@ class TrainConfig:
         optim: the optimiser.
         batch: the batches.
         sync: a reference model that follows the policy.
+        rollout: how completions are sampled.
     """
 
     model: str | None = None
@@ -97,6 +125,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
     @property
     def built_in(self) -> bool:
@@ -120,6 +149,11 @@ class TrainConfig:
             ("optim.weight_decay", self.optim.weight_decay, 0),
             ("sync.every", self.sync.every, 0),
             ("sync.stages", self.sync.stages, 1),
+            ("rollout.max_new_tokens", self.rollout.max_new_tokens, 1),
+            ("rollout.minibatches", self.rollout.minibatches, 1),
+            ("rollout.epochs", self.rollout.epochs, 1),
+            ("rollout.rounds", self.rollout.rounds, 1),
+            ("rollout.tokens", self.rollout.tokens, 1),
         ):
             if value is not None and value < low:
                 raise UserError(f"--{name} must be at least {low}, got {value:g}")
@@ -127,9 +161,12 @@ class TrainConfig:
             ("epochs", self.epochs),
             ("optim.lr", self.optim.lr),
             ("optim.max_norm", self.optim.max_norm),
+            ("rollout.temperature", self.rollout.temperature),
         ):
             if not value > 0:
                 raise UserError(f"--{name} must be positive, got {value:g}")
+        if not 0 < self.rollout.top_p <= 1:
+            raise UserError(f"--rollout.top_p must be in (0, 1], got {self.rollout.top_p:g}")
         if not 0 < self.sync.alpha <= 1:
             raise UserError(f"--sync.alpha must be in (0, 1], got {self.sync.alpha:g}")
         if not 0 <= self.optim.warmup < 1:
@@ -168,6 +205,16 @@ def built_in_defaults(algorithm: str) -> dict[str, Any]:
     Its answers have two or three tokens, so a margin of a few nats separates them. The published β ask for margins
     that suit hundreds of tokens, and reach them here by moving the mass to answers that nobody rejected.
     """
+    if algorithms.kind(algorithm) == "prompts":
+        return {
+            "steps": 60,
+            "eval_every": 10,
+            "optim.lr": 5e-4,
+            "batch.size": 32,
+            "batch.tokens": 512,
+            "rollout.max_new_tokens": 3,
+            **_BUILT_IN.get(algorithm, {}),
+        }
     return {
         "steps": 200,
         "eval_every": 25,

@@ -49,6 +49,26 @@ class Example(NamedTuple):
         return sum(len(self.prompt) + len(c) for c in self.completions)
 
 
+class Prompt(NamedTuple):
+    """One row that completions are sampled for.
+
+    Attributes:
+        text: as the model sees it.
+        ids: its tokens.
+        completion: the tokens of the row's own completion, with EOS, if it has one.
+        completion_text: that as text.
+        row: its other columns.
+        number: its number in the file, from 1.
+    """
+
+    text: str
+    ids: list[int]
+    completion: list[int] | None
+    completion_text: str
+    row: dict[str, Any]
+    number: int
+
+
 def read_rows(path: str) -> list[dict[str, Any]]:
     """The rows of a JSONL or Parquet file."""
     file = Path(path)
@@ -220,6 +240,38 @@ class Encoder:
             return ids[: len(ids) - ids[::-1].index(self.eos)]
         return ids if ids[-1:] == [self.eos] else [*ids, self.eos]
 
+    def _start(self, prompt: str, rendered: bool, where: str) -> list[int]:
+        """The tokens of a prompt, at least one."""
+        ids = self._ids(prompt) if prompt else []
+        if not rendered:  # a chat template writes BOS itself
+            ids = self.start + ids
+        if not ids:
+            if self.tokenizer.bos_token_id is None:
+                raise UserError(f"{where}: the prompt is empty and the tokenizer has no BOS token to begin with")
+            ids = [self.tokenizer.bos_token_id]
+        return ids
+
+    def prompt(self, row: dict[str, Any], where: str, number: int, *, room: int, demonstration: bool) -> Prompt:
+        """One row as a prompt that leaves room for so many tokens, with its completion if that is a demonstration."""
+        _require(row, ("prompt",), where)
+        _same_form([row["prompt"]], "prompt", where)
+        text, rendered = row["prompt"], not isinstance(row["prompt"], str)
+        completion, completion_text = None, ""
+        if demonstration:
+            given = self.example(row, where, number)
+            completion = given.completions[0]
+            completion_text = row["completion"] if not rendered else self.tokenizer.decode(completion)
+        if rendered:
+            text, _ = self._render(text, [])
+        ids = self._start(text, rendered, where)
+        if len(ids) + room > self.max_length:
+            raise UserError(
+                f"{where}: the prompt has {len(ids):,} tokens, which with --rollout.max_new_tokens {room:,} is more "
+                f"than --max_length {self.max_length:,}"
+            )
+        rest = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
+        return Prompt(text, ids, completion, completion_text, rest, number)
+
     def example(self, row: dict[str, Any], where: str, number: int = 0) -> Example:
         """One row as token ids; `where` names it in errors, `number` is its place in the file."""
         prompt, *texts = _pair(row, where) if self.kind == "pairwise" else _single(row, where)
@@ -227,14 +279,9 @@ class Encoder:
         rendered = not isinstance(texts[0], str)
         if rendered:
             prompt, texts = self._render(prompt, texts)
-        prompt_ids = self._ids(prompt) if prompt else []
-        completions = [self._close(self._completion(prompt, prompt_ids, t), rendered) for t in texts]
-        if not rendered:  # a chat template writes BOS itself
-            prompt_ids = self.start + prompt_ids
-        if not prompt_ids:
-            if self.tokenizer.bos_token_id is None:
-                raise UserError(f"{where}: the prompt is empty and the tokenizer has no BOS token to begin with")
-            prompt_ids = [self.tokenizer.bos_token_id]
+        alone = self._ids(prompt) if prompt else []
+        completions = [self._close(self._completion(prompt, alone, t), rendered) for t in texts]
+        prompt_ids = self._start(prompt, rendered, where)
         room = self.max_length - len(prompt_ids)
         if room < 1:
             raise UserError(
@@ -243,6 +290,20 @@ class Encoder:
             )
         self.cut += sum(len(ids) > room for ids in completions)
         return Example(prompt_ids, tuple(ids[:room] for ids in completions), numbers, number)
+
+
+def load_prompts(path: str, encoder: Encoder, *, room: int, demonstrations: bool) -> list[Prompt]:
+    """A file of prompts as token ids; UserError for what cannot be sampled for, with file, row and column.
+
+    Args:
+        path: the file.
+        encoder: of the model; for demonstrations with the data kind "unpaired", whose columns prompt and completion
+            they have.
+        room: most tokens of a completion.
+        demonstrations: whether every row must have a completion.
+    """
+    more: dict[str, Any] = {"room": room, "demonstration": demonstrations}
+    return [encoder.prompt(row, f"{path}, row {i}", i, **more) for i, row in enumerate(read_rows(path), 1)]
 
 
 # the first example whose numbers an algorithm refuses, and why

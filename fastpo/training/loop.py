@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +51,10 @@ class Job:
         memory: of the algorithm.
         steps, size, tokens, seed, max_norm: as in the configuration.
         stages: equal parts of the run, each with a part of the examples.
-        before_step: called with the job and the number of steps done, before each step.
+        before_step: called with the job and the number of steps done, before each step; what it returns is added to
+            the step's metrics.
+        order: the examples of a step, where they are not drawn from one file of them.
+        max_length: most tokens of a sampled completion.
     """
 
     accelerator: Any
@@ -69,10 +72,14 @@ class Job:
     seed: int
     max_norm: float
     stages: int = 1
-    before_step: Callable[[Job, int], None] | None = None
+    before_step: Callable[[Job, int], Mapping[str, float] | None] | None = None
+    order: Callable[[int], list[int]] | None = None
+    max_length: int = 0
 
     def indices(self, step: int) -> list[int]:
         """The examples of a step."""
+        if self.order is not None:
+            return self.order(step)
         return staged_indices(step, self.steps, self.size, len(self.examples), self.seed, self.stages)
 
 
@@ -89,9 +96,10 @@ def train(
     """Do the steps from `start` on; returns how many were done in all, fewer if a signal asked to stop."""
     with _stop_signal() as stopped:
         for step in range(start, job.steps):
-            if job.before_step is not None:
-                job.before_step(job, step)
-            metrics = optimizer_step(job, step)
+            begin = time.perf_counter()
+            before = None if job.before_step is None else job.before_step(job, step)
+            metrics = optimizer_step(job, step) | (before or {})
+            metrics["seconds"] = time.perf_counter() - begin
             done = step + 1
             if done == job.steps or (eval_every and done % eval_every == 0):
                 metrics |= {f"eval_{name}": value for name, value in evaluate().items()}
@@ -106,19 +114,23 @@ def train(
 
 def optimizer_step(job: Job, step: int) -> dict[str, float]:
     """One step on one batch; returns its metrics, summed over micro-batches and ranks."""
-    begin = time.perf_counter()
     indices = job.indices(step)
+    rate = job.schedule.get_last_lr()[0]
+    if not indices:
+        # a turn may have nothing to learn from
+        job.schedule.step()
+        return {"lr": rate, "tokens": 0}
     add_gradients = _whole_step if job.algorithm.whole_step else _by_micro_batches
     totals, job.memory.state = add_gradients(job, indices, job.seed * 1_000_003 + step)
     norm = job.accelerator.clip_grad_norm_(job.policy.parameters(), job.max_norm)
-    rate = job.schedule.get_last_lr()[0]
     job.optimizer.step()
     job.schedule.step()
     job.optimizer.zero_grad()
     metrics = job.algorithm.finish(totals)
-    metrics |= {"grad_norm": float(norm), "lr": rate, "epoch": (step + 1) * job.size / len(job.examples)}
-    metrics["tokens"] = sum(job.examples[i].tokens for i in indices)
-    return metrics | {"seconds": time.perf_counter() - begin}
+    metrics |= {"grad_norm": float(norm), "lr": rate}
+    if job.order is None:
+        metrics["epoch"] = (step + 1) * job.size / len(job.examples)
+    return metrics | {"tokens": sum(job.examples[i].tokens for i in indices)}
 
 
 def micro_batches(accelerator: Any, examples: Sequence[Example], tokens: int) -> Iterator[tuple[list[int], MicroBatch]]:
@@ -137,11 +149,12 @@ def _by_micro_batches(job: Job, indices: Sequence[int], seed: int) -> tuple[dict
     examples = [job.examples[i] for i in indices]
     batches = list(micro_batches(accelerator, examples, job.tokens))
     drawn = _Drawn(job, examples, seed)
+    whole = _Whole.of(examples)
     total: dict[str, Tensor] = {}
     for n, (members, batch) in enumerate(batches):
         with _sync(job, last=n + 1 == len(batches)):
             streams = _streams(job, [indices[i] for i in members or [0]], batch) | drawn.of(members or [0])
-            out = job.algorithm(_batch(job, streams, batch, len(indices), seed), job.memory.state)
+            out = job.algorithm(_batch(job, streams, batch, whole, seed), job.memory.state)
             # DDP and FSDP average the ranks' gradients, but the losses already share one denominator
             accelerator.backward(out.loss * (accelerator.num_processes if members else 0))
         _add(total, out.metrics, counts=bool(members))
@@ -215,8 +228,20 @@ def _streams(job: Job, indices: Sequence[int], batch: MicroBatch) -> dict[str, T
     return found
 
 
-def _batch(job: Job, streams: Mapping[str, Tensor], batch: MicroBatch, num_items: int, seed: int) -> Batch:
-    return Batch(streams, batch.completions, _numbers(job, batch.numbers), num_items, seed)
+class _Whole(NamedTuple):
+    """How much a step has, over forwards and ranks."""
+
+    items: int
+    tokens: int
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> _Whole:
+        return cls(len(examples), sum(len(c) for example in examples for c in example.completions))
+
+
+def _batch(job: Job, streams: Mapping[str, Tensor], batch: MicroBatch, whole: _Whole, seed: int) -> Batch:
+    numbers = _numbers(job, batch.numbers)
+    return Batch(streams, batch.completions, numbers, whole.items, seed, whole.tokens, job.max_length)
 
 
 def _numbers(job: Job, values: Tensor) -> dict[str, Tensor]:
@@ -240,7 +265,8 @@ def _all_streams(job: Job, indices: Sequence[int], seed: int) -> Batch:
     # every place is 0 on all ranks but one
     streams = {name: accelerator.reduce(stream, reduction="sum") for name, stream in whole.items()}
     numbers = torch.tensor([example.numbers for example in examples], dtype=torch.float64).to(accelerator.device)
-    return Batch(streams, completions, _numbers(job, numbers), len(examples), seed)
+    size = _Whole.of(examples)
+    return Batch(streams, completions, _numbers(job, numbers), size.items, seed, size.tokens, job.max_length)
 
 
 @torch.no_grad()
@@ -255,10 +281,10 @@ def evaluate_examples(job: Job, examples: Sequence[Example], constants: Mapping[
         out = job.algorithm(_all_streams(held_out, everything, job.seed), job.memory.state)
         return job.algorithm.finish({name: float(value) for name, value in out.metrics.items()})
     total: dict[str, Tensor] = {}
-    drawn = _Drawn(held_out, examples, job.seed)
+    drawn, whole = _Drawn(held_out, examples, job.seed), _Whole.of(examples)
     for members, batch in micro_batches(job.accelerator, examples, job.tokens):
         streams = _streams(held_out, members or [0], batch) | drawn.of(members or [0])
-        out = job.algorithm(_batch(held_out, streams, batch, len(examples), job.seed), job.memory.state)
+        out = job.algorithm(_batch(held_out, streams, batch, whole, job.seed), job.memory.state)
         _add(total, out.metrics, counts=bool(members))
     return job.algorithm.finish(_summed(job.accelerator, total))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Iterator
@@ -46,6 +47,13 @@ def load_tokenizer(name: str) -> Any:
     return _load(AutoTokenizer, name)
 
 
+def stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end a completion: the tokenizer's EOS, and what the model's own settings add (chat models)."""
+    more = getattr(model.generation_config, "eos_token_id", None)
+    found = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])}
+    return tuple(sorted(token for token in found if token is not None))
+
+
 def load_model(name: str) -> Any:
     """A causal language model with fp32 weights, in evaluation mode.
 
@@ -84,11 +92,22 @@ class Policy(nn.Module):
     unless the model makes something else of its hidden states than `head_scale` finds: then by the model itself.
     """
 
-    def __init__(self, model: Any, layout: Layout | None = None) -> None:
+    def __init__(
+        self, model: Any, layout: Layout | None = None, *, temperature: float = 1.0, critic: Critic | None = None
+    ) -> None:
+        """
+        Args:
+            model: a transformers causal language model.
+            layout: how it takes several sequences, if not as it is found to take them.
+            temperature: of the distributions, as they are sampled from.
+            critic: what answers to the statistic "value"; trained with the model.
+        """
         super().__init__()
         self.model = model
         self.layout: Layout = layout or ("packed" if _separates_packed(model) else "padded")
         self.scale = head_scale(model)
+        self.temperature = temperature
+        self.critic = critic
 
     def forward(
         self,
@@ -104,18 +123,25 @@ class Policy(nn.Module):
 
         Args:
             input_ids, position_ids, predictors, targets: of a `MicroBatch`.
-            statistics: of the distributions: "log_sum_p2", or "normalised_entropy", the entropy over log V.
+            statistics: of the distributions: "log_sum_p2", "entropy", or "normalised_entropy", which is over log V; and
+                "value", the critic's, of the states in which the targets are chosen.
             reference_logits: (n, V) at the predictors; then "kl", KL(reference || policy), is there too. It takes the
                 policy's logits, all n at once.
         """
         run = _packed if self.layout == "packed" else _padded
-        stats = tuple(s.removeprefix("normalised_") for s in statistics)
+        stats = tuple(s.removeprefix("normalised_") for s in statistics if s != "value")
         if self.scale is None or reference_logits is not None:
             logits = run(self.model, input_ids, position_ids, predictors)
             size = logits.shape[-1]
             # nobody else reads the logits, so their gradient may take their place; the divergence would read them
             alone = reference_logits is None and logits.requires_grad
-            out = token_logprobs(logits, targets, stats=stats, inplace_backward=alone)  # type: ignore[arg-type]
+            out = token_logprobs(
+                logits,
+                targets,
+                temperature=self.temperature,
+                stats=stats,  # type: ignore[arg-type]
+                inplace_backward=alone,
+            )
         else:
             hidden = run(_backbone(self.model), input_ids, position_ids, predictors)
             weight, bias, lora = head_of(self.model.get_output_embeddings())
@@ -126,6 +152,7 @@ class Policy(nn.Module):
                 targets,
                 bias,
                 lora=lora,
+                temperature=self.temperature,
                 logit_scale=self.scale.factor,
                 softcap=self.scale.softcap,
                 stats=stats,  # type: ignore[arg-type]
@@ -134,12 +161,37 @@ class Policy(nn.Module):
         logprobs = out if isinstance(out, Tensor) else out.logprobs
         if not statistics and reference_logits is None:
             return logprobs
-        found = {name: getattr(out, stat) for name, stat in zip(statistics, stats, strict=True)}
+        found = {s: getattr(out, s.removeprefix("normalised_")) for s in statistics if s != "value"}
         if "normalised_entropy" in found:
             found["normalised_entropy"] = found["normalised_entropy"] / math.log(size)
         if reference_logits is not None:
             found["kl"] = token_kl(logits, reference_logits.to(logits.dtype))
+        if "value" in statistics:
+            assert self.critic is not None
+            states = run(self.critic.backbone, input_ids, position_ids, predictors)
+            found["value"] = self.critic.head(states)[:, 0].float()
         return {"logprobs": logprobs, **found}
+
+    def generate(self, *arguments: Any, **options: Any) -> Tensor:
+        """As the model does: what shards this module's weights gathers them around a method of its own."""
+        return self.model.generate(*arguments, **options)
+
+
+class Critic(nn.Module):
+    """A value for every state of a language model: its hidden states and a number of each, 0 at the beginning.
+
+    Attributes:
+        backbone: a copy of the model's, with weights of its own.
+        head: the number.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.backbone = copy.deepcopy(_backbone(model)).requires_grad_()
+        weight = model.get_output_embeddings().weight
+        self.head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=weight.dtype)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
 
 
 class Logits(nn.Module):

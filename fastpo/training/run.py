@@ -19,12 +19,22 @@ from fastpo import algorithms
 from fastpo.training import checkpoint, task
 from fastpo.training.batches import check_budget, step_indices
 from fastpo.training.config import OptimConfig, TrainConfig, as_tree
-from fastpo.training.data import Encoder, Example, load_examples, with_mismatched
+from fastpo.training.data import Encoder, Example, Prompt, load_examples, load_prompts, with_mismatched
 from fastpo.training.errors import Interrupted, UserError
 from fastpo.training.loop import Constants, Job, Memory, constant_streams, evaluate_examples, train
-from fastpo.training.model import Logits, Policy, check_same_vocabulary, load_model, load_tokenizer
+from fastpo.training.model import (
+    Critic,
+    Logits,
+    Policy,
+    check_same_vocabulary,
+    load_model,
+    load_tokenizer,
+    stop_tokens,
+)
 from fastpo.training.references import MovingReference
 from fastpo.training.report import Display, Journal, plot, summary, write_summary
+from fastpo.training.rollouts import Sampling, TransformersEngine
+from fastpo.training.turns import Plan, Turns
 
 CONFIG, METRICS, CURVE, SUMMARY, MODEL = "config.yaml", "metrics.jsonl", "curve.png", "summary.json", "model"
 
@@ -79,7 +89,8 @@ def run(name: str, hyper: Mapping[str, Any], config: TrainConfig, resume: Path |
     accelerator.wait_for_everyone()
 
     source = _source(display, folder, config, algorithm)
-    job, evaluate = _prepare(accelerator, algorithm, config, source)
+    prepare = _prepare_online if algorithm.kind == "prompts" else _prepare
+    job, evaluate = prepare(accelerator, algorithm, config, source)  # type: ignore[arg-type]
     start = checkpoint.load(accelerator, before, name) if before else 0
     if start >= job.steps:
         raise UserError(f"{folder}: the run has done its {job.steps} steps; more are asked for with --steps")
@@ -116,20 +127,32 @@ def _new_folder(accelerator: Accelerator, name: str, config: TrainConfig) -> Pat
 
 
 class Source(NamedTuple):
-    """Where a run starts from: names of the models, the tokenizer, the examples to train and measure on."""
+    """Where a run starts from: names of the models, the tokenizer, the examples or prompts to train and measure on."""
 
     model: str
     reference: str | None
     tokenizer: Any
     examples: list[Example]
     eval_examples: list[Example]
+    prompts: Sequence[Prompt] = ()
+    eval_prompts: Sequence[Prompt] = ()
 
 
 def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algorithms.Algorithm) -> Source:
     model, data = config.model or str(folder / task.REFERENCE), config.data or str(folder / task.DATA[algorithm.kind])
     tokenizer = load_tokenizer(model)
-    encoder = Encoder(tokenizer, model, config.max_length, algorithm.kind, algorithm.columns)
     files = [file for file in (data, config.eval_data) if file is not None]
+    if config.reference is not None:
+        check_same_vocabulary(model, config.reference)
+    if algorithm.kind == "prompts":
+        encoder = Encoder(tokenizer, model, config.max_length, "demonstrations")
+        more: dict[str, Any] = {
+            "room": config.rollout.max_new_tokens,
+            "demonstrations": algorithm.demonstrations,  # type: ignore[attr-defined]
+        }
+        found = [load_prompts(file, encoder, **more) for file in files]
+        return Source(model, config.reference, tokenizer, [], [], found[0], found[1] if len(found) > 1 else [])
+    encoder = Encoder(tokenizer, model, config.max_length, algorithm.kind, algorithm.columns)
     loaded = []
     for file in files:
         examples = load_examples(file, encoder, algorithm.problem)
@@ -137,9 +160,105 @@ def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algo
         check_budget(loaded[-1], config.batch.tokens, file)
     if encoder.cut:
         display.say(f"{encoder.cut} completions were cut to --max_length {config.max_length}")
-    if config.reference is not None:
-        check_same_vocabulary(model, config.reference)
     return Source(model, config.reference, tokenizer, loaded[0], loaded[1] if len(loaded) > 1 else [])
+
+
+class Trained(NamedTuple):
+    """What is stepped together."""
+
+    policy: Any
+    optimizer: Any
+    schedule: Any
+
+
+def _trained(accelerator: Accelerator, policy: Policy, steps: int, config: OptimConfig) -> Trained:
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    prepared, optimizer = accelerator.prepare(policy, optimizer)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps, config))
+    accelerator.register_for_checkpointing(schedule)
+    return Trained(prepared, optimizer, schedule)
+
+
+def _prepare_online(
+    accelerator: Accelerator, algorithm: algorithms.Online, config: TrainConfig, source: Source
+) -> tuple[Job, Evaluate]:
+    """The same for an algorithm that samples its completions: models, optimiser, engine, rewards."""
+    rollout = config.rollout
+    plan = Plan(
+        size=config.batch.size,
+        minibatches=rollout.minibatches,
+        epochs=rollout.epochs,
+        rounds=rollout.rounds,
+        tokens=config.batch.tokens,
+        seed=config.seed,
+    )
+    turns = config.epochs * len(source.prompts) / config.batch.size
+    steps = config.steps or math.ceil(turns) * plan.steps
+    model = load_model(source.model)
+    longest = max(len(p.ids) for p in (*source.prompts, *source.eval_prompts)) + rollout.max_new_tokens
+    _check_length(model, longest, source.model)
+    critic = Critic(model) if algorithm.critic else None
+    trained = _trained(accelerator, Policy(model, temperature=rollout.temperature, critic=critic), steps, config.optim)
+    wanted = algorithm.anchors(plan.steps).values()
+    companion = None
+    anchors: dict[str, Any] = {}
+    draws = {draw.source for draw in algorithm.draws}
+    if "start" in wanted or draws & {"reference", "mixture"}:
+        companion = load_model(source.reference or source.model)
+        frozen = Policy(companion, temperature=rollout.temperature)
+        anchors["start"] = accelerator.prepare_model(frozen, evaluation_mode=True)
+    inner = accelerator.unwrap_model(trained.policy)
+    sampling = Sampling(
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        stop=stop_tokens(model, source.tokenizer),
+        stop_strings=tuple(rollout.stop),
+    )
+    taught = Turns(
+        accelerator,
+        algorithm,
+        source.prompts,
+        TransformersEngine(inner, tokens=rollout.tokens, tokenizer=source.tokenizer),
+        sampling,
+        plan,
+        decode=lambda ids: source.tokenizer.decode(ids, skip_special_tokens=True),
+        scorer=task.verify if config.built_in else None,
+        anchors=anchors,
+        companion=companion,
+    )
+    accelerator.register_for_checkpointing(taught)
+    job = Job(
+        accelerator=accelerator,
+        policy=trained.policy,
+        optimizer=trained.optimizer,
+        schedule=trained.schedule,
+        algorithm=algorithm,
+        examples=taught.examples,
+        constants=taught.constants,
+        reference=None,
+        memory=Memory(),
+        steps=steps,
+        size=config.batch.size,
+        tokens=config.batch.tokens,
+        seed=config.seed,
+        max_norm=config.optim.max_norm,
+        before_step=taught,
+        order=taught.order,
+        max_length=rollout.max_new_tokens,
+    )
+    if config.built_in:
+        return job, _of_the_task(job, source.model, config.seed)
+    if not source.eval_prompts:
+        return job, dict
+    return job, lambda: taught.evaluate(source.eval_prompts)
+
+
+def _of_the_task(job: Job, reference: str, seed: int) -> Evaluate:
+    """Accuracy and KL on the built-in task."""
+    frozen = load_model(reference).to(job.accelerator.device)
+    plain = job.accelerator.unwrap_model(job.policy).model
+    return lambda: task.evaluate(plain, frozen, seed)
 
 
 def _prepare(
@@ -147,13 +266,10 @@ def _prepare(
 ) -> tuple[Job, Evaluate]:
     """Models, optimiser and the log-probs of the reference."""
     model = load_model(source.model)
-    _check_positions(model, source)
-    policy = Policy(model)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay)
-    policy, optimizer = accelerator.prepare(policy, optimizer)
+    sequences = (len(e.prompt) + len(c) for e in source.examples + source.eval_examples for c in e.completions)
+    _check_length(model, max(sequences), source.model)
     steps = config.steps or math.ceil(config.epochs * len(source.examples) / config.batch.size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps, config.optim))
-    accelerator.register_for_checkpointing(schedule)
+    policy, optimizer, schedule = _trained(accelerator, Policy(model), steps, config.optim)
 
     constants: Mapping[str, Constants] = {}
     eval_constants: dict[str, Constants] = {}
@@ -207,9 +323,7 @@ def _prepare(
         before_step=follows,
     )
     if config.built_in:
-        reference = load_model(source.model).to(accelerator.device)
-        plain = accelerator.unwrap_model(policy).model
-        return job, lambda: task.evaluate(plain, reference, config.seed)
+        return job, _of_the_task(job, source.model, config.seed)
     if not source.eval_examples:
         return job, dict
     if follows is None:
@@ -231,13 +345,10 @@ def _check_sync(algorithm: algorithms.Algorithm, config: TrainConfig, steps: int
             raise UserError(f"--sync.stages {config.sync.stages} is more than there are {what} ({number})")
 
 
-def _check_positions(model: Any, source: Source) -> None:
+def _check_length(model: Any, longest: int, name: str) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
-    longest = max(len(e.prompt) + len(c) for e in source.examples + source.eval_examples for c in e.completions)
     if limit is not None and longest > limit:
-        raise UserError(
-            f"{source.model}: the model takes {limit:,} tokens, but a sequence has {longest:,}; lower --max_length"
-        )
+        raise UserError(f"{name}: the model takes {limit:,} tokens, but a sequence has {longest:,}; lower --max_length")
 
 
 def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
@@ -300,7 +411,6 @@ def _report(job: Job, config: TrainConfig, folder: Path, display: Display, secon
         {
             "algorithm": job.algorithm.name,
             "steps": job.steps,
-            "examples": len(job.examples),
             **found,
             "seconds": seconds,
         },

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpo.algorithms import Algorithm
+from fastpo.algorithms import Algorithm, Sample
 from fastpo.training.data import write_rows
 from fastpo.training.model import load_model
 
@@ -32,7 +32,11 @@ IGNORE = -100
 
 # in the run's folder
 REFERENCE = "task/reference"
-DATA = {"pairwise": "task/pairs.jsonl", "unpaired": "task/completions.jsonl"}
+DATA = {
+    "pairwise": "task/pairs.jsonl",
+    "unpaired": "task/completions.jsonl",
+    "prompts": "task/prompts.jsonl",
+}
 
 # told the number of steps done and their metrics
 Progress = Callable[[int, dict[str, float]], None]
@@ -87,12 +91,13 @@ def _new_model() -> Any:
 
 def _new_tokenizer() -> Any:
     """One token per character, in a form that transformers loads like any other tokenizer."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {c: i for i, c in enumerate(CHARACTERS)} | {"<eos>": EOS}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    inner.decoder = decoders.Fuse()  # without it, spaces stand between the characters
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>")
 
 
@@ -194,8 +199,16 @@ def build(folder: Path, seed: int, progress: Progress) -> None:
     _new_tokenizer().save_pretrained(folder / REFERENCE)
 
 
+def verify(samples: Sequence[Sample]) -> list[float]:
+    """The verifier's reward of completions: 1 for the right sum, else 0."""
+    return [float(sample.completion == answer(sample.prompt)) for sample in samples]
+
+
 def write_data(folder: Path, seed: int, algorithm: Algorithm) -> None:
     """Sample what the algorithm eats from the reference, and write it into the run's folder."""
+    if algorithm.kind == "prompts":
+        write_rows(folder / DATA["prompts"], [{"prompt": q, "completion": answer(q)} for q in prompts(seed)[0]])
+        return
     rows = _preferences(load_model(str(folder / REFERENCE)), prompts(seed)[0], seed)
     columns = [column.name for column in algorithm.columns]
     if algorithm.kind == "unpaired":

@@ -1,0 +1,333 @@
+"""Policy gradients: one completion per example, a row of the policy losses, and an estimate of the advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpo import losses, rewards
+from fastpo.algorithms.base import (
+    Batch,
+    Column,
+    Completions,
+    Draft,
+    Draw,
+    Group,
+    Prepared,
+    State,
+    StepOutput,
+    Turn,
+    check_hyper,
+)
+from fastpo.losses import RolloutCorrection
+from fastpo.reference.policy import AGGREGATIONS, ESTIMATORS, PolicyObjective, policy
+from fastpo.reference.registry import NOT_NEGATIVE, POSITIVE, Domain
+
+CORRECTIONS: Mapping[str, Callable[[], RolloutCorrection] | None] = {
+    "none": None,
+    "tis": RolloutCorrection.tis,
+    "mis": RolloutCorrection.mis,
+    "icepop": RolloutCorrection.icepop,
+    "sequence_mask": RolloutCorrection.sequence_mask,
+}
+COUNT = Domain(1.0)
+Options = Mapping[str, Any]
+REWARD = Column("reward")
+
+
+class Seen(NamedTuple):
+    """What advantages are estimated from.
+
+    Attributes:
+        rewards: fp64 (B,).
+        groups: int64 (B,), the prompt of each.
+        lengths: int64 (B,), in tokens.
+        cu_seqlens: of the streams.
+        kl: (N,), log π - log π_ref of every token, of methods whose penalty is in the reward.
+        values: (N,), of the critic.
+        turn: all of it.
+    """
+
+    rewards: Tensor
+    groups: Tensor
+    lengths: Tensor
+    cu_seqlens: Tensor
+    kl: Tensor | None
+    values: Tensor | None
+    turn: Turn
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """(B,) numbers at every token of their completions."""
+        return values.repeat_interleave(self.lengths)
+
+    def sequence_kl(self) -> Tensor:
+        """(B,), the sums of kl."""
+        assert self.kl is not None
+        ids = torch.arange(len(self.lengths), device=self.kl.device).repeat_interleave(self.lengths)
+        return torch.zeros_like(self.rewards).index_add(0, ids, self.kl.to(self.rewards.dtype))
+
+    def token_rewards(self, hyper: Options) -> Tensor:
+        """(N,), the penalty of every token, and the reward at the last one."""
+        assert self.kl is not None
+        return rewards.token_rewards(self.rewards, self.kl, beta=hyper["beta"], cu_seqlens=self.cu_seqlens)
+
+
+class Estimate(NamedTuple):
+    """Of the advantages.
+
+    Attributes:
+        advantages: (N,), of every token.
+        returns: (N,), what the critic learns.
+        keep: bool (B,), the examples that are trained on; None for all.
+    """
+
+    advantages: Tensor
+    returns: Tensor | None = None
+    keep: Tensor | None = None
+
+
+Numbers = Mapping[str, tuple[float, Domain]]
+Estimator = Callable[[Seen, Options], Estimate]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A policy gradient.
+
+    Attributes:
+        name, title, source: of the method.
+        loss: its row among the policy losses.
+        estimate: of the advantages.
+        samples: completions of each prompt.
+        penalty: where KL(policy, reference) is: in the loss, in the reward, or nowhere.
+        numbers: hyper-parameters beside those of the loss: defaults and domains; they also replace the loss's defaults.
+        options: hyper-parameters that are words: the admissible values, the default first.
+        aggregation: if not the loss's.
+        critic: whether it has one.
+        greedy: whether the most probable completion is sampled too, as a baseline.
+        drafts: what a group becomes, if not an example of each sampled completion.
+    """
+
+    name: str
+    title: str
+    source: str
+    loss: str
+    estimate: Estimator
+    samples: int = 8
+    penalty: Literal["loss", "reward"] | None = None
+    numbers: Numbers = field(default_factory=dict)
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    aggregation: str | None = None
+    critic: bool = False
+    greedy: bool = False
+    drafts: Callable[[Group, Options], list[Draft]] | None = None
+
+    @property
+    def row(self) -> PolicyObjective:
+        """Of the policy loss."""
+        return policy(self.loss)
+
+    def domains(self) -> dict[str, Domain]:
+        """The numbers that a user may choose."""
+        more: dict[str, Domain] = {"samples": COUNT}
+        if self.penalty is not None:
+            more["beta"] = NOT_NEGATIVE
+        more["entropy_coefficient"] = NOT_NEGATIVE
+        if self.critic:
+            more |= {"value_coefficient": NOT_NEGATIVE, "value_epsilon": POSITIVE}
+        return {**self.row.domains, **more, **{name: domain for name, (_, domain) in self.numbers.items()}}
+
+    def defaults(self) -> dict[str, Any]:
+        """All hyper-parameters with their default values."""
+        out: dict[str, Any] = {"samples": self.samples, **self.row.defaults}
+        if self.penalty is not None:
+            out["beta"] = self.row.beta or 0.05
+        out["entropy_coefficient"] = 0.0
+        if self.critic:
+            out |= {"value_coefficient": 0.1, "value_epsilon": 0.2}
+        out |= {name: value for name, (value, _) in self.numbers.items()}
+        return out | {name: values[0] for name, values in self.choices().items()}
+
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        """The hyper-parameters that are words."""
+        first = self.aggregation or self.row.aggregation
+        out = {"aggregation": (first, *(name for name in AGGREGATIONS if name != first))}
+        if self.penalty == "loss":
+            out["kl"] = tuple(ESTIMATORS[::-1])
+        out["correction"] = tuple(CORRECTIONS)
+        return out | dict(self.options)
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """A method that samples completions, estimates their advantages, and weighs their tokens by them.
+
+    Attributes:
+        recipe: of the method.
+        hyper: all of `recipe.defaults()`.
+    """
+
+    recipe: Recipe
+    hyper: Options
+
+    kind = "prompts"
+    divergence = False
+    mismatched = False
+    unlearns = False
+    demonstrations = False
+    needs = "reward"
+
+    def __post_init__(self) -> None:
+        check_hyper(self.name, self.hyper, self.recipe.domains(), self.recipe.choices())
+
+    @property
+    def name(self) -> str:
+        return self.recipe.name
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return ("policy", "reference") if self.recipe.penalty else ("policy",)
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (REWARD, Column("greedy_reward")) if self.recipe.greedy else (REWARD,)
+
+    @cached_property
+    def statistics(self) -> Mapping[str, tuple[str, ...]]:
+        more = ("value",) if self.recipe.critic else ()
+        if self.hyper["entropy_coefficient"]:
+            more += ("entropy",)
+        return {model: more if model == "policy" else () for model in self.models}
+
+    @property
+    def whole_step(self) -> bool:
+        return bool(self.recipe.row.selected)
+
+    @property
+    def critic(self) -> bool:
+        return self.recipe.critic
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        policy_draws = Draw("policy", self.hyper["samples"])
+        return (policy_draws, Draw("greedy", 1)) if self.recipe.greedy else (policy_draws,)
+
+    def anchors(self, steps: int) -> Mapping[str, str]:
+        # in the only step of a turn the policy still is what sampled
+        old = steps > 1 or self.recipe.penalty == "reward" or self.hyper["correction"] != "none"
+        return {**({"old": "turn"} if old else {}), **({"reference": "start"} if self._penalised else {})}
+
+    @property
+    def _penalised(self) -> bool:
+        return self.recipe.penalty is not None and self.hyper["beta"] > 0
+
+    def problem(self, numbers: Sequence[Sequence[float]]) -> tuple[int, str] | None:
+        return None
+
+    def draw(self, completions: Completions, seed: int) -> dict[str, Tensor]:
+        return {}
+
+    def drafts(self, group: Group) -> list[Draft]:
+        if self.recipe.drafts is not None:
+            return self.recipe.drafts(group, self.hyper)
+        if self.recipe.greedy:
+            *scores, greedy = group.rewards
+            return [Draft((i,), (score, greedy)) for i, score in enumerate(scores)]
+        return [Draft((i,), (score,)) for i, score in enumerate(group.rewards)]
+
+    def prepare(self, turn: Turn, state: State) -> Prepared:
+        batch = turn.batch
+        lengths = torch.tensor(batch.completions.lengths, device=turn.groups.device)
+        kl = None
+        if self.recipe.penalty == "reward":
+            old = batch.streams["old"]
+            # without a weight the reference is not asked
+            kl = old - batch.streams["reference"] if self._penalised else torch.zeros_like(old)
+        seen = Seen(
+            batch.numbers["reward"],
+            turn.groups,
+            lengths,
+            batch.completions.cu_seqlens,
+            kl,
+            batch.streams.get("old_value"),
+            turn,
+        )
+        found = self.recipe.estimate(seen, self.hyper)
+        streams = {"advantages": found.advantages.float()}
+        if found.returns is not None:
+            streams["returns"] = found.returns.float()
+        return Prepared(streams, {}, {}, found.keep)
+
+    def __call__(self, batch: Batch, state: State) -> StepOutput:
+        row, hyper, streams = self.recipe.row, self.hyper, batch.streams
+        aggregation = hyper["aggregation"]
+        layout: dict[str, Any] = {
+            "cu_seqlens": batch.completions.cu_seqlens,
+            "aggregation": aggregation,
+            "num_items": batch.num_tokens if aggregation == "token_mean" else batch.num_items,
+        }
+        if aggregation == "const_norm":
+            layout["max_length"] = batch.max_length
+        given: dict[str, Any] = {name: hyper[name] for name in row.defaults}
+        correction = CORRECTIONS[str(hyper["correction"])]
+        if correction is not None:
+            given |= {"correction": correction(), "rollout_logprobs": streams["rollout"]}
+        if self.recipe.penalty == "loss" and self._penalised:
+            given |= {"beta": hyper["beta"], "kl": hyper["kl"], "reference_logprobs": streams["reference"]}
+        else:
+            given["beta"] = 0.0
+        if hyper["entropy_coefficient"]:
+            given |= {"entropy": streams["policy_entropy"], "entropy_coefficient": hyper["entropy_coefficient"]}
+        if row.selected:
+            given["selected"] = self._selected(batch)
+        out = getattr(losses, row.name)(
+            streams["policy"], streams["advantages"], old_logprobs=streams.get("old"), **given, **layout
+        )
+        total = out.loss
+        metrics = {name: out.metrics.sum(of) / batch.num_tokens for name, of in _METRICS.items()}
+        if self.recipe.critic:
+            value = losses.value_clip(
+                streams["policy_value"],
+                streams["returns"],
+                streams["old_value"],
+                epsilon=hyper["value_epsilon"],
+                cu_seqlens=batch.completions.cu_seqlens,
+                aggregation="token_mean",
+                num_items=batch.num_tokens,
+            )
+            total = total + hyper["value_coefficient"] * value.loss
+            metrics["value_loss"] = value.loss.detach()
+        return StepOutput(total, {"loss": total.detach(), **metrics}, {})
+
+    def _selected(self, batch: Batch) -> Tensor:
+        """The tokens that a statistic of the whole step chooses."""
+        hyper, streams = self.hyper, batch.streams
+        device = streams["policy"].device
+        logprobs, advantages = streams["policy"].detach().cpu(), streams["advantages"].cpu()
+        if self.recipe.loss == "kl_cov":
+            return losses.kl_cov_tokens(logprobs, advantages, fraction=hyper["fraction"]).to(device)
+        old = streams.get("old")
+        return losses.clip_cov_tokens(
+            logprobs,
+            advantages,
+            old_logprobs=None if old is None else old.cpu(),
+            **{name: hyper[name] for name in ("fraction", "low", "high", "epsilon_low", "epsilon_high")},
+            # drawn on the CPU, so that every device draws the same
+            generator=torch.Generator().manual_seed(batch.seed),
+        ).to(device)
+
+    def finish(self, totals: Mapping[str, float]) -> dict[str, float]:
+        return dict(totals)
+
+
+_METRICS = {
+    "clip_fraction_high": "clipped_high",
+    "clip_fraction_low": "clipped_low",
+    "ratio": "ratio",
+    "policy_kl": "old_k1",
+}

@@ -1,0 +1,267 @@
+"""Sampling completions: what an engine does, and the engine on transformers' generate."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled.
+
+    Attributes:
+        max_new_tokens: most tokens of a completion, the one that ends it included.
+        temperature: of the logits; 0 takes the most probable token.
+        top_p: the most probable tokens that together have this probability are sampled from, at least one.
+        stop: ids of the tokens that end a completion; they belong to it.
+        stop_strings: texts that end it, and belong to it.
+        seed: of the draws.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    seed: int = 0
+
+
+class Rollout(NamedTuple):
+    """One completion.
+
+    Attributes:
+        ids: its tokens, at least one.
+        logprobs: fp32 (len(ids),) on the CPU, under the distribution that was sampled from: with its temperature, over
+            its nucleus.
+        ended: whether it ended itself, and was not cut.
+    """
+
+    ids: list[int]
+    logprobs: Tensor
+    ended: bool
+
+
+class Engine(Protocol):
+    """What samples completions: transformers in this process, or a server of its own."""
+
+    def update(self, policy: Any) -> None:
+        """Take the policy's weights, before the first completion and after every change of them."""
+        ...
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, keys: Sequence[int] | None = None
+    ) -> list[list[Rollout]]:
+        """`n` completions of each prompt.
+
+        Args:
+            prompts: token ids, at least one each.
+            n: at least 1.
+            sampling: how.
+            keys: numbers, one per prompt; what is drawn depends on them and the seed, and on no other prompt, so that
+                any division of the prompts gives the same completions. Default: their positions.
+        """
+        ...
+
+
+def uniforms(seed: int, key: int, place: int, count: int) -> Tensor:
+    """The draws of the `place`-th completion of a prompt: fp64 (count,) in [0, 1)."""
+    digest = hashlib.blake2b(f"{seed} {key} {place}".encode(), digest_size=8).digest()
+    # 63 bits are what a generator takes
+    generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+    return torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+def nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """The logits (rows, V), -inf outside the smallest set of most probable tokens whose probabilities reach top_p."""
+    if top_p >= 1:
+        return logits
+    ordered, order = logits.sort(-1, descending=True)
+    probabilities = ordered.softmax(-1)
+    # a token stays if those before it have not reached top_p
+    outside = probabilities.cumsum(-1) - probabilities >= top_p
+    outside[:, 0] = False
+    return logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), float("-inf"))
+
+
+class Mixture(NamedTuple):
+    """The policy's distribution mixed with another model's at every token: p^(1-share) q^share / Z.
+
+    Attributes:
+        model: the other, a transformers causal LM with the policy's vocabulary.
+        share: in [0, 1].
+    """
+
+    model: Any
+    share: float
+
+
+class _Companion:
+    """The logits of another model at the tokens that the first one generates, with a cache of its own."""
+
+    def __init__(self, mixture: Mixture, mask: Tensor) -> None:
+        self.model, self.share, self.mask, self.cache = mixture.model, mixture.share, mask, None
+
+    def mixed(self, input_ids: Tensor, logits: Tensor) -> Tensor:
+        new = input_ids if self.cache is None else input_ids[:, -1:]
+        missing = input_ids.shape[1] - self.mask.shape[1]
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), missing)], 1)
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        out = self.model(
+            input_ids=new,
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.cache = out.past_key_values
+        theirs = out.logits[:, -1].to(logits.dtype).log_softmax(-1)
+        return torch.lerp(logits.log_softmax(-1), theirs, self.share)
+
+
+class _Draws:
+    """Chooses the next token of every row, as a logits processor of transformers: all others become impossible.
+
+    It is given the uniform numbers beforehand and inverts the distribution function, so that a row's tokens do not
+    depend on the rows beside it. It notes the log-probs, and as a stopping criterion where each row ends.
+    """
+
+    def __init__(
+        self,
+        draws: Tensor,
+        prompt: int,
+        sampling: Sampling,
+        decode: Callable[[list[int]], str] | None,
+        companion: _Companion | None,
+    ) -> None:
+        self.draws, self.prompt, self.sampling, self.decode, self.companion = draws, prompt, sampling, decode, companion
+        self.logprobs = torch.zeros(draws.shape)
+        self.stop = torch.tensor(sampling.stop, dtype=torch.int64)
+        self.length = torch.zeros(len(draws), dtype=torch.int64)  # of the rows that have ended, else 0
+
+    def choose(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.shape[1] - self.prompt
+        logits = scores.float()
+        if self.companion is not None:
+            logits = self.companion.mixed(input_ids, logits)
+        if self.sampling.temperature == 0:
+            chosen = logits.argmax(-1, keepdim=True)
+        else:
+            logprobs = nucleus(logits / self.sampling.temperature, self.sampling.top_p).log_softmax(-1)
+            cumulative = logprobs.double().exp().cumsum(-1)
+            # drawn on the CPU, so that every device draws the same; the last sum is 1 up to rounding
+            at = self.draws[:, step : step + 1].to(logits.device) * cumulative[:, -1:]
+            chosen = torch.searchsorted(cumulative, at, right=True).clamp(max=logits.shape[-1] - 1)
+            self.logprobs[:, step] = logprobs.gather(-1, chosen)[:, 0].cpu()
+        return torch.full_like(scores, float("-inf")).scatter(-1, chosen, 0.0)
+
+    def stopped(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        new = input_ids[:, self.prompt :].cpu()
+        ends = torch.isin(new[:, -1], self.stop)
+        if self.decode is not None:
+            for row in (~ends & (self.length == 0)).nonzero()[:, 0].tolist():
+                text = self.decode(new[row].tolist())
+                ends[row] = any(string in text for string in self.sampling.stop_strings)
+        self.length = torch.where((self.length == 0) & ends, new.shape[1], self.length)
+        return (self.length > 0).to(input_ids.device)
+
+
+class TransformersEngine:
+    """Completions by transformers' generate with its KV cache, from the policy in this process.
+
+    Prompts of a batch are padded on the left; the batch is as large as its tokens, prompts with all that they may
+    become, allow.
+    """
+
+    def __init__(self, model: Any, *, tokens: int, tokenizer: Any = None, synced: bool = False) -> None:
+        """
+        Args:
+            model: a transformers causal LM, or what generates as one does, as the `Policy` that holds it.
+            tokens: most of a batch; at least one completion is in it.
+            tokenizer: for stop strings.
+            synced: whether all processes generate until the last of them has ended, as sharded weights need.
+        """
+        self.model, self.tokens, self.tokenizer, self.synced = model, tokens, tokenizer, synced
+
+    def update(self, policy: Any) -> None:
+        """Nothing: the model is the policy itself."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        keys: Sequence[int] | None = None,
+        *,
+        mixture: Mixture | None = None,
+    ) -> list[list[Rollout]]:
+        """See `Engine`; with `mixture`, from that."""
+        keys = range(len(prompts)) if keys is None else keys
+        rows = [(i, place) for i in range(len(prompts)) for place in range(n)]
+        # equal lengths beside each other need no padding
+        rows.sort(key=lambda row: len(prompts[row[0]]))
+        out: list[list[Rollout | None]] = [[None] * n for _ in prompts]
+        for batch in self._batches(rows, prompts, sampling):
+            found = self._batch([prompts[i] for i, _ in batch], [(keys[i], p) for i, p in batch], sampling, mixture)
+            for (i, place), rollout in zip(batch, found, strict=True):
+                out[i][place] = rollout
+        return out  # type: ignore[return-value]
+
+    def _batches(
+        self, rows: list[tuple[int, int]], prompts: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Iterator[list[tuple[int, int]]]:
+        batch: list[tuple[int, int]] = []
+        for row in rows:
+            width = len(prompts[row[0]]) + sampling.max_new_tokens  # rows come by length: this is the longest
+            if batch and (len(batch) + 1) * width > self.tokens:
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
+
+    def _batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys: Sequence[tuple[int, int]],
+        sampling: Sampling,
+        mixture: Mixture | None,
+    ) -> list[Rollout]:
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+        device = next(self.model.parameters()).device
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        draws = torch.stack([uniforms(sampling.seed, *key, sampling.max_new_tokens) for key in keys])
+        decode = self.tokenizer.decode if sampling.stop_strings else None
+        companion = None if mixture is None else _Companion(mixture, mask)
+        choice = _Draws(draws, width, sampling, decode, companion)
+        config = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=0,
+            eos_token_id=None,
+            bos_token_id=None,
+        )
+        out = self.model.generate(
+            ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([choice.choose]),
+            stopping_criteria=StoppingCriteriaList([choice.stopped]),
+            synced_gpus=self.synced,
+        )
+        lengths = torch.where(choice.length > 0, choice.length, out.shape[1] - width).tolist()
+        new = out[:, width:].tolist()
+        return [
+            Rollout(new[row][:length], choice.logprobs[row, :length].clone(), bool(choice.length[row] > 0))
+            for row, length in enumerate(lengths)
+        ]
