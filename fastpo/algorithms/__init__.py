@@ -43,14 +43,15 @@ def _trainable(row: Objective) -> bool:
 _ROWS = {row.name: row for row in objectives() if _trainable(row)}
 
 
-def names() -> list[str]:
-    """The algorithms that can be trained."""
-    return [*_ROWS, *RECIPES]
+def names(*kinds: str) -> list[str]:
+    """The algorithms that can be trained: all, or those on these kinds of data."""
+    everything = [*_ROWS, *RECIPES]
+    return [name for name in everything if kind(name) in kinds] if kinds else everything
 
 
 def kind(name: str) -> str:
     """The data that an algorithm eats: "prompts" of one that samples completions itself."""
-    return build(name, {}).kind
+    return "prompts" if name in RECIPES else _ROWS[name].kind
 
 
 def title(name: str) -> str:

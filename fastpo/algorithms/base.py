@@ -164,11 +164,11 @@ class Draw(NamedTuple):
     Attributes:
         source: "policy"; "greedy", its most probable tokens; "reference"; "mixture", of policy and reference, by the
             hyper-parameter `mixture`, the reference's share.
-        count: how many.
+        times: how many.
     """
 
     source: str
-    count: int
+    times: int
 
 
 class Group(NamedTuple):

@@ -199,7 +199,7 @@ class PolicyGradient:
 
     @cached_property
     def statistics(self) -> Mapping[str, tuple[str, ...]]:
-        more = ("value",) if self.recipe.critic else ()
+        more: tuple[str, ...] = ("value",) if self.recipe.critic else ()
         if self.hyper["entropy_coefficient"]:
             more += ("entropy",)
         return {model: more if model == "policy" else () for model in self.models}

@@ -98,7 +98,7 @@ def train(
         for step in range(start, job.steps):
             begin = time.perf_counter()
             before = None if job.before_step is None else job.before_step(job, step)
-            metrics = optimizer_step(job, step) | (before or {})
+            metrics = {**optimizer_step(job, step), **(before or {})}
             metrics["seconds"] = time.perf_counter() - begin
             done = step + 1
             if done == job.steps or (eval_every and done % eval_every == 0):

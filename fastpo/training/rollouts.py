@@ -73,7 +73,7 @@ def uniforms(seed: int, key: int, place: int, count: int) -> Tensor:
     """The draws of the `place`-th completion of a prompt: fp64 (count,) in [0, 1)."""
     digest = hashlib.blake2b(f"{seed} {key} {place}".encode(), digest_size=8).digest()
     # 63 bits are what a generator takes
-    generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 

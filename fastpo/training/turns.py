@@ -211,7 +211,7 @@ class Turns:
         sampling = replace(self.sampling, seed=_seed(self.plan.seed, turn, 0))
         rollouts: list[list[Rollout]] = [[] for _ in prompts]
         for draw in self.algorithm.draws:
-            for of, found in zip(rollouts, self.sampled(prompts, sampling, draw.source, draw.count), strict=True):
+            for of, found in zip(rollouts, self.sampled(prompts, sampling, draw.source, draw.times), strict=True):
                 of += found
         if self.algorithm.demonstrations:
             for (_, prompt), of in zip(prompts, rollouts, strict=True):
@@ -231,7 +231,7 @@ class Turns:
             logprobs = [float(each.logprobs.double().sum()) for each in of]
             drafts = self.algorithm.drafts(Group(given, score, won, logprobs, generator))
             made += [self._made(place, prompt, of, draft) for draft in drafts]
-            drawn = self.algorithm.draws[0].count
+            drawn = self.algorithm.draws[0].times
             seen += [
                 _Seen(place, score[i] if score else 0.0, len(each.ids), each.ended) for i, each in enumerate(of[:drawn])
             ]
@@ -346,4 +346,4 @@ def _no_judge(i: int, j: int) -> float:
 
 def _seed(*numbers: int) -> int:
     """One seed of several numbers; 31 bits, so that sums of it stay in 64."""
-    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest()) >> 1
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest(), "big") >> 1
