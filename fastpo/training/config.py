@@ -57,6 +57,8 @@ class RolloutConfig:
         epochs: passes over them.
         rounds: how often prompts are drawn until a turn has enough that teach something.
         tokens: most tokens, of prompts with all that they may become, that are generated at once.
+        engine: what samples: transformers' generate, or vLLM in the same process (its log-probs are not quite the
+            policy's: see --algorithm.correction).
     """
 
     max_new_tokens: int = 256
@@ -67,6 +69,7 @@ class RolloutConfig:
     epochs: int = 1
     rounds: int = 3
     tokens: int = 16384
+    engine: Literal["transformers", "vllm"] = "transformers"
 
 
 @dataclass(frozen=True)

@@ -69,11 +69,14 @@ class Engine(Protocol):
         ...
 
 
+def draw_seed(*numbers: int) -> int:
+    """One seed of several numbers, in the 63 bits that a generator takes."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "big") >> 1
+
+
 def uniforms(seed: int, key: int, place: int, count: int) -> Tensor:
     """The draws of the `place`-th completion of a prompt: fp64 (count,) in [0, 1)."""
-    digest = hashlib.blake2b(f"{seed} {key} {place}".encode(), digest_size=8).digest()
-    # 63 bits are what a generator takes
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    generator = torch.Generator().manual_seed(draw_seed(seed, key, place))
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 

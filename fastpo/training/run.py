@@ -33,8 +33,9 @@ from fastpo.training.model import (
 )
 from fastpo.training.references import MovingReference
 from fastpo.training.report import Display, Journal, plot, summary, write_summary
-from fastpo.training.rollouts import Sampling, TransformersEngine
+from fastpo.training.rollouts import Engine, Sampling, TransformersEngine
 from fastpo.training.turns import Plan, Turns
+from fastpo.training.vllm import VLLMEngine
 
 CONFIG, METRICS, CURVE, SUMMARY, MODEL = "config.yaml", "metrics.jsonl", "curve.png", "summary.json", "model"
 
@@ -215,11 +216,17 @@ def _prepare_online(
         stop=stop_tokens(model, source.tokenizer),
         stop_strings=tuple(rollout.stop),
     )
+    engine: Engine = TransformersEngine(inner, tokens=rollout.tokens, tokenizer=source.tokenizer)
+    if rollout.engine == "vllm":
+        others = sorted(draws - {"policy", "greedy"})
+        if others:
+            raise UserError(f"--rollout.engine vllm: {algorithm.name} also samples from the {others[0]}")
+        engine = VLLMEngine(source.model, max_length=longest)
     taught = Turns(
         accelerator,
         algorithm,
         source.prompts,
-        TransformersEngine(inner, tokens=rollout.tokens, tokenizer=source.tokenizer),
+        engine,
         sampling,
         plan,
         decode=lambda ids: source.tokenizer.decode(ids, skip_special_tokens=True),

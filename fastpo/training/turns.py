@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -15,7 +14,7 @@ from fastpo.algorithms import Batch, Draft, Group, Online, Sample, State, Turn
 from fastpo.training.batches import step_indices, step_layout
 from fastpo.training.data import Example, Prompt
 from fastpo.training.loop import Constants, Job, constant_streams
-from fastpo.training.rollouts import Engine, Mixture, Rollout, Sampling
+from fastpo.training.rollouts import Engine, Mixture, Rollout, Sampling, draw_seed
 
 
 class Scorer(Protocol):
@@ -137,7 +136,7 @@ class Turns:
     def order(self, step: int) -> list[int]:
         """The examples of a step: of each pass another permutation, cut into equal parts."""
         epoch, part = divmod(step % self.plan.steps, self.plan.minibatches)
-        count, seed = len(self.examples), _seed(self.plan.seed, self.turn, epoch)
+        count, seed = len(self.examples), draw_seed(self.plan.seed, self.turn, epoch)
         mixed = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
         first, last = (count * n // self.plan.minibatches for n in (part, part + 1))
         return sorted(mixed[first:last])
@@ -170,7 +169,7 @@ class Turns:
     def evaluate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """The mean reward and length of one completion of each prompt."""
         mine = list(enumerate(prompts))[self.accelerator.process_index :: self.accelerator.num_processes]
-        rollouts = self.sampled(mine, replace(self.sampling, seed=_seed(self.plan.seed, -1, 0)), "policy", 1)
+        rollouts = self.sampled(mine, replace(self.sampling, seed=draw_seed(self.plan.seed, -1, 0)), "policy", 1)
         samples = [self._sample(prompt, found[0]) for (_, prompt), found in zip(mine, rollouts, strict=True)]
         scores = [0.0] * len(samples) if self.scorer is None else self.scorer(samples)
         sums = torch.tensor([sum(scores), sum(len(s.ids) for s in samples), len(samples)], dtype=torch.float64)
@@ -208,7 +207,7 @@ class Turns:
 
     def _round(self, prompts: Sequence[tuple[int, Prompt]], turn: int) -> tuple[list[_Made], list[_Seen]]:
         """Sample, judge and draft: of this rank's prompts."""
-        sampling = replace(self.sampling, seed=_seed(self.plan.seed, turn, 0))
+        sampling = replace(self.sampling, seed=draw_seed(self.plan.seed, turn, 0))
         rollouts: list[list[Rollout]] = [[] for _ in prompts]
         for draw in self.algorithm.draws:
             for of, found in zip(rollouts, self.sampled(prompts, sampling, draw.source, draw.times), strict=True):
@@ -227,7 +226,7 @@ class Turns:
         made: list[_Made] = []
         seen: list[_Seen] = []
         for (place, prompt), of, given, score, won in zip(prompts, rollouts, samples, rewards, wins, strict=True):
-            generator = torch.Generator().manual_seed(_seed(self.plan.seed, turn, place + 1))
+            generator = torch.Generator().manual_seed(draw_seed(self.plan.seed, turn, place + 1))
             logprobs = [float(each.logprobs.double().sum()) for each in of]
             drafts = self.algorithm.drafts(Group(given, score, won, logprobs, generator))
             made += [self._made(place, prompt, of, draft) for draft in drafts]
@@ -300,7 +299,7 @@ class Turns:
             completions,
             {name: numbers[:, n] for n, name in enumerate(columns)},
             len(examples),
-            _seed(self.plan.seed, turn, 0),
+            draw_seed(self.plan.seed, turn, 0),
             sum(completions.lengths),
             self.sampling.max_new_tokens,
         )
@@ -342,8 +341,3 @@ class Turns:
 
 def _no_judge(i: int, j: int) -> float:
     raise RuntimeError("this algorithm did not say that it needs a judge")
-
-
-def _seed(*numbers: int) -> int:
-    """One seed of several numbers; 31 bits, so that sums of it stay in 64."""
-    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest(), "big") >> 1
