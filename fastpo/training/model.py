@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -140,6 +140,10 @@ class Policy(nn.Module):
         if reference_logits is not None:
             found["kl"] = token_kl(logits, reference_logits.to(logits.dtype))
         return {"logprobs": logprobs, **found}
+
+    def inside(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """function(model, *arguments): what FSDP sees as a forward, so that it may use weights that are sharded."""
+        return function(self.model, *arguments)
 
 
 class Logits(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
@@ -12,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 import yaml
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from fastpo import algorithms
-from fastpo.training import checkpoint, task
+from fastpo.training import checkpoint, parallel, task
 from fastpo.training.batches import check_budget, step_indices
 from fastpo.training.config import OptimConfig, TrainConfig, as_tree
 from fastpo.training.data import Encoder, Example, load_examples, with_mismatched
@@ -24,7 +25,7 @@ from fastpo.training.errors import Interrupted, UserError
 from fastpo.training.loop import Constants, Job, Memory, constant_streams, evaluate_examples, train
 from fastpo.training.model import Logits, Policy, check_same_vocabulary, load_model, load_tokenizer
 from fastpo.training.references import MovingReference
-from fastpo.training.report import Display, Journal, plot, summary, write_summary
+from fastpo.training.report import Display, Journal, plot, replace_text, summary, write_summary
 
 CONFIG, METRICS, CURVE, SUMMARY, MODEL = "config.yaml", "metrics.jsonl", "curve.png", "summary.json", "model"
 
@@ -60,7 +61,7 @@ def run(name: str, hyper: Mapping[str, Any], config: TrainConfig, resume: Path |
     if config.reference is not None and "reference" not in algorithm.models:
         raise UserError(f"--reference: {name} has no reference model")
     before = checkpoint.latest(resume) if resume else None
-    accelerator = Accelerator(
+    accelerator = parallel.start(
         mixed_precision="no" if config.precision == "fp32" else config.precision,
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=str(resume or config.output or "runs"),
@@ -78,14 +79,17 @@ def run(name: str, hyper: Mapping[str, Any], config: TrainConfig, resume: Path |
             task.write_data(folder, config.seed, algorithm)
     accelerator.wait_for_everyone()
 
-    source = _source(display, folder, config, algorithm)
+    with parallel.together(accelerator):
+        source = _source(display, folder, config, algorithm)
     job, evaluate = _prepare(accelerator, algorithm, config, source)
-    start = checkpoint.load(accelerator, before, name) if before else 0
+    assert job.parts is not None
+    with parallel.together(accelerator):
+        start = checkpoint.load(accelerator, before, job.parts) if before else 0
     if start >= job.steps:
         raise UserError(f"{folder}: the run has done its {job.steps} steps; more are asked for with --steps")
     if accelerator.is_main_process:
         tree = {"algorithm": dict(hyper), **as_tree(config)}
-        (folder / CONFIG).write_text(yaml.safe_dump(tree, sort_keys=False))
+        replace_text(folder / CONFIG, yaml.safe_dump(tree, sort_keys=False))
 
     done = _train(job, evaluate, config, folder, display, start)
     if done < job.steps:
@@ -97,7 +101,7 @@ def run(name: str, hyper: Mapping[str, Any], config: TrainConfig, resume: Path |
     return folder
 
 
-def _new_folder(accelerator: Accelerator, name: str, config: TrainConfig) -> Path:
+def _new_folder(accelerator: Any, name: str, config: TrainConfig) -> Path:
     """A folder that holds no run yet, chosen once for all ranks."""
     folder = Path(config.output or f"runs/{name}")
     if config.output is None:
@@ -116,13 +120,17 @@ def _new_folder(accelerator: Accelerator, name: str, config: TrainConfig) -> Pat
 
 
 class Source(NamedTuple):
-    """Where a run starts from: names of the models, the tokenizer, the examples to train and measure on."""
+    """Where a run starts from: names of the models, the tokenizer, the examples to train and measure on.
+
+    `digest` is that of the file that is trained on.
+    """
 
     model: str
     reference: str | None
     tokenizer: Any
     examples: list[Example]
     eval_examples: list[Example]
+    digest: str
 
 
 def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algorithms.Algorithm) -> Source:
@@ -139,22 +147,23 @@ def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algo
         display.say(f"{encoder.cut} completions were cut to --max_length {config.max_length}")
     if config.reference is not None:
         check_same_vocabulary(model, config.reference)
-    return Source(model, config.reference, tokenizer, loaded[0], loaded[1] if len(loaded) > 1 else [])
+    digest = hashlib.sha256(Path(data).read_bytes()).hexdigest()
+    return Source(model, config.reference, tokenizer, loaded[0], loaded[1] if len(loaded) > 1 else [], digest)
 
 
 def _prepare(
-    accelerator: Accelerator, algorithm: algorithms.Algorithm, config: TrainConfig, source: Source
+    accelerator: Any, algorithm: algorithms.Algorithm, config: TrainConfig, source: Source
 ) -> tuple[Job, Evaluate]:
     """Models, optimiser and the log-probs of the reference."""
     model = load_model(source.model)
     _check_positions(model, source)
-    policy = Policy(model)
+    policy = parallel.prepare(accelerator, Policy(model), config.parallel)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay)
-    policy, optimizer = accelerator.prepare(policy, optimizer)
+    optimizer = accelerator.prepare_optimizer(optimizer)
     steps = config.steps or math.ceil(config.epochs * len(source.examples) / config.batch.size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps, config.optim))
-    accelerator.register_for_checkpointing(schedule)
-
+    changes: dict[str, Any] = {"policy": policy}
+    remembers: dict[str, Any] = {"schedule": schedule}
     constants: Mapping[str, Constants] = {}
     eval_constants: dict[str, Constants] = {}
     follows: MovingReference | None = None
@@ -166,9 +175,10 @@ def _prepare(
         # with weights of its own
         model = load_model(source.reference or source.model)
         frozen = Logits(model) if algorithm.divergence else Policy(model)
-        frozen = accelerator.prepare_model(frozen, evaluation_mode=True)
+        frozen = parallel.prepare(accelerator, frozen, config.parallel, frozen=True)
         reference = frozen if algorithm.divergence else None
         if syncs:
+            changes["reference"] = frozen
             # what is asked at every step is not kept
             kept = None if algorithm.divergence else algorithm.statistics["reference"]
             every, alpha = config.sync.every, config.sync.alpha
@@ -177,7 +187,8 @@ def _prepare(
     elif "reference" in algorithm.models:
         frozen = policy
         if source.reference is not None:
-            frozen = accelerator.prepare_model(Policy(load_model(source.reference)), evaluation_mode=True)
+            frozen = Policy(load_model(source.reference))
+            frozen = parallel.prepare(accelerator, frozen, config.parallel, frozen=True)
         count, needed = len(source.examples), steps * config.batch.size
         order = sorted(step_indices(0, min(needed, count), count, config.seed))
         more: dict[str, Any] = {"tokens": config.batch.tokens, "statistics": algorithm.statistics["reference"]}
@@ -187,7 +198,7 @@ def _prepare(
             eval_constants = constant_streams(accelerator, frozen, source.eval_examples, everything, **more)
     memory = Memory()
     if algorithm.whole_step:
-        accelerator.register_for_checkpointing(memory)
+        remembers["memory"] = memory
     job = Job(
         accelerator=accelerator,
         policy=policy,
@@ -205,11 +216,11 @@ def _prepare(
         max_norm=config.optim.max_norm,
         stages=config.sync.stages,
         before_step=follows,
+        parts=checkpoint.Parts(algorithm.name, source.digest, changes, optimizer, remembers),
     )
     if config.built_in:
         reference = load_model(source.model).to(accelerator.device)
-        plain = accelerator.unwrap_model(policy).model
-        return job, lambda: task.evaluate(plain, reference, config.seed)
+        return job, lambda: parallel.inside(accelerator, policy, task.evaluate, reference, config.seed)
     if not source.eval_examples:
         return job, dict
     if follows is None:
@@ -255,6 +266,8 @@ def _train(job: Job, evaluate: Evaluate, config: TrainConfig, folder: Path, disp
     accelerator = job.accelerator
     main = accelerator.is_main_process
     journal = Journal(folder / METRICS, start or None) if main else None
+    parts = job.parts
+    assert parts is not None
     if config.tracker != "none":
         accelerator.init_trackers("fastpo", config={"algorithm": job.algorithm.name})
 
@@ -275,7 +288,7 @@ def _train(job: Job, evaluate: Evaluate, config: TrainConfig, folder: Path, disp
             start,
             log=log,
             evaluate=evaluate,
-            save=lambda step: checkpoint.save(accelerator, folder, step, job.algorithm.name),
+            save=lambda step: checkpoint.save(accelerator, folder, step, parts),
             eval_every=config.eval_every,
             checkpoint_every=config.checkpoint_every,
         )
@@ -283,9 +296,10 @@ def _train(job: Job, evaluate: Evaluate, config: TrainConfig, folder: Path, disp
 
 def _export(job: Job, tokenizer: Any, folder: Path) -> None:
     """The trained model as transformers loads it."""
-    state = job.accelerator.get_state_dict(job.policy)
+    policy = job.accelerator.unwrap_model(job.policy)
+    state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if job.accelerator.is_main_process:
-        model = job.accelerator.unwrap_model(job.policy).model
+        model = policy.model
         weights = {key.removeprefix("model."): value for key, value in state.items()}
         model.save_pretrained(folder / MODEL, state_dict=weights)
         tokenizer.save_pretrained(folder / MODEL)
