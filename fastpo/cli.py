@@ -31,24 +31,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = parser.parse_args(argv)
         return commands[given.command](given.rest)
     except UserError as error:
-        return _fail(str(error), 2, error)
+        return _fail(str(error), 2)
     except Interrupted as stop:
         return _fail(str(stop), 130)
     except KeyboardInterrupt:
         return _fail("interrupted; --resume continues from the last checkpoint, if there is one", 130)
 
 
-def _fail(message: str, code: int, error: BaseException | None = None) -> int:
-    """One line on stderr, from the first of several processes; torchrun gets the error of each.
+def _fail(message: str, code: int) -> int:
+    """One line on stderr, from the first of several processes; torchrun gets those of all, and repeats them.
 
-    Another process may be so much faster to fail that torchrun ends the first before it has spoken.
+    Another process may fail so much sooner that torchrun ends the first before it has spoken.
     """
+    message = " ".join(message.split())
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"fastpo: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    if error is not None and "TORCHELASTIC_ERROR_FILE" in os.environ:
+        print(f"fastpo: {message}", file=sys.stderr, flush=True)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-        get_error_handler().record_exception(error)
+        get_error_handler().record_exception(UserError(message))
     return code
 
 

@@ -160,11 +160,11 @@ def _tensors(accelerator: Any, parts: Parts) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     policy = accelerator.unwrap_model(parts.models["policy"])
-    weights = {name: _weights(accelerator.unwrap_model(model)) for name, model in parts.models.items()}
-    return {"models": weights, "optimizer": get_optimizer_state_dict(policy, _plain(parts.optimizer))}
+    models = {name: weights(accelerator.unwrap_model(model)) for name, model in parts.models.items()}
+    return {"models": models, "optimizer": get_optimizer_state_dict(policy, _plain(parts.optimizer))}
 
 
-def _weights(model: Any) -> dict[str, Tensor]:
+def weights(model: Any) -> dict[str, Tensor]:
     """Parameters, tied ones once, and the buffers that a checkpoint is to hold."""
     kept = model.state_dict().keys()
     named = [*model.named_parameters(), *model.named_buffers()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -56,6 +57,8 @@ def _sharded(model: Any, device: str) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    # log-probs may be a view of something, and nobody changes them in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
     inner = model.model.get_base_model() if hasattr(model.model, "get_base_model") else model.model
     layers = set(getattr(inner, "_no_split_modules", None) or ())
@@ -74,6 +77,11 @@ def inside(accelerator: Any, model: Any, function: Callable[..., Any], *argument
     With sharded weights, every process must call it, and run equally many forwards in it.
     """
     return accelerator.unwrap_model(model).inside(function, *arguments)
+
+
+def lost(accelerator: Any, error: RuntimeError) -> bool:
+    """Whether the error is gloo's, to which another process has stopped answering. NCCL ends the process instead."""
+    return accelerator.num_processes > 1 and "gloo" in str(error)
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import torch
 import transformers
 import yaml
 from accelerate.utils import broadcast_object_list, set_seed
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from fastpo import algorithms
 from fastpo.training import checkpoint, parallel, task
@@ -91,7 +90,12 @@ def run(name: str, hyper: Mapping[str, Any], config: TrainConfig, resume: Path |
         tree = {"algorithm": dict(hyper), **as_tree(config)}
         replace_text(folder / CONFIG, yaml.safe_dump(tree, sort_keys=False))
 
-    done = _train(job, evaluate, config, folder, display, start)
+    try:
+        done = _train(job, evaluate, config, folder, display, start)
+    except RuntimeError as error:
+        if not parallel.lost(accelerator, error):
+            raise
+        raise Interrupted(f"another process has ended; to continue: fastpo train {name} --resume {folder}") from error
     if done < job.steps:
         raise Interrupted(f"stopped after step {done}; to continue: fastpo train {name} --resume {folder}")
     _export(job, source.tokenizer, folder)
@@ -297,11 +301,14 @@ def _train(job: Job, evaluate: Evaluate, config: TrainConfig, folder: Path, disp
 def _export(job: Job, tokenizer: Any, folder: Path) -> None:
     """The trained model as transformers loads it."""
     policy = job.accelerator.unwrap_model(job.policy)
-    state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = {}
+    for name, tensor in checkpoint.weights(policy).items():
+        # one at a time, as every process gets the whole
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if job.accelerator.is_main_process:
+            state[name.removeprefix("model.")] = whole.cpu()
     if job.accelerator.is_main_process:
-        model = policy.model
-        weights = {key.removeprefix("model."): value for key, value in state.items()}
-        model.save_pretrained(folder / MODEL, state_dict=weights)
+        policy.model.save_pretrained(folder / MODEL, state_dict=state)
         tokenizer.save_pretrained(folder / MODEL)
 
 
