@@ -1,4 +1,4 @@
-"""The command line: fastpo train | bench | info | algorithms."""
+"""The command line: fastpo train | compare | bench | info | algorithms."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRAIN_PACKAGES = ("transformers", "accelerate", "datasets", "jsonargparse", "mat
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 2 for what the user can put right, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="fastpo", description="Preference optimisation with fused kernels.")
-    commands = {"train": _train, "bench": _bench, "info": _info, "algorithms": _algorithms}
+    commands = {"train": _train, "compare": _compare, "bench": _bench, "info": _info, "algorithms": _algorithms}
     parser.add_argument("command", choices=commands, help="what to do; fastpo COMMAND --help says more")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     try:
@@ -39,9 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    """One line on stderr, from the first of several processes."""
+    """One line on stderr, from the first of several processes; torchrun gets those of all, and repeats them.
+
+    Another process may fail so much sooner that torchrun ends the first before it has spoken.
+    """
+    message = " ".join(message.split())
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"fastpo: {' '.join(message.split())}", file=sys.stderr)
+        print(f"fastpo: {message}", file=sys.stderr, flush=True)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(UserError(message))
     return code
 
 
@@ -146,6 +154,21 @@ def _run_to_resume(name: str, given: str) -> Path:
     if not runs:
         raise UserError(f"there is no run of {name} under runs/; --resume RUN names its folder")
     return max(runs, key=lambda run: (run / "config.yaml").stat().st_mtime)
+
+
+def _compare(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="fastpo compare", description="Runs side by side: configurations, summaries and curves."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("--output", default="compare.png", help="the figure (default: compare.png)")
+    given = parser.parse_args(argv)
+    _need(TRAIN_PACKAGES, "train")
+
+    from fastpo.training.compare import compare
+
+    compare(given.runs, Path(given.output))
+    return 0
 
 
 def _bench(argv: list[str]) -> int:

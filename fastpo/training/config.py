@@ -105,6 +105,7 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints; 0 for the end only.
         seed: of initialisation, order and sampling.
         precision: of the forward and backward; weights stay in fp32.
+        parallel: what each of several processes holds: ddp a copy of the models, fsdp2 a share of every tensor.
         tracker: where metrics go besides metrics.jsonl.
         optim: the optimiser.
         batch: the batches.
@@ -124,6 +125,7 @@ class TrainConfig:
     checkpoint_every: int = 100
     seed: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     optim: OptimConfig = field(default_factory=OptimConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -142,6 +144,8 @@ class TrainConfig:
             raise UserError(f"--{given} needs --{missing}; without both, the built-in task is trained")
         if self.built_in and (self.reference or self.eval_data):
             raise UserError("--reference and --eval_data need --model and --data")
+        if self.parallel == "fsdp2" and self.precision == "fp16":
+            raise UserError("--precision fp16 scales gradients, and --parallel fsdp2 shards them: take bf16")
         for name, value, low in (
             ("max_length", self.max_length, 2),
             ("steps", self.steps, 1),

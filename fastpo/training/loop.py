@@ -16,6 +16,7 @@ from torch import Tensor
 from fastpo.algorithms import Algorithm, Batch, State
 from fastpo.kernels import token_logprobs
 from fastpo.training.batches import MicroBatch, collate, places, plan, staged_indices, step_layout
+from fastpo.training.checkpoint import Parts
 from fastpo.training.data import Example
 from fastpo.training.model import policy_inputs
 
@@ -24,7 +25,7 @@ Constants = Mapping[int, tuple[Tensor, ...]]
 
 
 class Memory:
-    """What the algorithm remembers of past steps; accelerate saves it with checkpoints and restores it."""
+    """What the algorithm remembers of past steps, saved with checkpoints."""
 
     def __init__(self) -> None:
         self.state: State = {}
@@ -55,6 +56,7 @@ class Job:
             the step's metrics.
         order: the examples of a step, where they are not drawn from one file of them.
         max_length: most tokens of a sampled completion.
+        parts: what a checkpoint holds.
     """
 
     accelerator: Any
@@ -75,6 +77,7 @@ class Job:
     before_step: Callable[[Job, int], Mapping[str, float] | None] | None = None
     order: Callable[[int], list[int]] | None = None
     max_length: int = 0
+    parts: Parts | None = None
 
     def indices(self, step: int) -> list[int]:
         """The examples of a step."""
@@ -123,6 +126,8 @@ def optimizer_step(job: Job, step: int) -> dict[str, float]:
     add_gradients = _whole_step if job.algorithm.whole_step else _by_micro_batches
     totals, job.memory.state = add_gradients(job, indices, job.seed * 1_000_003 + step)
     norm = job.accelerator.clip_grad_norm_(job.policy.parameters(), job.max_norm)
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()
     job.optimizer.step()
     job.schedule.step()
     job.optimizer.zero_grad()
@@ -187,7 +192,7 @@ def _whole_step(job: Job, indices: Sequence[int], seed: int) -> tuple[dict[str, 
 
 
 def _sync(job: Job, *, last: bool) -> Any:
-    """Gradients cross the ranks once, with the last micro-batch."""
+    """Under DDP, gradients cross the ranks once, with the last micro-batch."""
     return contextlib.nullcontext() if last else job.accelerator.no_sync(job.policy)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -172,9 +172,9 @@ class Policy(nn.Module):
             found["value"] = self.critic.head(states)[:, 0].float()
         return {"logprobs": logprobs, **found}
 
-    def generate(self, *arguments: Any, **options: Any) -> Tensor:
-        """As the model does: what shards this module's weights gathers them around a method of its own."""
-        return self.model.generate(*arguments, **options)
+    def inside(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """function(model, *arguments): what FSDP sees as a forward, so that it may use weights that are sharded."""
+        return function(self.model, *arguments)
 
 
 class Critic(nn.Module):

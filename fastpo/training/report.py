@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from fastpo.training.errors import UserError
 
 Record = dict[str, float]
 
 # panels of the figure: label of the axis, metrics in it
 PANELS = (
     ("loss", ("loss", "eval_loss")),
+    ("reward", ("reward", "eval_reward")),
     ("implicit reward", ("chosen_reward", "rejected_reward", "reward_margin", "eval_reward_margin")),
     ("share", ("reward_accuracy", "eval_reward_accuracy", "eval_accuracy")),
-    ("KL to the reference, nats", ("eval_kl",)),
+    ("KL to the reference, nats", ("kl", "eval_kl")),
+    ("entropy, nats", ("entropy",)),
+    ("share of clipped tokens", ("clip_fraction_high", "clip_fraction_low")),
+    ("tokens of a completion", ("length", "eval_length")),
 )
+COLUMNS = 4
 # what fits beside a bar on 80 columns, and what a line per evaluation holds
-BESIDE_BAR = {"loss": "loss", "reward_margin": "margin", "eval_kl": "KL"}
+BESIDE_BAR = {"loss": "loss", "reward": "reward", "reward_margin": "margin", "eval_kl": "KL"}
 SHOWN = (
-    *("loss", "reward_margin", "reward_accuracy"),
-    *("eval_loss", "eval_reward_margin", "eval_reward_accuracy", "eval_accuracy", "eval_kl"),
+    *("loss", "reward", "reward_margin", "reward_accuracy"),
+    *("eval_loss", "eval_reward", "eval_reward_margin", "eval_reward_accuracy", "eval_accuracy", "eval_kl"),
 )
 
 
@@ -33,15 +41,40 @@ class Journal:
         self.path = path
         self.records: list[Record] = []
         if done is not None:
-            lines = path.read_text().splitlines()
-            self.records = [r for r in map(json.loads, lines) if r["step"] <= done]
-        path.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+            self.records = [r for r in read_records(path) if r["step"] <= done]
+        replace_text(path, "".join(json.dumps(r) + "\n" for r in self.records))
 
     def add(self, step: int, metrics: Record) -> None:
         """Write one record at once, so that a killed run leaves all it knew."""
         self.records.append({"step": step, **metrics})
         with self.path.open("a") as file:
             file.write(json.dumps(self.records[-1]) + "\n")
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a journal, without a last line that was not finished.
+
+    Raises:
+        UserError: there is no such file, or it is damaged before its last line.
+    """
+    try:
+        lines = path.read_text().split("\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    out: list[Record] = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            out.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: is not JSON") from error
+    return out
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that it is at every moment the old one or the new one."""
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def summary(records: Sequence[Record]) -> dict[str, float]:
@@ -56,7 +89,7 @@ def summary(records: Sequence[Record]) -> dict[str, float]:
     if "kl_after" in out:
         out["kl"] = out["kl_after"]
     few = max(1, len(steps) // 10)
-    for key in ("loss", "reward_margin", "reward_accuracy"):
+    for key in ("loss", "reward", "reward_margin", "reward_accuracy", "entropy", "length"):
         values = [r[key] for r in steps if key in r]
         if values:
             ends = values[:few], values[-few:]
@@ -66,25 +99,53 @@ def summary(records: Sequence[Record]) -> dict[str, float]:
 
 
 def plot(records: Sequence[Record], path: Path, title: str) -> None:
-    """The curves as a PNG."""
+    """The curves of a run as a PNG, those that belong together in one panel."""
+    panels = [(label, {key.replace("_", " "): curve(records, key) for key in keys}) for label, keys in PANELS]
+    _figure(panels, path, title)
+
+
+def plot_runs(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
+    """The curves of several runs as a PNG, a panel for each metric."""
+    panels = [
+        (key.replace("_", " "), {name: curve(records, key) for name, records in runs.items()})
+        for _, keys in PANELS
+        for key in keys
+    ]
+    _figure(panels, path, None)
+
+
+def curve(records: Sequence[Record], key: str) -> list[tuple[float, float]]:
+    """The steps at which a metric was taken, and its values."""
+    return [(r["step"], r[key]) for r in records if key in r]
+
+
+def _figure(
+    panels: Sequence[tuple[str, Mapping[str, list[tuple[float, float]]]]], path: Path, title: str | None
+) -> None:
+    """Panels in rows, of those that have points."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    present = {key for record in records for key in record}
-    panels = [(label, [k for k in keys if k in present]) for label, keys in PANELS]
-    panels = [(label, keys) for label, keys in panels if keys]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False, layout="constrained")
-    for axis, (label, keys) in zip(axes[0], panels, strict=True):
-        for key in keys:
-            points = [(r["step"], r[key]) for r in records if key in r]
-            sparse = key.startswith("eval_")
-            axis.plot(*zip(*points, strict=True), label=key.replace("_", " "), marker="o" if sparse else None, ms=3)
+    panels = [(label, {name: points for name, points in lines.items() if points}) for label, lines in panels]
+    panels = [(label, lines) for label, lines in panels if lines]
+    columns, rows = min(COLUMNS, len(panels)), -(-len(panels) // COLUMNS)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(4 * columns, 3.2 * rows), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (label, lines) in zip(axes.flat, panels, strict=False):
+        for name, points in lines.items():
+            # evaluations are far apart
+            marker = "o" if len(points) < 50 else None
+            axis.plot(*zip(*points, strict=True), label=name, marker=marker, ms=3)
         axis.set(xlabel="step", ylabel=label)
         axis.legend(fontsize=7, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
+    if title:
+        figure.suptitle(title)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

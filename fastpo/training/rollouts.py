@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -181,15 +182,23 @@ class TransformersEngine:
     become, allow.
     """
 
-    def __init__(self, model: Any, *, tokens: int, tokenizer: Any = None, synced: bool = False) -> None:
+    def __init__(
+        self,
+        inside: Callable[[Callable[[Any], Any]], Any],
+        *,
+        tokens: int,
+        tokenizer: Any = None,
+        largest: Callable[[int], int] | None = None,
+    ) -> None:
         """
         Args:
-            model: a transformers causal LM, or what generates as one does, as the `Policy` that holds it.
+            inside: calls a function with the transformers causal LM, where its weights can be used.
             tokens: most of a batch; at least one completion is in it.
             tokenizer: for stop strings.
-            synced: whether all processes generate until the last of them has ended, as sharded weights need.
+            largest: of sharded weights, for which all processes must run equally many forwards: the largest of a number
+                of each process.
         """
-        self.model, self.tokens, self.tokenizer, self.synced = model, tokens, tokenizer, synced
+        self.inside, self.tokens, self.tokenizer, self.largest = inside, tokens, tokenizer, largest
 
     def update(self, policy: Any) -> None:
         """Nothing: the model is the policy itself."""
@@ -210,8 +219,20 @@ class TransformersEngine:
         # equal lengths beside each other need no padding
         rows.sort(key=lambda row: len(prompts[row[0]]))
         out: list[list[Rollout | None]] = [[None] * n for _ in prompts]
-        for batch in self._batches(rows, prompts, sampling):
-            found = self._batch([prompts[i] for i, _ in batch], [(keys[i], p) for i, p in batch], sampling, mixture)
+        batches = list(self._batches(rows, prompts, sampling))
+        if self.largest is not None:
+            # some more of the first, for nothing
+            batches += batches[:1] * (self.largest(len(batches)) - len(batches))
+        for batch in batches:
+            found = self.inside(
+                partial(
+                    self._batch,
+                    prompts=[prompts[i] for i, _ in batch],
+                    keys=[(keys[i], place) for i, place in batch],
+                    sampling=sampling,
+                    mixture=mixture,
+                )
+            )
             for (i, place), rollout in zip(batch, found, strict=True):
                 out[i][place] = rollout
         return out  # type: ignore[return-value]
@@ -231,6 +252,8 @@ class TransformersEngine:
 
     def _batch(
         self,
+        model: Any,
+        *,
         prompts: Sequence[Sequence[int]],
         keys: Sequence[tuple[int, int]],
         sampling: Sampling,
@@ -238,7 +261,7 @@ class TransformersEngine:
     ) -> list[Rollout]:
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-        device = next(self.model.parameters()).device
+        device = model.device
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -254,13 +277,13 @@ class TransformersEngine:
             eos_token_id=None,
             bos_token_id=None,
         )
-        out = self.model.generate(
+        out = model.generate(
             ids,
             attention_mask=mask,
             generation_config=config,
             logits_processor=LogitsProcessorList([choice.choose]),
             stopping_criteria=StoppingCriteriaList([choice.stopped]),
-            synced_gpus=self.synced,
+            synced_gpus=self.largest is not None,
         )
         lengths = torch.where(choice.length > 0, choice.length, out.shape[1] - width).tolist()
         new = out[:, width:].tolist()

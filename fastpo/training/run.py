@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
@@ -12,11 +13,10 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 import yaml
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
 from fastpo import algorithms
-from fastpo.training import checkpoint, task
+from fastpo.training import checkpoint, parallel, task
 from fastpo.training.batches import check_budget, step_indices
 from fastpo.training.config import OptimConfig, TrainConfig, as_tree
 from fastpo.training.data import Encoder, Example, Prompt, load_examples, load_prompts, with_mismatched
@@ -32,7 +32,7 @@ from fastpo.training.model import (
     stop_tokens,
 )
 from fastpo.training.references import MovingReference
-from fastpo.training.report import Display, Journal, plot, summary, write_summary
+from fastpo.training.report import Display, Journal, plot, replace_text, summary, write_summary
 from fastpo.training.rollouts import Engine, Sampling, TransformersEngine
 from fastpo.training.turns import Plan, Turns
 from fastpo.training.vllm import VLLMEngine
@@ -71,7 +71,7 @@ def run(name: str, hyper: Mapping[str, Any], config: TrainConfig, resume: Path |
     if config.reference is not None and "reference" not in algorithm.models:
         raise UserError(f"--reference: {name} has no reference model")
     before = checkpoint.latest(resume) if resume else None
-    accelerator = Accelerator(
+    accelerator = parallel.start(
         mixed_precision="no" if config.precision == "fp32" else config.precision,
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=str(resume or config.output or "runs"),
@@ -89,17 +89,25 @@ def run(name: str, hyper: Mapping[str, Any], config: TrainConfig, resume: Path |
             task.write_data(folder, config.seed, algorithm)
     accelerator.wait_for_everyone()
 
-    source = _source(display, folder, config, algorithm)
+    with parallel.together(accelerator):
+        source = _source(display, folder, config, algorithm)
     prepare = _prepare_online if algorithm.kind == "prompts" else _prepare
     job, evaluate = prepare(accelerator, algorithm, config, source)  # type: ignore[arg-type]
-    start = checkpoint.load(accelerator, before, name) if before else 0
+    assert job.parts is not None
+    with parallel.together(accelerator):
+        start = checkpoint.load(accelerator, before, job.parts) if before else 0
     if start >= job.steps:
         raise UserError(f"{folder}: the run has done its {job.steps} steps; more are asked for with --steps")
     if accelerator.is_main_process:
         tree = {"algorithm": dict(hyper), **as_tree(config)}
-        (folder / CONFIG).write_text(yaml.safe_dump(tree, sort_keys=False))
+        replace_text(folder / CONFIG, yaml.safe_dump(tree, sort_keys=False))
 
-    done = _train(job, evaluate, config, folder, display, start)
+    try:
+        done = _train(job, evaluate, config, folder, display, start)
+    except RuntimeError as error:
+        if not parallel.lost(accelerator, error):
+            raise
+        raise Interrupted(f"another process has ended; to continue: fastpo train {name} --resume {folder}") from error
     if done < job.steps:
         raise Interrupted(f"stopped after step {done}; to continue: fastpo train {name} --resume {folder}")
     _export(job, source.tokenizer, folder)
@@ -109,7 +117,7 @@ def run(name: str, hyper: Mapping[str, Any], config: TrainConfig, resume: Path |
     return folder
 
 
-def _new_folder(accelerator: Accelerator, name: str, config: TrainConfig) -> Path:
+def _new_folder(accelerator: Any, name: str, config: TrainConfig) -> Path:
     """A folder that holds no run yet, chosen once for all ranks."""
     folder = Path(config.output or f"runs/{name}")
     if config.output is None:
@@ -128,21 +136,31 @@ def _new_folder(accelerator: Accelerator, name: str, config: TrainConfig) -> Pat
 
 
 class Source(NamedTuple):
-    """Where a run starts from: names of the models, the tokenizer, the examples or prompts to train and measure on."""
+    """Where a run starts from: names of the models, the tokenizer, the examples or prompts to train and measure on.
+
+    `digest` is that of the file that is trained on.
+    """
 
     model: str
     reference: str | None
     tokenizer: Any
     examples: list[Example]
     eval_examples: list[Example]
+    digest: str
     prompts: Sequence[Prompt] = ()
     eval_prompts: Sequence[Prompt] = ()
+
+
+def _digest(file: str) -> str:
+    path = Path(file)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algorithms.Algorithm) -> Source:
     model, data = config.model or str(folder / task.REFERENCE), config.data or str(folder / task.DATA[algorithm.kind])
     tokenizer = load_tokenizer(model)
     files = [file for file in (data, config.eval_data) if file is not None]
+    digest = _digest(data)
     if config.reference is not None:
         check_same_vocabulary(model, config.reference)
     if algorithm.kind == "prompts":
@@ -152,7 +170,7 @@ def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algo
             "demonstrations": algorithm.demonstrations,  # type: ignore[attr-defined]
         }
         found = [load_prompts(file, encoder, **more) for file in files]
-        return Source(model, config.reference, tokenizer, [], [], found[0], found[1] if len(found) > 1 else [])
+        return Source(model, config.reference, tokenizer, [], [], digest, found[0], found[1] if len(found) > 1 else [])
     encoder = Encoder(tokenizer, model, config.max_length, algorithm.kind, algorithm.columns)
     loaded = []
     for file in files:
@@ -161,7 +179,7 @@ def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algo
         check_budget(loaded[-1], config.batch.tokens, file)
     if encoder.cut:
         display.say(f"{encoder.cut} completions were cut to --max_length {config.max_length}")
-    return Source(model, config.reference, tokenizer, loaded[0], loaded[1] if len(loaded) > 1 else [])
+    return Source(model, config.reference, tokenizer, loaded[0], loaded[1] if len(loaded) > 1 else [], digest)
 
 
 class Trained(NamedTuple):
@@ -172,16 +190,17 @@ class Trained(NamedTuple):
     schedule: Any
 
 
-def _trained(accelerator: Accelerator, policy: Policy, steps: int, config: OptimConfig) -> Trained:
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    prepared, optimizer = accelerator.prepare(policy, optimizer)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps, config))
-    accelerator.register_for_checkpointing(schedule)
+def _trained(accelerator: Any, policy: Policy, steps: int, config: TrainConfig) -> Trained:
+    prepared = parallel.prepare(accelerator, policy, config.parallel)
+    # its weights may have been replaced by shares of them
+    optimizer = torch.optim.AdamW(prepared.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay)
+    optimizer = accelerator.prepare_optimizer(optimizer)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps, config.optim))
     return Trained(prepared, optimizer, schedule)
 
 
 def _prepare_online(
-    accelerator: Accelerator, algorithm: algorithms.Online, config: TrainConfig, source: Source
+    accelerator: Any, algorithm: algorithms.Online, config: TrainConfig, source: Source
 ) -> tuple[Job, Evaluate]:
     """The same for an algorithm that samples its completions: models, optimiser, engine, rewards."""
     rollout = config.rollout
@@ -199,16 +218,17 @@ def _prepare_online(
     longest = max(len(p.ids) for p in (*source.prompts, *source.eval_prompts)) + rollout.max_new_tokens
     _check_length(model, longest, source.model)
     critic = Critic(model) if algorithm.critic else None
-    trained = _trained(accelerator, Policy(model, temperature=rollout.temperature, critic=critic), steps, config.optim)
+    trained = _trained(accelerator, Policy(model, temperature=rollout.temperature, critic=critic), steps, config)
     wanted = algorithm.anchors(plan.steps).values()
     companion = None
     anchors: dict[str, Any] = {}
     draws = {draw.source for draw in algorithm.draws}
-    if "start" in wanted or draws & {"reference", "mixture"}:
-        companion = load_model(source.reference or source.model)
-        frozen = Policy(companion, temperature=rollout.temperature)
-        anchors["start"] = accelerator.prepare_model(frozen, evaluation_mode=True)
-    inner = accelerator.unwrap_model(trained.policy)
+    if "start" in wanted:
+        frozen = Policy(load_model(source.reference or source.model), temperature=rollout.temperature)
+        anchors["start"] = parallel.prepare(accelerator, frozen, config.parallel, frozen=True)
+    if draws & {"reference", "mixture"}:
+        # whole, also where the others are sharded: it generates beside the policy
+        companion = load_model(source.reference or source.model).to(accelerator.device)
     sampling = Sampling(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
@@ -216,7 +236,12 @@ def _prepare_online(
         stop=stop_tokens(model, source.tokenizer),
         stop_strings=tuple(rollout.stop),
     )
-    engine: Engine = TransformersEngine(inner, tokens=rollout.tokens, tokenizer=source.tokenizer)
+    engine: Engine = TransformersEngine(
+        lambda function: parallel.inside(accelerator, trained.policy, function),
+        tokens=rollout.tokens,
+        tokenizer=source.tokenizer,
+        largest=parallel.largest(accelerator) if config.parallel == "fsdp2" else None,
+    )
     if rollout.engine == "vllm":
         others = sorted(draws - {"policy", "greedy"})
         if others:
@@ -234,7 +259,7 @@ def _prepare_online(
         anchors=anchors,
         companion=companion,
     )
-    accelerator.register_for_checkpointing(taught)
+    remembers = {"schedule": trained.schedule, "turns": taught}
     job = Job(
         accelerator=accelerator,
         policy=trained.policy,
@@ -253,6 +278,7 @@ def _prepare_online(
         before_step=taught,
         order=taught.order,
         max_length=rollout.max_new_tokens,
+        parts=checkpoint.Parts(algorithm.name, source.digest, {"policy": trained.policy}, trained.optimizer, remembers),
     )
     if config.built_in:
         return job, _of_the_task(job, source.model, config.seed)
@@ -264,20 +290,20 @@ def _prepare_online(
 def _of_the_task(job: Job, reference: str, seed: int) -> Evaluate:
     """Accuracy and KL on the built-in task."""
     frozen = load_model(reference).to(job.accelerator.device)
-    plain = job.accelerator.unwrap_model(job.policy).model
-    return lambda: task.evaluate(plain, frozen, seed)
+    return lambda: parallel.inside(job.accelerator, job.policy, task.evaluate, frozen, seed)
 
 
 def _prepare(
-    accelerator: Accelerator, algorithm: algorithms.Algorithm, config: TrainConfig, source: Source
+    accelerator: Any, algorithm: algorithms.Algorithm, config: TrainConfig, source: Source
 ) -> tuple[Job, Evaluate]:
     """Models, optimiser and the log-probs of the reference."""
     model = load_model(source.model)
     sequences = (len(e.prompt) + len(c) for e in source.examples + source.eval_examples for c in e.completions)
     _check_length(model, max(sequences), source.model)
     steps = config.steps or math.ceil(config.epochs * len(source.examples) / config.batch.size)
-    policy, optimizer, schedule = _trained(accelerator, Policy(model), steps, config.optim)
-
+    policy, optimizer, schedule = _trained(accelerator, Policy(model), steps, config)
+    changes: dict[str, Any] = {"policy": policy}
+    remembers: dict[str, Any] = {"schedule": schedule}
     constants: Mapping[str, Constants] = {}
     eval_constants: dict[str, Constants] = {}
     follows: MovingReference | None = None
@@ -289,9 +315,10 @@ def _prepare(
         # with weights of its own
         model = load_model(source.reference or source.model)
         frozen = Logits(model) if algorithm.divergence else Policy(model)
-        frozen = accelerator.prepare_model(frozen, evaluation_mode=True)
+        frozen = parallel.prepare(accelerator, frozen, config.parallel, frozen=True)
         reference = frozen if algorithm.divergence else None
         if syncs:
+            changes["reference"] = frozen
             # what is asked at every step is not kept
             kept = None if algorithm.divergence else algorithm.statistics["reference"]
             every, alpha = config.sync.every, config.sync.alpha
@@ -300,7 +327,8 @@ def _prepare(
     elif "reference" in algorithm.models:
         frozen = policy
         if source.reference is not None:
-            frozen = accelerator.prepare_model(Policy(load_model(source.reference)), evaluation_mode=True)
+            frozen = Policy(load_model(source.reference))
+            frozen = parallel.prepare(accelerator, frozen, config.parallel, frozen=True)
         count, needed = len(source.examples), steps * config.batch.size
         order = sorted(step_indices(0, min(needed, count), count, config.seed))
         more: dict[str, Any] = {"tokens": config.batch.tokens, "statistics": algorithm.statistics["reference"]}
@@ -310,7 +338,7 @@ def _prepare(
             eval_constants = constant_streams(accelerator, frozen, source.eval_examples, everything, **more)
     memory = Memory()
     if algorithm.whole_step:
-        accelerator.register_for_checkpointing(memory)
+        remembers["memory"] = memory
     job = Job(
         accelerator=accelerator,
         policy=policy,
@@ -328,6 +356,7 @@ def _prepare(
         max_norm=config.optim.max_norm,
         stages=config.sync.stages,
         before_step=follows,
+        parts=checkpoint.Parts(algorithm.name, source.digest, changes, optimizer, remembers),
     )
     if config.built_in:
         return job, _of_the_task(job, source.model, config.seed)
@@ -373,6 +402,8 @@ def _train(job: Job, evaluate: Evaluate, config: TrainConfig, folder: Path, disp
     accelerator = job.accelerator
     main = accelerator.is_main_process
     journal = Journal(folder / METRICS, start or None) if main else None
+    parts = job.parts
+    assert parts is not None
     if config.tracker != "none":
         accelerator.init_trackers("fastpo", config={"algorithm": job.algorithm.name})
 
@@ -393,7 +424,7 @@ def _train(job: Job, evaluate: Evaluate, config: TrainConfig, folder: Path, disp
             start,
             log=log,
             evaluate=evaluate,
-            save=lambda step: checkpoint.save(accelerator, folder, step, job.algorithm.name),
+            save=lambda step: checkpoint.save(accelerator, folder, step, parts),
             eval_every=config.eval_every,
             checkpoint_every=config.checkpoint_every,
         )
@@ -401,11 +432,15 @@ def _train(job: Job, evaluate: Evaluate, config: TrainConfig, folder: Path, disp
 
 def _export(job: Job, tokenizer: Any, folder: Path) -> None:
     """The trained model as transformers loads it."""
-    state = job.accelerator.get_state_dict(job.policy)
+    policy = job.accelerator.unwrap_model(job.policy)
+    state = {}
+    for name, tensor in checkpoint.weights(policy).items():
+        # one at a time, as every process gets the whole
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if job.accelerator.is_main_process:
+            state[name.removeprefix("model.")] = whole.cpu()
     if job.accelerator.is_main_process:
-        model = job.accelerator.unwrap_model(job.policy).model
-        weights = {key.removeprefix("model."): value for key, value in state.items()}
-        model.save_pretrained(folder / MODEL, state_dict=weights)
+        policy.model.save_pretrained(folder / MODEL, state_dict=state)
         tokenizer.save_pretrained(folder / MODEL)
 
 
@@ -418,6 +453,7 @@ def _report(job: Job, config: TrainConfig, folder: Path, display: Display, secon
         {
             "algorithm": job.algorithm.name,
             "steps": job.steps,
+            **({} if job.algorithm.kind == "prompts" else {"examples": len(job.examples)}),
             **found,
             "seconds": seconds,
         },
