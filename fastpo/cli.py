@@ -171,7 +171,8 @@ def _algorithms(argv: list[str]) -> int:
     from fastpo.reference.listwise import list_objectives
     from fastpo.reference.policy import policies
 
-    rows = [*map(_row, objectives()), *map(_policy_row, policies()), *map(_list_row, list_objectives())]
+    objects = (*objectives(), *algorithms.composed())
+    rows = [*map(_row, objects), *map(_policy_row, policies()), *map(_list_row, list_objectives())]
     if given.json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return 0

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastpo.algorithms import direct
+from fastpo.algorithms import direct, reward
 from fastpo.algorithms.base import Algorithm, Batch, Column, Completions, State, StepOutput
 from fastpo.algorithms.inputs import SOURCES
 from fastpo.algorithms.pairwise import Pairwise
+from fastpo.algorithms.reward import MaxMin, RewardModel
 from fastpo.algorithms.unpaired import Unpaired
 from fastpo.reference import Objective, objectives
 
@@ -19,12 +20,19 @@ _CLASSES: dict[str, type[Pairwise] | type[Unpaired]] = {"pairwise": Pairwise, "u
 
 
 def _trainable(row: Objective) -> bool:
-    """Policies on data that are given: samples with rewards need another loop, reward models another head."""
+    """Policies on data that are given: samples with rewards need another loop, reward models have rows of their own."""
     given = all(each.name in SOURCES for each in row.inputs)
     return row.kind in _CLASSES and row.scores == "policy" and not row.online and given
 
 
-_ROWS = {row.name: row for row in objectives() if _trainable(row)}
+_ROWS = {row.name: row for row in objectives() if _trainable(row)} | {row.name: row for row in reward.ROWS}
+# the other rows' classes follow from their data
+_OWN_CLASSES: dict[str, type[RewardModel]] = {"reward_model": RewardModel, "maxmin": MaxMin}
+
+
+def composed() -> tuple[Objective, ...]:
+    """What is trained though it is no objective of its own: reward models."""
+    return reward.ROWS
 
 
 def names() -> list[str]:
@@ -65,7 +73,7 @@ def describe(name: str) -> dict[str, str]:
 def build(name: str, hyper: Mapping[str, Any]) -> Algorithm:
     """The algorithm with these hyper-parameters; ValueError for one outside its domain."""
     row = _ROWS[name]
-    return _CLASSES[row.kind](row, {**defaults(name), **hyper})
+    return _OWN_CLASSES.get(name, _CLASSES[row.kind])(row, {**defaults(name), **hyper})
 
 
 __all__ = [
@@ -73,11 +81,14 @@ __all__ = [
     "Batch",
     "Column",
     "Completions",
+    "MaxMin",
+    "RewardModel",
     "State",
     "StepOutput",
     "build",
     "choices",
     "columns",
+    "composed",
     "defaults",
     "describe",
     "names",

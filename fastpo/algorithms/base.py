@@ -33,11 +33,13 @@ class Column(NamedTuple):
         name: of the column.
         boolean: whether it is a label.
         default: where the data have no such column; None if they must.
+        category: whether it names something, by a string or an integer, whose number is its place among the names.
     """
 
     name: str
     boolean: bool = False
     default: float | None = None
+    category: bool = False
 
 
 class Batch(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -16,17 +17,29 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
 from fastpo import algorithms
+from fastpo.algorithms.reward import ANNOTATOR
 from fastpo.training import checkpoint, task
+from fastpo.training.annotators import Annotators
 from fastpo.training.batches import check_budget, step_indices
 from fastpo.training.config import OptimConfig, TrainConfig, as_tree
 from fastpo.training.data import Encoder, Example, load_examples, with_mismatched
 from fastpo.training.errors import Interrupted, UserError
 from fastpo.training.loop import Constants, Job, Memory, constant_streams, evaluate_examples, train
-from fastpo.training.model import Logits, Policy, check_same_vocabulary, load_model, load_tokenizer
+from fastpo.training.model import (
+    Logits,
+    Policy,
+    Scores,
+    check_same_vocabulary,
+    load_model,
+    load_reward_model,
+    load_tokenizer,
+)
 from fastpo.training.references import MovingReference
 from fastpo.training.report import Display, Journal, plot, summary, write_summary
 
 CONFIG, METRICS, CURVE, SUMMARY, MODEL = "config.yaml", "metrics.jsonl", "curve.png", "summary.json", "model"
+# in the folder of several reward models: the number of the one that describes each annotator
+ANNOTATORS = "annotators.json"
 
 Evaluate = Callable[[], dict[str, float]]
 
@@ -90,7 +103,7 @@ def run(name: str, hyper: Mapping[str, Any], config: TrainConfig, resume: Path |
     done = _train(job, evaluate, config, folder, display, start)
     if done < job.steps:
         raise Interrupted(f"stopped after step {done}; to continue: fastpo train {name} --resume {folder}")
-    _export(job, source.tokenizer, folder)
+    _export(job, source, folder)
     if accelerator.is_main_process:
         _report(job, config, folder, display, time.perf_counter() - begin)
     accelerator.end_training()
@@ -116,20 +129,28 @@ def _new_folder(accelerator: Accelerator, name: str, config: TrainConfig) -> Pat
 
 
 class Source(NamedTuple):
-    """Where a run starts from: names of the models, the tokenizer, the examples to train and measure on."""
+    """Where a run starts from: names of the models, the tokenizer, the examples to train and measure on.
+
+    `categories` are the names that the examples have as numbers, by column.
+    """
 
     model: str
     reference: str | None
     tokenizer: Any
     examples: list[Example]
     eval_examples: list[Example]
+    categories: Mapping[str, Mapping[str | int, int]]
 
 
 def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algorithms.Algorithm) -> Source:
     model, data = config.model or str(folder / task.REFERENCE), config.data or str(folder / task.DATA[algorithm.kind])
     tokenizer = load_tokenizer(model)
     encoder = Encoder(tokenizer, model, config.max_length, algorithm.kind, algorithm.columns)
-    files = [file for file in (data, config.eval_data) if file is not None]
+    held_out = config.eval_data
+    if config.built_in and isinstance(algorithm, algorithms.RewardModel):
+        # it gives no answers to measure
+        held_out = str(folder / task.HELD_OUT)
+    files = [file for file in (data, held_out) if file is not None]
     loaded = []
     for file in files:
         examples = load_examples(file, encoder, algorithm.problem)
@@ -139,16 +160,21 @@ def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algo
         display.say(f"{encoder.cut} completions were cut to --max_length {config.max_length}")
     if config.reference is not None:
         check_same_vocabulary(model, config.reference)
-    return Source(model, config.reference, tokenizer, loaded[0], loaded[1] if len(loaded) > 1 else [])
+    return Source(
+        model, config.reference, tokenizer, loaded[0], loaded[1] if len(loaded) > 1 else [], encoder.categories
+    )
 
 
 def _prepare(
     accelerator: Accelerator, algorithm: algorithms.Algorithm, config: TrainConfig, source: Source
 ) -> tuple[Job, Evaluate]:
     """Models, optimiser and the log-probs of the reference."""
-    model = load_model(source.model)
-    _check_positions(model, source)
-    policy = Policy(model)
+    if isinstance(algorithm, algorithms.RewardModel):
+        policy: Any = Scores([load_reward_model(source.model) for _ in range(algorithm.groups)])
+        _check_positions(policy.models[0], source)
+    else:
+        policy = Policy(load_model(source.model))
+        _check_positions(policy.model, source)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay)
     policy, optimizer = accelerator.prepare(policy, optimizer)
     steps = config.steps or math.ceil(config.epochs * len(source.examples) / config.batch.size)
@@ -165,7 +191,7 @@ def _prepare(
     if syncs or algorithm.divergence:
         # with weights of its own
         model = load_model(source.reference or source.model)
-        frozen = Logits(model) if algorithm.divergence else Policy(model)
+        frozen: Any = Logits(model) if algorithm.divergence else Policy(model)
         frozen = accelerator.prepare_model(frozen, evaluation_mode=True)
         reference = frozen if algorithm.divergence else None
         if syncs:
@@ -186,7 +212,11 @@ def _prepare(
             everything = range(len(source.eval_examples))
             eval_constants = constant_streams(accelerator, frozen, source.eval_examples, everything, **more)
     memory = Memory()
-    if algorithm.whole_step:
+    annotators: Annotators | None = None
+    if isinstance(algorithm, algorithms.MaxMin):
+        annotators = Annotators(algorithm, source.examples, source.eval_examples, config.seed)
+        memory.state = annotators.start()
+    if algorithm.whole_step or annotators is not None:
         accelerator.register_for_checkpointing(memory)
     job = Job(
         accelerator=accelerator,
@@ -204,9 +234,9 @@ def _prepare(
         seed=config.seed,
         max_norm=config.optim.max_norm,
         stages=config.sync.stages,
-        before_step=follows,
+        before_step=follows or annotators,
     )
-    if config.built_in:
+    if config.built_in and not isinstance(algorithm, algorithms.RewardModel):
         reference = load_model(source.model).to(accelerator.device)
         plain = accelerator.unwrap_model(policy).model
         return job, lambda: task.evaluate(plain, reference, config.seed)
@@ -281,14 +311,25 @@ def _train(job: Job, evaluate: Evaluate, config: TrainConfig, folder: Path, disp
         )
 
 
-def _export(job: Job, tokenizer: Any, folder: Path) -> None:
-    """The trained model as transformers loads it."""
+def _export(job: Job, source: Source, folder: Path) -> None:
+    """The trained model as transformers loads it; several reward models in folders of their numbers."""
     state = job.accelerator.get_state_dict(job.policy)
-    if job.accelerator.is_main_process:
-        model = job.accelerator.unwrap_model(job.policy).model
-        weights = {key.removeprefix("model."): value for key, value in state.items()}
-        model.save_pretrained(folder / MODEL, state_dict=weights)
-        tokenizer.save_pretrained(folder / MODEL)
+    if not job.accelerator.is_main_process:
+        return
+    trained = job.accelerator.unwrap_model(job.policy)
+    parts = {"model.": (trained.model, folder / MODEL)} if hasattr(trained, "model") else {}
+    if isinstance(trained, Scores):
+        alone = len(trained.models) == 1
+        for u, model in enumerate(trained.models):
+            parts[f"models.{u}."] = model, folder / MODEL / ("" if alone else str(u))
+    for prefix, (model, to) in parts.items():
+        weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        model.save_pretrained(to, state_dict=weights)
+        source.tokenizer.save_pretrained(to)
+    if isinstance(job.algorithm, algorithms.MaxMin):
+        models = job.memory.state["models"].tolist()
+        found = {str(name): models[n] for name, n in source.categories[ANNOTATOR.name].items() if n < len(models)}
+        (folder / MODEL / ANNOTATORS).write_text(json.dumps(found, indent=2) + "\n")
 
 
 def _report(job: Job, config: TrainConfig, folder: Path, display: Display, seconds: float) -> None:
@@ -306,7 +347,7 @@ def _report(job: Job, config: TrainConfig, folder: Path, display: Display, secon
         },
     )
     plot(records, folder / CURVE, f"{job.algorithm.name}, {config.model or 'built-in task'}")
-    if config.built_in:
+    if "accuracy_before" in found:
         display.say(f"accuracy    {found['accuracy_before']:.1%} -> {found['accuracy_after']:.1%}  {task.ACCURACY}")
         display.say(f"KL          {found['kl']:.3f} nats per answer  {task.KL}")
     else:
