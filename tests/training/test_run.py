@@ -216,8 +216,8 @@ def test_bf16_trains(model_folder, data, tmp_path):
     assert all(w.dtype == torch.float32 for w in weights(output).values())
 
 
-# both look at the whole step, and one remembers
-@pytest.mark.parametrize("name", ("beta_dpo", "kto"))
+# two look at the whole step, and two remember
+@pytest.mark.parametrize("name", ("beta_dpo", "kto", "maxmin"))
 def test_two_processes_see_one_step(name, straight_runs, model_folder, data, tmp_path):
     output = tmp_path / "run"
     in_two_processes(options(model_folder, data, output, "--eval_data", data, name=name))
