@@ -79,9 +79,10 @@ def _train(argv: list[str]) -> int:
 def _parser(name: str) -> Any:
     import jsonargparse
 
+    composed = {row.name for row in algorithms.composed()}
     parser = jsonargparse.ArgumentParser(
         prog=f"fastpo train {name}",
-        description=f"Train a causal language model with {algorithms.title(name)}.",
+        description=f"Train a {'reward' if name in composed else 'causal language'} model: {algorithms.title(name)}.",
         epilog="Defaults of the built-in task: " + ", ".join(f"{k} {v}" for k, v in built_in_defaults(name).items()),
         exit_on_error=False,
     )

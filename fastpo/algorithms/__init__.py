@@ -12,7 +12,7 @@ from fastpo.algorithms import direct, reward
 from fastpo.algorithms.base import Algorithm, Batch, Column, Completions, State, StepOutput
 from fastpo.algorithms.inputs import SOURCES
 from fastpo.algorithms.pairwise import Pairwise
-from fastpo.algorithms.reward import MaxMin, RewardModel
+from fastpo.algorithms.reward import MaxMin, ReactionModel, RewardModel
 from fastpo.algorithms.unpaired import Unpaired
 from fastpo.reference import Objective, objectives
 
@@ -27,7 +27,11 @@ def _trainable(row: Objective) -> bool:
 
 _ROWS = {row.name: row for row in objectives() if _trainable(row)} | {row.name: row for row in reward.ROWS}
 # the other rows' classes follow from their data
-_OWN_CLASSES: dict[str, type[RewardModel]] = {"reward_model": RewardModel, "maxmin": MaxMin}
+_OWN_CLASSES: dict[str, type[RewardModel]] = {
+    "reward_model": RewardModel,
+    "maxmin": MaxMin,
+    "reaction_model": ReactionModel,
+}
 
 
 def composed() -> tuple[Objective, ...]:

@@ -1,18 +1,21 @@
-"""Training reward models: one for all pairs, or several, each for the annotators who share a taste."""
+"""Training reward models: of pairs, one for all or several for groups of annotators; and of labels."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastpo import losses
 from fastpo.algorithms.base import Batch, Column, State, StepOutput
 from fastpo.algorithms.direct import Direct
 from fastpo.algorithms.inputs import SOURCES
+from fastpo.algorithms.unpaired import Unpaired
 from fastpo.reference import Domain, Objective, objective
 from fastpo.reference.registry import NOT_NEGATIVE
 from fastpo.reference.sequence import sequence_sum
@@ -50,11 +53,34 @@ the model under which the likelihood of all their choices is largest; of equals 
 them gets the one who is worst described elsewhere. It begins with a random division into equal parts. A policy is then
 to maximise the least of the models' mean rewards, so their scales must be comparable: `center` keeps them together.""",
 )
-ROWS: tuple[Objective, ...] = (_REWARD_MODEL, _MAXMIN)
+_REACTION_MODEL = replace(
+    objective("apo_zero_unpaired"),
+    name="reaction_model",
+    title="RLUF's model of reactions",
+    paper="arXiv:2505.14946",
+    equation="P[Love], from memory",
+    theory="property",
+    defaults={},
+    domains={},
+    reference_model=False,
+    scores="reward",
+    aliases={},
+    about="""Binary cross entropy of a model's score at the end of a completion, a logit, with its label.
+
+The label says whether users reacted so, such as with love. Where few do, the paper draws as many of the others, which
+is left to the data. As a reward the model gives the probability.""",
+)
+ROWS: tuple[Objective, ...] = (_REWARD_MODEL, _MAXMIN, _REACTION_MODEL)
 
 
 class RewardModel(Direct):
-    """One reward model, learned from pairs."""
+    """One reward model, learned from pairs.
+
+    Attributes:
+        problem_type: what transformers is to call the model's task, if there is a word.
+    """
+
+    problem_type: ClassVar[str | None] = None
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -112,6 +138,35 @@ class RewardModel(Direct):
             "reward_margin": out.margins,
             "reward_accuracy": out.accuracies,
             **counts,
+        }
+        metrics = {name: values.sum() / batch.num_items for name, values in sums.items()}
+        return StepOutput(loss, {"loss": loss.detach(), **metrics}, state)
+
+
+class ReactionModel(RewardModel):
+    """A reward model that is a classifier, learned from single completions with labels."""
+
+    # transformers' word for independent logits, be there one
+    problem_type = "multi_label_classification"
+    finish = Unpaired.finish
+
+    @cached_property
+    def columns(self) -> tuple[Column, ...]:
+        return (SOURCES["labels"],)  # type: ignore[return-value]
+
+    def problem(self, numbers: Sequence[Sequence[float]]) -> None:
+        return None
+
+    def __call__(self, batch: Batch, state: State) -> StepOutput:
+        scores, _ = self._scores(batch, state)
+        labels = batch.numbers["label"] > 0.5
+        loss = F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype), reduction="sum") / batch.num_items
+        rewards = scores.detach()
+        sums = {
+            "chosen_reward": torch.where(labels, rewards, 0),
+            "rejected_reward": torch.where(labels, 0, rewards),
+            "reward_accuracy": (rewards > 0) == labels,
+            "desirable": labels,
         }
         metrics = {name: values.sum() / batch.num_items for name, values in sums.items()}
         return StepOutput(loss, {"loss": loss.detach(), **metrics}, state)

@@ -170,7 +170,10 @@ def _prepare(
 ) -> tuple[Job, Evaluate]:
     """Models, optimiser and the log-probs of the reference."""
     if isinstance(algorithm, algorithms.RewardModel):
-        policy: Any = Scores([load_reward_model(source.model) for _ in range(algorithm.groups)])
+        rewards = [load_reward_model(source.model) for _ in range(algorithm.groups)]
+        for each in rewards:
+            each.config.problem_type = algorithm.problem_type
+        policy: Any = Scores(rewards)
         _check_positions(policy.models[0], source)
     else:
         policy = Policy(load_model(source.model))

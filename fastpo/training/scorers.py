@@ -27,7 +27,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 
@@ -38,7 +38,11 @@ from fastpo.training.data import Example
 from fastpo.training.errors import UserError
 from fastpo.training.model import Policy, Scores, load_model, load_reward_model, load_tokenizer, policy_inputs
 
+if TYPE_CHECKING:
+    from fastpo.reference.ranks import Group
+
 Unscored = Literal["error", "skip"]
+How = Literal["sum", "normalized", "min"]
 
 
 class Sample(NamedTuple):
@@ -112,7 +116,10 @@ class _Function:
 
     def __init__(self, function: Callable[..., Any], name: str) -> None:
         self.function, self.name = function, name
-        parameters = inspect.signature(function).parameters.values()
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{name}: what it takes cannot be told: {error}") from error
         self.all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self.takes = {p.name for p in by_name}
@@ -120,6 +127,8 @@ class _Function:
 
     def __call__(self, lists: Mapping[str, list[Any]], samples: Sequence[Sample]) -> list[float]:
         """Its numbers, NaN where there is none."""
+        if not samples:
+            return []
         missing = sorted(self.needs - lists.keys())
         if missing:
             raise UserError(f"{self.name}: it takes {', '.join(missing)}, but the data have only: {', '.join(lists)}")
@@ -229,7 +238,7 @@ class BradleyTerryJudge:
         temperature: positive and finite.
 
     Raises:
-        ValueError: the temperature is outside its domain.
+        ValueError: the temperature is outside its domain; when called, there is a sample without reward.
     """
 
     def __init__(self, scorer: Scorer, temperature: float = 1.0) -> None:
@@ -239,8 +248,11 @@ class BradleyTerryJudge:
 
     def __call__(self, first: Sequence[Sample], second: Sequence[Sample]) -> list[float]:
         _check_pairs(first, second)
-        rewards = torch.tensor(self.scorer([*first, *second]), dtype=torch.float64)
-        ours, theirs = rewards.view(2, -1)
+        rewards = self.scorer([*first, *second])
+        for reward, sample in zip(rewards, [*first, *second], strict=True):
+            if math.isnan(reward):
+                raise ValueError(f"a judge needs a reward for every sample, there is none for {_tell(sample)}")
+        ours, theirs = torch.tensor(rewards, dtype=torch.float64).view(2, len(first))
         return torch.sigmoid((ours - theirs) / self.temperature).tolist()
 
 
@@ -254,6 +266,8 @@ def _check_pairs(first: Sequence[Sample], second: Sequence[Sample]) -> None:
 
 class ModelScorer:
     """A reward model: what it says of prompt and completion, in forwards of a token budget.
+
+    Its score; or of a classifier, whose `problem_type` is "multi_label_classification", the probability σ(score).
 
     It reads the policy's tokens if its tokenizer gives them the same meaning, and else the text, a conversation in its
     own chat template if it has one.
@@ -283,7 +297,9 @@ class ModelScorer:
         self.tokenizer = load_tokenizer(name)
         self._same_ids = self.tokenizer.get_vocab() == tokenizer.get_vocab()
         self._same_chat = self.tokenizer.chat_template in (None, tokenizer.chat_template)
-        self.scores = Scores([load_reward_model(name, trained=True)]).to(device).requires_grad_(False)
+        model = load_reward_model(name, trained=True).to(device).requires_grad_(False)
+        self._classifies = model.config.problem_type == "multi_label_classification"
+        self.scores = Scores([model])
 
     def _ids(self, sample: Sample) -> list[int]:
         """The sequence as the model's own tokens."""
@@ -314,7 +330,9 @@ class ModelScorer:
         for members in _forwards([len(ids) for ids in sequences], self.tokens):
             ids = torch.tensor([i for n in members for i in sequences[n]], device=self.device)
             positions = torch.cat([torch.arange(len(sequences[n])) for n in members]).to(self.device)
-            for n, score in zip(members, self.scores.of_sequences(0, ids, positions).tolist(), strict=True):
+            scores = self.scores.of_sequences(0, ids, positions)
+            rewards = scores.sigmoid() if self._classifies else scores
+            for n, score in zip(members, rewards.tolist(), strict=True):
                 if math.isinf(score):
                     raise UserError(f"{self.name}: its score is {score}, for {_tell(samples[n])}")
                 found[n] = score
@@ -339,7 +357,7 @@ class LikelihoodScorer:
         if load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
             raise UserError(f"{name}: an autoregressive reward model must have the policy's vocabulary")
         self.name, self.budget, self.device = name, tokens, torch.device(device)
-        self.policy = Policy(load_model(name)).to(device).requires_grad_(False)
+        self.policy = Policy(load_model(name).to(device).requires_grad_(False))
 
     @torch.no_grad()
     def tokens(self, samples: Sequence[Sample]) -> list[list[float]]:
@@ -384,8 +402,9 @@ class Combined:
 
     Args:
         parts: at least one, each with its own name.
-        how: "sum" or "min", of Σ_k w_k r_k or of the w_k r_k. The minimum is that of means, not of each sample's
-            rewards, so their scales must be comparable; of equal ones it is the first.
+        how: "sum", Σ_k w_k r_k; "normalized", the same of rewards less their mean, over their deviation, over all
+            samples; or "min" of the w_k r_k. The minimum is that of means, not of each sample's rewards, so their
+            scales must be comparable; of equal ones it is the first.
 
     Raises:
         ValueError: there is no part, names are not distinct, a weight is not finite, or `how` is another word.
@@ -396,14 +415,14 @@ class Combined:
         means: of the last call, the mean of each reward over the samples that have it, without its weight.
     """
 
-    def __init__(self, parts: Sequence[Part], how: Literal["sum", "min"] = "sum") -> None:
+    def __init__(self, parts: Sequence[Part], how: How = "sum") -> None:
         names = [part.name for part in parts]
         if not parts or len({*names}) < len(names):
             raise ValueError(f"parts must have distinct names, at least one; got {names}")
         if not all(math.isfinite(part.weight) for part in parts):
             raise ValueError(f"weights must be finite, got {[part.weight for part in parts]}")
-        if how not in ("sum", "min"):
-            raise ValueError(f"how must be 'sum' or 'min', got {how!r}")
+        if how not in get_args(How):
+            raise ValueError(f"how must be one of {', '.join(map(repr, get_args(How)))}, got {how!r}")
         self.parts, self.how = tuple(parts), how
         self.means: dict[str, float] = {}
 
@@ -411,11 +430,25 @@ class Combined:
         """Every reward of every sample, by name."""
         return {part.name: part.scorer(samples) for part in self.parts}
 
-    def combine(self, each: Mapping[str, Sequence[float]], means: Mapping[str, float] | None = None) -> list[float]:
-        """What `each` gave, in one; `means` are the rewards' over all ranks, if there are others."""
+    def combine(
+        self,
+        each: Mapping[str, Sequence[float]],
+        *,
+        means: Mapping[str, float] | None = None,
+        process_group: Group = None,
+    ) -> list[float]:
+        """What `each` gave, in one.
+
+        Args:
+            each: by the rewards' names.
+            means: theirs over all ranks, for "min" where there are others.
+            process_group: the ranks over whose samples "normalized" is.
+        """
         rewards = torch.tensor([each[part.name] for part in self.parts], dtype=torch.float64).T
-        if self.how == "sum":
-            return weighted_rewards(rewards, [part.weight for part in self.parts]).tolist()
+        if self.how != "min":
+            weights = [part.weight for part in self.parts]
+            normalize = self.how == "normalized"
+            return weighted_rewards(rewards, weights, normalize=normalize, process_group=process_group).tolist()
         found = means_of(each) if means is None else means
         weighted = [part.weight * found[part.name] for part in self.parts]
         known = [k for k, mean in enumerate(weighted) if not math.isnan(mean)]
@@ -536,7 +569,7 @@ def load_scorer(
     device: torch.device | str = "cpu",
     tokens: int = 4096,
     unscored: Unscored = "error",
-    how: Literal["sum", "min"] = "sum",
+    how: How = "sum",
 ) -> Combined:
     """Rewards from their specifications on the command line, see above.
 

@@ -191,8 +191,13 @@ def _preferences(model: Any, questions: Sequence[str], seed: int) -> list[dict[s
     return rows
 
 
-def _pair(row: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
-    return {key: row[key] for key in ("prompt", "chosen", "rejected", *columns) if key in row}
+def _eaten(rows: Sequence[dict[str, Any]], algorithm: Algorithm) -> list[dict[str, Any]]:
+    """Pairs in the form of the algorithm's data, with its columns."""
+    if algorithm.kind == "unpaired":
+        sides = [("rejected", False)] if algorithm.unlearns else [("chosen", True), ("rejected", False)]
+        return [{"prompt": r["prompt"], "completion": r[side], "label": label} for r in rows for side, label in sides]
+    columns = [column.name for column in algorithm.columns]
+    return [{key: row[key] for key in ("prompt", "chosen", "rejected", *columns) if key in row} for row in rows]
 
 
 def _annotated(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -224,13 +229,8 @@ def write_data(folder: Path, seed: int, algorithm: Algorithm) -> None:
         held_out = _preferences(model, prompts(seed)[1], seed)
         if "annotator" in columns:
             rows, held_out = _annotated(rows), _annotated(held_out)
-        write_rows(folder / HELD_OUT, [_pair(r, columns) for r in held_out])
-    if algorithm.kind == "unpaired":
-        sides = [("rejected", False)] if algorithm.unlearns else [("chosen", True), ("rejected", False)]
-        rows = [{"prompt": r["prompt"], "completion": r[side], "label": label} for r in rows for side, label in sides]
-    else:
-        rows = [_pair(r, columns) for r in rows]
-    write_rows(folder / DATA[algorithm.kind], rows)
+        write_rows(folder / HELD_OUT, _eaten(held_out, algorithm))
+    write_rows(folder / DATA[algorithm.kind], _eaten(rows, algorithm))
 
 
 class Verifier:

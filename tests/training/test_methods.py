@@ -108,6 +108,15 @@ def test_a_reward_model_ranks_held_out_pairs(trained):
     assert {*held_out} <= {*task.prompts(0)[1]}
 
 
+def test_reactions_are_predicted(trained):
+    summary, run = trained("reaction_model")
+    assert summary["reward_accuracy_before"] < 0.65 and summary["reward_accuracy_after"] > 0.75
+    wrong, right = wrong_and_right(task.prompts(0)[1])
+    scorer = load_scorer([str(run / "model")], load_tokenizer(str(run / "model")))
+    chances = [sum(scorer(samples)) / len(samples) for samples in (right, wrong)]
+    assert 0.6 < chances[0] < 1 and 0 < chances[1] < 0.4
+
+
 def test_annotators_are_told_apart(trained):
     """Two reward models, of which one learns what the contrary ones prefer."""
     summary, run = trained("maxmin")

@@ -134,6 +134,28 @@ def test_the_loss_by_hand(margin, center):
         torch.testing.assert_close(ours, theirs - 0.1 * theirs.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_reactions_by_hand():
+    job = make_job("reaction_model", tokens=61)
+    plain = tiny_reward_model(44)
+    losses, right, likes = [], [], []
+    for i in step_indices(0, job.size, len(job.examples), 0):
+        example = job.examples[i]
+        score = plain(input_ids=torch.tensor([example.prompt + example.completions[0]])).logits[0, 0]
+        label = i % 2 == 0
+        losses.append(-F.logsigmoid(score if label else -score))
+        right.append(bool(score > 0) == label)
+        if label:
+            likes.append(score.item())
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    metrics = optimizer_step(job, 0)
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert metrics["reward_accuracy"] == pytest.approx(sum(right) / len(right))
+    assert metrics["chosen_reward"] == pytest.approx(sum(likes) / len(likes), rel=1e-3, abs=1e-5)
+    for ours, theirs in zip(job.policy.models[0].parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs - 0.1 * theirs.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_an_annotators_pairs_train_their_model_alone():
     job = make_job("maxmin", tokens=61, center=0.1)
     models = [tiny_reward_model(44, seed) for seed in (0, 1)]

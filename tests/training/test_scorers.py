@@ -127,6 +127,10 @@ class TestFunctions:
         with pytest.raises(UserError, match=r"raised OSError: no network .* for a batch of 4 samples"):
             FunctionScorer(never_alone, "f")(SAMPLES)
 
+    def test_a_function_that_hides_its_parameters(self):
+        with pytest.raises(UserError, match="f: what it takes cannot be told: no signature found for builtin type"):
+            FunctionScorer(dict, "f")
+
     def test_a_missing_column(self):
         with pytest.raises(UserError, match="f: it takes solution, but the data have only: level, prompts, compl"):
             FunctionScorer(lambda completions, solution: [], "f")([sample(level=1)])
@@ -166,6 +170,11 @@ class TestModels:
         expected = self.alone(folder, [s.prompt_ids + s.ids for s in SAMPLES])
         found = ModelScorer(folder, tokenizer, tokens=tokens)(SAMPLES)
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5) and len({*found}) == 4
+
+    def test_a_classifier_gives_the_probability(self, tmp_path, folder, tokenizer):
+        classifier = self.save(tmp_path / "classifier", tokenizer, problem_type="multi_label_classification")
+        logits = torch.tensor(ModelScorer(folder, tokenizer)(SAMPLES))
+        assert ModelScorer(classifier, tokenizer)(SAMPLES) == pytest.approx(logits.sigmoid().tolist(), rel=1e-6)
 
     def test_another_vocabulary_reads_the_text(self, tmp_path, tokenizer):
         other = character_tokenizer(CHARACTERS[::-1], eos_token="[E]", pad_token="[B]")
@@ -244,12 +253,21 @@ class TestCombined:
         assert both(SAMPLES) == pytest.approx([2 - 5, -10, 6, nan], nan_ok=True)
         assert both.means == {"a": 2.0, "b": 15.0}
 
+    def test_each_normalised(self):
+        both = Combined([Part("a", constant(1, 2, 3, 4), 2.0), Part("b", constant(100, 0, 0, 100), -1.0)], "normalized")
+        standard = [
+            (torch.tensor(v).double() - sum(v) / 4) / torch.tensor(v).double().std()
+            for v in ([1, 2, 3, 4], [100, 0, 0, 100])
+        ]
+        assert both(SAMPLES) == pytest.approx((2 * standard[0] - standard[1]).tolist(), rel=1e-6)
+        assert both.means == {"a": 2.5, "b": 50.0}
+
     def test_the_least_of_means_is_no_mean_of_minima(self):
         parts = [Part("a", constant(0, 9, 9, 9)), Part("b", constant(5, 5, 5, 4)), Part("c", constant(5, 5, 4, 5))]
         least = Combined(parts, "min")
         assert least(SAMPLES) == [5, 5, 5, 4]
         # the other ranks' samples may decide otherwise
-        assert least.combine(least.each(SAMPLES), {"a": 1.0, "b": 2.0, "c": 3.0}) == [0, 9, 9, 9]
+        assert least.combine(least.each(SAMPLES), means={"a": 1.0, "b": 2.0, "c": 3.0}) == [0, 9, 9, 9]
         halved = Combined([parts[0]._replace(weight=0.5), *parts[1:]], "min")
         assert halved(SAMPLES) == [0, 4.5, 4.5, 4.5]
         nothing = Combined([Part("a", constant(math.nan)), Part("b", constant(math.nan))], "min")
@@ -260,7 +278,7 @@ class TestCombined:
             Combined([Part("a", constant(1)), Part("a", constant(1))])
         with pytest.raises(ValueError, match="weights must be finite"):
             Combined([Part("a", constant(1), math.inf)])
-        with pytest.raises(ValueError, match="'sum' or 'min'"):
+        with pytest.raises(ValueError, match="one of 'sum', 'normalized', 'min', got 'max'"):
             Combined([Part("a", constant(1))], "max")  # type: ignore[arg-type]
 
 
@@ -331,12 +349,24 @@ class TestJudges:
         judge = load_judge([spec], tokenizer)
         assert judge(self.FIRST, self.SECOND) == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.exp(1.5))])
 
+    def test_every_sample_needs_a_reward(self):
+        judge = BradleyTerryJudge(constant(1, 2, math.nan, 4))
+        with pytest.raises(ValueError, match=r"a judge needs a reward for every sample, there is none for .* 'b'"):
+            judge(self.FIRST, self.SECOND)
+
     def test_pairs_have_one_prompt(self):
         for judge in (BradleyTerryJudge(constant(1, 2, 3, 4)), FunctionJudge(lambda first, second: [1, 1], "f")):
             with pytest.raises(ValueError, match="different prompts: 'a' and 'b'"):
                 judge(self.FIRST, self.SECOND[::-1])
             with pytest.raises(ValueError, match="second has 1 samples, first has 2"):
                 judge(self.FIRST, self.SECOND[:1])
+
+
+def test_no_samples(model_folder, tokenizer):
+    function = FunctionScorer(lambda completions, solution: 1 / 0, "f")
+    scorer = Combined([Part("a", function), Part("b", LikelihoodScorer(str(model_folder), tokenizer))])
+    assert scorer([]) == [] and math.isnan(scorer.means["a"])
+    assert BradleyTerryJudge(scorer)([], []) == FunctionJudge(lambda first, second: 1 / 0, "f")([], []) == []
 
 
 class TestTask:
