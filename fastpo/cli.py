@@ -87,9 +87,10 @@ def _train(argv: list[str]) -> int:
 def _parser(name: str) -> Any:
     import jsonargparse
 
+    composed = {row.name for row in algorithms.composed()}
     parser = jsonargparse.ArgumentParser(
         prog=f"fastpo train {name}",
-        description=f"Train a causal language model with {algorithms.title(name)}.",
+        description=f"Train a {'reward' if name in composed else 'causal language'} model: {algorithms.title(name)}.",
         epilog="Defaults of the built-in task: " + ", ".join(f"{k} {v}" for k, v in built_in_defaults(name).items()),
         exit_on_error=False,
     )
@@ -194,7 +195,8 @@ def _algorithms(argv: list[str]) -> int:
     from fastpo.reference.listwise import list_objectives
     from fastpo.reference.policy import policies
 
-    rows = [*map(_row, objectives()), *map(_policy_row, policies()), *map(_list_row, list_objectives())]
+    objects = (*objectives(), *algorithms.composed())
+    rows = [*map(_row, objects), *map(_policy_row, policies()), *map(_list_row, list_objectives())]
     if given.json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return 0

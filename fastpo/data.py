@@ -498,7 +498,7 @@ def _users(users: Any) -> tuple[Tensor, Tensor]:
     return ids.unique(return_inverse=True)
 
 
-def maxmin_assign(margins: Any, users: Any) -> Tensor:
+def maxmin_assign(margins: Any, users: Any, *, reseed: bool = False) -> Tensor:
     """The model of each user: that under which the user's choices are likeliest, of equals the first.
 
     One E-step of `maxmin_em`, for who holds the margins of all models.
@@ -508,15 +508,22 @@ def maxmin_assign(margins: Any, users: Any) -> Tensor:
     Args:
         margins: (U, B), r_u(y_w) - r_u(y_l) of each pair under each of U reward models.
         users: int (B,), whose pair it is.
+        reseed: whether a model without users is given one, as in `maxmin_em`; needs as many users as models.
 
     Returns:
         int64 (H,), one model for each of the sorted distinct users.
 
     Raises:
-        TypeError, ValueError: a wrong type, dtype or shape, or a margin is NaN.
+        TypeError, ValueError: a wrong type, dtype or shape, a margin is NaN, or there are too few users.
     """
     known, user = _users(users)
-    return _first_largest(_choices(margins, user, len(known)))
+    each = _choices(margins, user, len(known))
+    models = _first_largest(each)
+    if reseed:
+        if len(each) > len(known):
+            raise ValueError(f"margins are those of {len(each)} models, but there are {len(known)} users")
+        _reseed(models, each / torch.bincount(user), len(each))
+    return models
 
 
 def _first_largest(log_likelihoods: Tensor) -> Tensor:

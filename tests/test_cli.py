@@ -80,7 +80,9 @@ def test_algorithms_prints_every_row(capsys, monkeypatch):
     table = capsys.readouterr().out
     assert cli.main(["algorithms", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["name"] for row in rows] == [row.name for row in (*objectives(), *policies(), *list_objectives())]
+    assert [row["name"] for row in rows] == [
+        row.name for row in (*objectives(), *algorithms.composed(), *policies(), *list_objectives())
+    ]
     assert len({frozenset(row) for row in rows}) == 1
     assert all(row["name"] in table and row["paper"] in table for row in rows)
     for column in ("name", "data", "models", "defaults", "theory", "source"):
@@ -89,6 +91,7 @@ def test_algorithms_prints_every_row(capsys, monkeypatch):
     assert [row["name"] for row in rows if row["trainable"]] == algorithms.names()
     assert by_name["odpo"]["columns"] == ["chosen_score", "rejected_score"]
     assert (by_name["kto"]["data"], by_name["spin"]["data"]) == ("single completions", "pairs of the policy")
+    assert by_name["maxmin"]["columns"] == ["margin", "annotator"] and by_name["maxmin"]["models"] == ["reward"]
     assert by_name["simpo"]["models"] == ["policy"] and by_name["kto"]["models"] == ["policy", "reference"]
     grpo, dapo = by_name["grpo"], by_name["dapo"]
     assert (grpo["data"], grpo["theory"], grpo["models"]) == ("rollouts", "gibbs", ["policy", "reference"])

@@ -497,6 +497,9 @@ class TestMaxMin:
             calls.append((model, rows.tolist()))
             return margins[model]
 
+        both = torch.stack([*margins.values()])
+        assert data.maxmin_assign(both, users).tolist() == [0, 0, 0]
+        assert data.maxmin_assign(both, users, reseed=True).tolist() == [0, 0, 1]
         out = data.maxmin_em(users, fit, 2, start=[0, 1, 0], max_steps=2)
         assert calls == [(0, [0, 1, 3]), (1, [2]), (0, [0, 1, 2]), (1, [3])]
         assert out.models.tolist() == [0, 0, 1] and out.converged and out.sizes.tolist() == [2, 1]
@@ -529,3 +532,5 @@ class TestMaxMin:
                 data.maxmin_em(**{"users": users, "fit": fit, "num_models": 2, **given})
         with pytest.raises(ValueError, match=r"margins has shape \(2, 3\), expected \(U, 2\)"):
             data.maxmin_assign(torch.zeros(2, 3), users)
+        with pytest.raises(ValueError, match="margins are those of 3 models, but there are 2 users"):
+            data.maxmin_assign(torch.zeros(3, 2), users, reseed=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastpo.algorithms import direct
+from fastpo.algorithms import direct, reward
 from fastpo.algorithms.base import (
     Algorithm,
     Batch,
@@ -27,6 +27,7 @@ from fastpo.algorithms.base import (
 from fastpo.algorithms.inputs import SOURCES
 from fastpo.algorithms.pairwise import Pairwise
 from fastpo.algorithms.recipes import RECIPES
+from fastpo.algorithms.reward import MaxMin, ReactionModel, RewardModel
 from fastpo.algorithms.rollouts import PolicyGradient
 from fastpo.algorithms.unpaired import Unpaired
 from fastpo.reference import Objective, objectives
@@ -35,12 +36,23 @@ _CLASSES: dict[str, type[Pairwise] | type[Unpaired]] = {"pairwise": Pairwise, "u
 
 
 def _trainable(row: Objective) -> bool:
-    """Policies on data that are given: samples with rewards need another loop, reward models another head."""
+    """Policies on data that are given: samples with rewards need another loop, reward models have rows of their own."""
     given = all(each.name in SOURCES for each in row.inputs)
     return row.kind in _CLASSES and row.scores == "policy" and not row.online and given
 
 
-_ROWS = {row.name: row for row in objectives() if _trainable(row)}
+_ROWS = {row.name: row for row in objectives() if _trainable(row)} | {row.name: row for row in reward.ROWS}
+# the other rows' classes follow from their data
+_OWN_CLASSES: dict[str, type[RewardModel]] = {
+    "reward_model": RewardModel,
+    "maxmin": MaxMin,
+    "reaction_model": ReactionModel,
+}
+
+
+def composed() -> tuple[Objective, ...]:
+    """What is trained though it is no objective of its own: reward models."""
+    return reward.ROWS
 
 
 def names(*kinds: str) -> list[str]:
@@ -94,7 +106,7 @@ def build(name: str, hyper: Mapping[str, Any]) -> Algorithm:
     if name in RECIPES:
         return PolicyGradient(RECIPES[name], {**defaults(name), **hyper})
     row = _ROWS[name]
-    return _CLASSES[row.kind](row, {**defaults(name), **hyper})
+    return _OWN_CLASSES.get(name, _CLASSES[row.kind])(row, {**defaults(name), **hyper})
 
 
 __all__ = [
@@ -105,8 +117,10 @@ __all__ = [
     "Draft",
     "Draw",
     "Group",
+    "MaxMin",
     "Online",
     "Prepared",
+    "RewardModel",
     "Sample",
     "State",
     "StepOutput",
@@ -114,6 +128,7 @@ __all__ = [
     "build",
     "choices",
     "columns",
+    "composed",
     "defaults",
     "describe",
     "kind",

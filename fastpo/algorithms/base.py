@@ -36,11 +36,13 @@ class Column(NamedTuple):
         name: of the column.
         boolean: whether it is a label.
         default: where the data have no such column; None if they must.
+        category: whether it names something, by a string or an integer, whose number is its place among the names.
     """
 
     name: str
     boolean: bool = False
     default: float | None = None
+    category: bool = False
 
 
 class Batch(NamedTuple):
@@ -144,10 +146,12 @@ class Sample(NamedTuple):
     """A completion of a prompt.
 
     Attributes:
-        prompt, completion: as text.
-        prompt_ids, ids: as tokens.
-        ended: whether the completion ended itself, and was not cut at its longest.
-        row: what else the data say of the prompt, by column.
+        prompt: as text, the chat template's if it was a conversation.
+        completion: as text, without special tokens.
+        prompt_ids: the prompt's tokens.
+        ids: the completion's, with its EOS if it has one.
+        ended: whether it ended itself, before the limit.
+        row: the columns of the prompt's row in the data; "prompt" in it is a list if it is a conversation.
     """
 
     prompt: str

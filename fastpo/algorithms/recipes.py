@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from fastpo import advantages, rewards
@@ -42,9 +43,10 @@ def _dapo(seen: Seen, hyper: Options) -> Estimate:
 
 def _mixed(group: Group, hyper: Options) -> list[Draft]:
     """DAPO's dynamic sampling: nothing of a group whose rewards are all one."""
-    if len(set(group.rewards)) == 1:
+    known = [(i, reward) for i, reward in enumerate(group.rewards) if not math.isnan(reward)]
+    if len({reward for _, reward in known}) < 2:
         return []
-    return [Draft((i,), (reward,)) for i, reward in enumerate(group.rewards)]
+    return [Draft((i,), (reward,)) for i, reward in known]
 
 
 def _penalised(seen: Seen, hyper: Options) -> Seen:

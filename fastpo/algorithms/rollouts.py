@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -237,8 +238,9 @@ class PolicyGradient:
             return self.recipe.drafts(group, self.hyper)
         if self.recipe.greedy:
             *scores, greedy = group.rewards
-            return [Draft((i,), (score, greedy)) for i, score in enumerate(scores)]
-        return [Draft((i,), (score,)) for i, score in enumerate(group.rewards)]
+            return [Draft((i,), (score, greedy)) for i, score in enumerate(scores) if not math.isnan(score - greedy)]
+        # without a reward there is nothing to learn, and the others' mean is theirs alone
+        return [Draft((i,), (score,)) for i, score in enumerate(group.rewards) if not math.isnan(score)]
 
     def prepare(self, turn: Turn, state: State) -> Prepared:
         batch = turn.batch

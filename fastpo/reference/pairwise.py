@@ -821,6 +821,30 @@ scores are no longer those of the Bradley-Terry model, also where it is the same
 )
 
 
+def _gamma(sides: Sides, given: Given, hyper: Hyper) -> Prepared:
+    return sides, (torch.full((), -hyper["gamma"], dtype=torch.float64, device=sides[0].policy.device),)
+
+
+derive(
+    "autoregressive_reward",
+    "offset_dpo",
+    title="GenARM's autoregressive reward model",
+    paper="arXiv:2410.08193",
+    equation="the loss of its official code",
+    domains={"beta": POSITIVE, "gamma": ANY, "label_smoothing": SMOOTHING},
+    defaults={"beta": 0.05, "gamma": 0.0},
+    hyper=lambda h: {"beta": h["beta"], "label_smoothing": h["label_smoothing"]},
+    prepare=_gamma,
+    theory="gibbs",
+    reference_model=False,
+    about="""-(1-ε) log σ(z) - ε log σ(-z), z = β (log π_r(y_w) - log π_r(y_l)) - γ: a language model as reward.
+
+Its reward is log π_r(y|x), one part of it at each token; a policy is guided by adding a multiple of them to its own
+log-probs. DPO without a reference model: nothing keeps the log-probs from falling together. γ is 0 and β 0.05 in the
+official script, which also knows averages in place of the sums and does not use them.""",
+)
+
+
 def _sums(side: Side) -> tuple[Tensor, Tensor]:
     """log-probs under the policy and the reference, constants."""
     assert side.reference is not None

@@ -73,6 +73,24 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class RewardConfig:
+    """What judges sampled completions. Each is SPEC or SPEC*WEIGHT, or a list of them; see fastpo.training.scorers.
+
+    Args:
+        of: functions (FILE.py:NAME or MODULE:NAME) and reward models.
+        judge: what prefers one completion to another: a function, or rewards for a Bradley-Terry judge. Default: those
+            of the reward.
+        how: what several rewards give: their weighted sum, that of normalised ones, or the one of least mean.
+        unscored: what becomes of completions without a reward (NaN or None).
+    """
+
+    of: str | list[str] | None = None
+    judge: str | list[str] | None = None
+    how: Literal["sum", "normalized", "min"] = "sum"
+    unscored: Literal["error", "skip"] = "error"
+
+
+@dataclass(frozen=True)
 class SyncConfig:
     """How the reference model follows the policy; by default it does not.
 
@@ -111,6 +129,7 @@ class TrainConfig:
         batch: the batches.
         sync: a reference model that follows the policy.
         rollout: how completions are sampled.
+        reward: what judges them.
     """
 
     model: str | None = None
@@ -131,6 +150,7 @@ class TrainConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
 
     @property
     def built_in(self) -> bool:

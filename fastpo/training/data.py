@@ -5,7 +5,7 @@ common. An unpaired row is {"prompt", "completion", "label"}, the label true or 
 two of them. The values are strings, or lists of {"role", "content"} that the tokenizer's chat template renders.
 
 Some algorithms read numbers beside: "chosen_score" and "rejected_score" (or "score_chosen" and "score_rejected", or
-their difference as "margin"), "chosen_visits" and "rejected_visits", "density_ratio".
+their difference as "margin"), "chosen_visits" and "rejected_visits", "density_ratio"; and "annotator", a name.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Prompt(NamedTuple):
         ids: its tokens.
         completion: the tokens of the row's own completion, with EOS, if it has one.
         completion_text: that as text.
-        row: its other columns.
+        row: as it is in the file.
         number: its number in the file, from 1.
     """
 
@@ -203,6 +203,8 @@ class Encoder:
         self.tokenizer, self.name, self.max_length = tokenizer, name, max_length
         self.kind, self.columns = kind, tuple(columns)
         self.cut = 0  # completions that were too long
+        # by column of names, their numbers in the order in which they came
+        self.categories: dict[str, dict[str | int, int]] = {}
         self.eos: int = tokenizer.eos_token_id
         # what the tokenizer itself puts before a text, and nothing that it would put behind one
         special = tokenizer("")["input_ids"]
@@ -269,13 +271,23 @@ class Encoder:
                 f"{where}: the prompt has {len(ids):,} tokens, which with --rollout.max_new_tokens {room:,} is more "
                 f"than --max_length {self.max_length:,}"
             )
-        rest = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
-        return Prompt(text, ids, completion, completion_text, rest, number)
+        return Prompt(text, ids, completion, completion_text, row, number)
+
+    def _column(self, row: dict[str, Any], column: Column, where: str) -> float:
+        """What a row has in a column, as a number."""
+        if not column.category:
+            return _number(row, column, where)
+        _require(row, (column.name,), where)
+        value = row[column.name]
+        if isinstance(value, bool) or not isinstance(value, (str, int)):
+            raise UserError(f'{where}: "{column.name}" must be a string or an integer, got {value!r}')
+        known = self.categories.setdefault(column.name, {})
+        return float(known.setdefault(value, len(known)))
 
     def example(self, row: dict[str, Any], where: str, number: int = 0) -> Example:
         """One row as token ids; `where` names it in errors, `number` is its place in the file."""
         prompt, *texts = _pair(row, where) if self.kind == "pairwise" else _single(row, where)
-        numbers = tuple(_number(row, column, where) for column in self.columns)
+        numbers = tuple(self._column(row, column, where) for column in self.columns)
         rendered = not isinstance(texts[0], str)
         if rendered:
             prompt, texts = self._render(prompt, texts)

@@ -163,7 +163,7 @@ def _by_micro_batches(job: Job, indices: Sequence[int], seed: int) -> tuple[dict
             # DDP and FSDP average the ranks' gradients, but the losses already share one denominator
             accelerator.backward(out.loss * (accelerator.num_processes if members else 0))
         _add(total, out.metrics, counts=bool(members))
-    return _summed(accelerator, total), {}
+    return _summed(accelerator, total), job.memory.state
 
 
 def _whole_step(job: Job, indices: Sequence[int], seed: int) -> tuple[dict[str, float], State]:

@@ -1,11 +1,11 @@
-"""Loading causal language models, and the policy: a module whose forward returns log-probs of completions."""
+"""Loading models, the policy, whose forward returns log-probs of completions, and reward models, which give scores."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -72,6 +72,38 @@ def load_model(name: str) -> Any:
         # the weights are ordinary ones now, to be saved as such
         model.hf_quantizer.remove_quantization_config(model)
     return model
+
+
+def load_reward_model(name: str, *, trained: bool = False) -> Any:
+    """A sequence classification model with one label and fp32 weights, in evaluation mode.
+
+    Of a causal language model it takes what is below the head, and a new head, drawn from torch's generator. Without a
+    padding token it gets the tokenizer's, or else EOS: transformers reads the score at the last token that is not it.
+
+    Args:
+        name: folder or name on the hub.
+        trained: whether it must bring its head.
+
+    Raises:
+        UserError: it cannot be loaded, has several labels, or has no head and must have one.
+    """
+    import transformers
+
+    labels = _load(transformers.AutoConfig, name).num_labels
+    options = {"num_labels": 1, "dtype": torch.float32, "output_loading_info": True}
+    try:
+        model, found = _load(transformers.AutoModelForSequenceClassification, name, **options)
+    except RuntimeError as error:
+        # weights of another shape
+        raise UserError(f"{name}: is no reward model: its head has {labels} labels, one is needed") from error
+    if trained and found["missing_keys"]:
+        missing = ", ".join(sorted(found["missing_keys"])[:3])
+        raise UserError(f"{name}: is no trained reward model: there are no weights for {missing}")
+    config = model.config.get_text_config()
+    if config.pad_token_id is None:
+        tokenizer = load_tokenizer(name)
+        config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return model.eval()
 
 
 def check_same_vocabulary(model: str, reference: str) -> None:
@@ -281,13 +313,24 @@ def _packed(model: Any, input_ids: Tensor, position_ids: Tensor, keep: Tensor) -
 
 def _padded(model: Any, input_ids: Tensor, position_ids: Tensor, keep: Tensor) -> Tensor:
     """The same from a rectangle (sequences, longest), for models that cannot tell packed sequences apart."""
-    sequence = (position_ids == 0).cumsum(0) - 1
+    padded, mask = _rectangle(input_ids, position_ids)
+    out = _last(model(input_ids=padded, attention_mask=mask, use_cache=False))
+    return out[_sequences(position_ids)[keep], position_ids[keep]]
+
+
+def _sequences(position_ids: Tensor) -> Tensor:
+    """The number of each token's sequence (N,)."""
+    return (position_ids == 0).cumsum(0) - 1
+
+
+def _rectangle(input_ids: Tensor, position_ids: Tensor, fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Packed sequences side by side, padded on the right, and the mask of what they are."""
+    sequence = _sequences(position_ids)
     shape = (int(sequence[-1]) + 1, int(position_ids.max()) + 1)
-    padded, mask = input_ids.new_zeros(shape), input_ids.new_zeros(shape)
+    padded, mask = input_ids.new_full(shape, fill), input_ids.new_zeros(shape)
     padded[sequence, position_ids] = input_ids
     mask[sequence, position_ids] = 1
-    out = _last(model(input_ids=padded, attention_mask=mask, use_cache=False))
-    return out[sequence[keep], position_ids[keep]]
+    return padded, mask
 
 
 @torch.no_grad()
@@ -308,3 +351,87 @@ def _separates_packed(model: Any) -> bool:
         return False
     alone = torch.cat([model(input_ids=p[None], use_cache=False).logits[0] for p in parts])
     return _close(together, alone)
+
+
+class Scores(nn.Module):
+    """Reward models that answer with one number per sequence.
+
+    In a batch it stands at the completion's last token, as the reward of a rollout does, and 0 at the others: the sum
+    over a completion is its score, and completions lie in the stream as they do in a policy's log-probs.
+    """
+
+    def __init__(self, models: Sequence[Any]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self.layout = _score_layout(models[0])
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        predictors: Tensor,
+        targets: Tensor,
+        *,
+        statistics: tuple[str, ...] = (),
+    ) -> Tensor | dict[str, Tensor]:
+        """The scores (n,) by the first model at the targets that are last, else 0; of several models, a dictionary.
+
+        Args:
+            input_ids, position_ids, predictors, targets: of a `MicroBatch`.
+            statistics: numbers of the other models whose scores are asked for, "1" and so on, their names in the
+                dictionary; the first one's is "logprobs", as where a policy answers.
+        """
+        starts = position_ids == 0
+        # a token is its sequence's last if the next one begins another
+        last = torch.cat([starts[1:], starts.new_ones(1)])[predictors + 1]
+        streams = []
+        for which in (0, *map(int, statistics)):
+            scores = self.of_sequences(which, input_ids, position_ids)
+            streams.append(scores.new_zeros(len(targets)).masked_scatter(last, scores))
+        return dict(zip(("logprobs", *statistics), streams, strict=True)) if statistics else streams[0]
+
+    def of_sequences(self, which: int, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """The score of each packed sequence by one of the models."""
+        return _scores(self.models[which], self.layout, input_ids, position_ids)
+
+
+def _scores(model: Any, layout: str, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """One number per sequence, read where transformers' sequence classification reads it."""
+    pad = model.config.get_text_config().pad_token_id
+    if layout == "whole":
+        padded, mask = _rectangle(input_ids, position_ids, pad or 0)
+        return model(input_ids=padded, attention_mask=mask).logits[:, 0]
+    run = _packed if layout == "packed" else _padded
+    hidden = run(_backbone(model), input_ids, position_ids, _score_places(input_ids, position_ids, pad))
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return whole.score(hidden)[:, 0]
+
+
+def _score_places(input_ids: Tensor, position_ids: Tensor, pad: int | None) -> Tensor:
+    """The last token of each sequence that is no padding; of one that is nothing else, its first."""
+    starts = (position_ids == 0).nonzero()[:, 0]
+    counts = position_ids if pad is None else torch.where(input_ids != pad, position_ids, 0)
+    return starts + torch.zeros_like(starts).scatter_reduce(0, _sequences(position_ids), counts, "amax")
+
+
+@torch.no_grad()
+def _score_layout(model: Any) -> str:
+    """How scores can be had that are the model's own: "packed", "padded", or "whole", by its own forward.
+
+    Asked of the model itself, as `_separates_packed` does; heads other than a layer called `score` are its own affair.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    config = model.config.get_text_config()
+    parts = [torch.randint(config.vocab_size, (n,), generator=generator).to(device) for n in (5, 3, 8, 6)]
+    if config.pad_token_id is not None:
+        parts[1][-1] = config.pad_token_id
+    positions = torch.cat([torch.arange(len(p), device=device) for p in parts])
+    alone = torch.cat([model(input_ids=p[None]).logits[:, 0] for p in parts])
+    for layout in ("packed", "padded"):
+        try:
+            if _close(_scores(model, layout, torch.cat(parts), positions), alone):
+                return layout
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            continue
+    return "whole"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import time
@@ -16,7 +17,9 @@ import yaml
 from accelerate.utils import broadcast_object_list, set_seed
 
 from fastpo import algorithms
+from fastpo.algorithms.reward import ANNOTATOR
 from fastpo.training import checkpoint, parallel, task
+from fastpo.training.annotators import Annotators
 from fastpo.training.batches import check_budget, step_indices
 from fastpo.training.config import OptimConfig, TrainConfig, as_tree
 from fastpo.training.data import Encoder, Example, Prompt, load_examples, load_prompts, with_mismatched
@@ -26,18 +29,23 @@ from fastpo.training.model import (
     Critic,
     Logits,
     Policy,
+    Scores,
     check_same_vocabulary,
     load_model,
+    load_reward_model,
     load_tokenizer,
     stop_tokens,
 )
 from fastpo.training.references import MovingReference
 from fastpo.training.report import Display, Journal, plot, replace_text, summary, write_summary
 from fastpo.training.rollouts import Engine, Sampling, TransformersEngine
+from fastpo.training.scorers import Judge, Scorer, load_judge, load_scorer
 from fastpo.training.turns import Plan, Turns
 from fastpo.training.vllm import VLLMEngine
 
 CONFIG, METRICS, CURVE, SUMMARY, MODEL = "config.yaml", "metrics.jsonl", "curve.png", "summary.json", "model"
+# in the folder of several reward models: the number of the one that describes each annotator
+ANNOTATORS = "annotators.json"
 
 Evaluate = Callable[[], dict[str, float]]
 
@@ -110,7 +118,7 @@ def run(name: str, hyper: Mapping[str, Any], config: TrainConfig, resume: Path |
         raise Interrupted(f"another process has ended; to continue: fastpo train {name} --resume {folder}") from error
     if done < job.steps:
         raise Interrupted(f"stopped after step {done}; to continue: fastpo train {name} --resume {folder}")
-    _export(job, source.tokenizer, folder)
+    _export(job, source, folder)
     if accelerator.is_main_process:
         _report(job, config, folder, display, time.perf_counter() - begin)
     accelerator.end_training()
@@ -138,7 +146,8 @@ def _new_folder(accelerator: Any, name: str, config: TrainConfig) -> Path:
 class Source(NamedTuple):
     """Where a run starts from: names of the models, the tokenizer, the examples or prompts to train and measure on.
 
-    `digest` is that of the file that is trained on.
+    `digest` is that of the file that is trained on, `categories` are the names that the examples have as numbers, by
+    column.
     """
 
     model: str
@@ -147,6 +156,7 @@ class Source(NamedTuple):
     examples: list[Example]
     eval_examples: list[Example]
     digest: str
+    categories: Mapping[str, Mapping[str | int, int]]
     prompts: Sequence[Prompt] = ()
     eval_prompts: Sequence[Prompt] = ()
 
@@ -159,7 +169,11 @@ def _digest(file: str) -> str:
 def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algorithms.Algorithm) -> Source:
     model, data = config.model or str(folder / task.REFERENCE), config.data or str(folder / task.DATA[algorithm.kind])
     tokenizer = load_tokenizer(model)
-    files = [file for file in (data, config.eval_data) if file is not None]
+    held_out = config.eval_data
+    if config.built_in and isinstance(algorithm, algorithms.RewardModel):
+        # it gives no answers to measure
+        held_out = str(folder / task.HELD_OUT)
+    files = [file for file in (data, held_out) if file is not None]
     digest = _digest(data)
     if config.reference is not None:
         check_same_vocabulary(model, config.reference)
@@ -170,7 +184,8 @@ def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algo
             "demonstrations": algorithm.demonstrations,  # type: ignore[attr-defined]
         }
         found = [load_prompts(file, encoder, **more) for file in files]
-        return Source(model, config.reference, tokenizer, [], [], digest, found[0], found[1] if len(found) > 1 else [])
+        held = found[1] if len(found) > 1 else []
+        return Source(model, config.reference, tokenizer, [], [], digest, {}, found[0], held)
     encoder = Encoder(tokenizer, model, config.max_length, algorithm.kind, algorithm.columns)
     loaded = []
     for file in files:
@@ -179,7 +194,8 @@ def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algo
         check_budget(loaded[-1], config.batch.tokens, file)
     if encoder.cut:
         display.say(f"{encoder.cut} completions were cut to --max_length {config.max_length}")
-    return Source(model, config.reference, tokenizer, loaded[0], loaded[1] if len(loaded) > 1 else [], digest)
+    held_out_examples = loaded[1] if len(loaded) > 1 else []
+    return Source(model, config.reference, tokenizer, loaded[0], held_out_examples, digest, encoder.categories)
 
 
 class Trained(NamedTuple):
@@ -190,7 +206,7 @@ class Trained(NamedTuple):
     schedule: Any
 
 
-def _trained(accelerator: Any, policy: Policy, steps: int, config: TrainConfig) -> Trained:
+def _trained(accelerator: Any, policy: torch.nn.Module, steps: int, config: TrainConfig) -> Trained:
     prepared = parallel.prepare(accelerator, policy, config.parallel)
     # its weights may have been replaced by shares of them
     optimizer = torch.optim.AdamW(prepared.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay)
@@ -247,6 +263,7 @@ def _prepare_online(
         if others:
             raise UserError(f"--rollout.engine vllm: {algorithm.name} also samples from the {others[0]}")
         engine = VLLMEngine(source.model, max_length=longest)
+    scorer, judge = _judges(accelerator, algorithm, config, source)
     taught = Turns(
         accelerator,
         algorithm,
@@ -255,7 +272,8 @@ def _prepare_online(
         sampling,
         plan,
         decode=lambda ids: source.tokenizer.decode(ids, skip_special_tokens=True),
-        scorer=task.verify if config.built_in else None,
+        scorer=scorer,
+        judge=judge,
         anchors=anchors,
         companion=companion,
     )
@@ -287,6 +305,28 @@ def _prepare_online(
     return job, lambda: taught.evaluate(source.eval_prompts)
 
 
+def _judges(
+    accelerator: Any, algorithm: algorithms.Online, config: TrainConfig, source: Source
+) -> tuple[Scorer | None, Judge | None]:
+    """What the algorithm's completions are judged by."""
+    given = config.reward
+    options: dict[str, Any] = {"device": accelerator.device, "tokens": config.batch.tokens}
+    scorer: Scorer | None = task.verify if config.built_in else None
+    judge: Judge | None = task.judge() if config.built_in else None
+    if given.of:
+        specs = [given.of] if isinstance(given.of, str) else given.of
+        scorer = load_scorer(specs, source.tokenizer, how=given.how, unscored=given.unscored, **options)
+        judge = None
+    if given.judge:
+        specs = [given.judge] if isinstance(given.judge, str) else given.judge
+        judge = load_judge(specs, source.tokenizer, **options)
+    if algorithm.needs == "reward" and scorer is None:
+        raise UserError(f"--reward.of: {algorithm.name} needs a function (FILE.py:NAME) or a reward model")
+    if algorithm.needs == "judge" and scorer is None and judge is None:
+        raise UserError(f"--reward.judge: {algorithm.name} needs a judge, or rewards (--reward.of) to make one of")
+    return scorer, judge
+
+
 def _of_the_task(job: Job, reference: str, seed: int) -> Evaluate:
     """Accuracy and KL on the built-in task."""
     frozen = load_model(reference).to(job.accelerator.device)
@@ -297,11 +337,19 @@ def _prepare(
     accelerator: Any, algorithm: algorithms.Algorithm, config: TrainConfig, source: Source
 ) -> tuple[Job, Evaluate]:
     """Models, optimiser and the log-probs of the reference."""
-    model = load_model(source.model)
+    if isinstance(algorithm, algorithms.RewardModel):
+        rewards = [load_reward_model(source.model) for _ in range(algorithm.groups)]
+        for each in rewards:
+            each.config.problem_type = algorithm.problem_type
+        trains: Any = Scores(rewards)
+        model = rewards[0]
+    else:
+        model = load_model(source.model)
+        trains = Policy(model)
     sequences = (len(e.prompt) + len(c) for e in source.examples + source.eval_examples for c in e.completions)
     _check_length(model, max(sequences), source.model)
     steps = config.steps or math.ceil(config.epochs * len(source.examples) / config.batch.size)
-    policy, optimizer, schedule = _trained(accelerator, Policy(model), steps, config)
+    policy, optimizer, schedule = _trained(accelerator, trains, steps, config)
     changes: dict[str, Any] = {"policy": policy}
     remembers: dict[str, Any] = {"schedule": schedule}
     constants: Mapping[str, Constants] = {}
@@ -314,7 +362,7 @@ def _prepare(
     if syncs or algorithm.divergence:
         # with weights of its own
         model = load_model(source.reference or source.model)
-        frozen = Logits(model) if algorithm.divergence else Policy(model)
+        frozen: Any = Logits(model) if algorithm.divergence else Policy(model)
         frozen = parallel.prepare(accelerator, frozen, config.parallel, frozen=True)
         reference = frozen if algorithm.divergence else None
         if syncs:
@@ -337,7 +385,11 @@ def _prepare(
             everything = range(len(source.eval_examples))
             eval_constants = constant_streams(accelerator, frozen, source.eval_examples, everything, **more)
     memory = Memory()
-    if algorithm.whole_step:
+    annotators: Annotators | None = None
+    if isinstance(algorithm, algorithms.MaxMin):
+        annotators = Annotators(algorithm, source.examples, source.eval_examples, config.seed)
+        memory.state = annotators.start()
+    if algorithm.whole_step or annotators is not None:
         remembers["memory"] = memory
     job = Job(
         accelerator=accelerator,
@@ -355,10 +407,10 @@ def _prepare(
         seed=config.seed,
         max_norm=config.optim.max_norm,
         stages=config.sync.stages,
-        before_step=follows,
+        before_step=follows or annotators,
         parts=checkpoint.Parts(algorithm.name, source.digest, changes, optimizer, remembers),
     )
-    if config.built_in:
+    if config.built_in and not isinstance(algorithm, algorithms.RewardModel):
         return job, _of_the_task(job, source.model, config.seed)
     if not source.eval_examples:
         return job, dict
@@ -430,18 +482,30 @@ def _train(job: Job, evaluate: Evaluate, config: TrainConfig, folder: Path, disp
         )
 
 
-def _export(job: Job, tokenizer: Any, folder: Path) -> None:
-    """The trained model as transformers loads it."""
-    policy = job.accelerator.unwrap_model(job.policy)
+def _export(job: Job, source: Source, folder: Path) -> None:
+    """The trained model as transformers loads it; several reward models in folders of their numbers."""
+    trained = job.accelerator.unwrap_model(job.policy)
     state = {}
-    for name, tensor in checkpoint.weights(policy).items():
+    for name, tensor in checkpoint.weights(trained).items():
         # one at a time, as every process gets the whole
         whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         if job.accelerator.is_main_process:
-            state[name.removeprefix("model.")] = whole.cpu()
-    if job.accelerator.is_main_process:
-        policy.model.save_pretrained(folder / MODEL, state_dict=state)
-        tokenizer.save_pretrained(folder / MODEL)
+            state[name] = whole.cpu()
+    if not job.accelerator.is_main_process:
+        return
+    parts = {"model.": (trained.model, folder / MODEL)} if hasattr(trained, "model") else {}
+    if isinstance(trained, Scores):
+        alone = len(trained.models) == 1
+        for u, model in enumerate(trained.models):
+            parts[f"models.{u}."] = model, folder / MODEL / ("" if alone else str(u))
+    for prefix, (model, to) in parts.items():
+        weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        model.save_pretrained(to, state_dict=weights)
+        source.tokenizer.save_pretrained(to)
+    if isinstance(job.algorithm, algorithms.MaxMin):
+        models = job.memory.state["models"].tolist()
+        found = {str(name): models[n] for name, n in source.categories[ANNOTATOR.name].items() if n < len(models)}
+        (folder / MODEL / ANNOTATORS).write_text(json.dumps(found, indent=2) + "\n")
 
 
 def _report(job: Job, config: TrainConfig, folder: Path, display: Display, seconds: float) -> None:
@@ -459,7 +523,7 @@ def _report(job: Job, config: TrainConfig, folder: Path, display: Display, secon
         },
     )
     plot(records, folder / CURVE, f"{job.algorithm.name}, {config.model or 'built-in task'}")
-    if config.built_in:
+    if "accuracy_before" in found:
         display.say(f"accuracy    {found['accuracy_before']:.1%} -> {found['accuracy_after']:.1%}  {task.ACCURACY}")
         display.say(f"KL          {found['kl']:.3f} nats per answer  {task.KL}")
     else:

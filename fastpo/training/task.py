@@ -4,7 +4,8 @@ A reference is fitted: first it learns to add, then from answers of which a shar
 is only one thing to say. Preferences are sampled from it: of its answers to one prompt, a right one is chosen
 and a wrong one rejected, as a verifier says; single completions are the two sides of these pairs with their labels.
 The optimum is known: always the right sum. A fifth of the prompts has no preferences and is what accuracy is
-measured on.
+measured on. Reward models are measured by how they rank such pairs of the held-out prompts. Of annotators, where there
+are any, a few prefer the wrong answer.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpo.algorithms import Algorithm, Sample
+from fastpo.algorithms import Algorithm, RewardModel, Sample
 from fastpo.training.data import write_rows
 from fastpo.training.model import load_model
+from fastpo.training.scorers import BradleyTerryJudge
 
 LARGEST = 19
 WRONG_SHARE = 0.6
@@ -37,6 +39,10 @@ DATA = {
     "unpaired": "task/completions.jsonl",
     "prompts": "task/prompts.jsonl",
 }
+HELD_OUT = "task/held_out.jsonl"
+ANNOTATORS = 8
+# those of them who prefer what is wrong
+CONTRARY = (1, 4, 6)
 
 # told the number of steps done and their metrics
 Progress = Callable[[int, dict[str, float]], None]
@@ -154,7 +160,7 @@ def _texts(ids: Tensor, counts: Tensor) -> list[str]:
     return ["".join((*CHARACTERS, "")[t] for t, keep in zip(*row, strict=True) if keep) for row in rows]
 
 
-def _score(question: str, text: str) -> float:
+def score(question: str, text: str) -> float:
     """1 for the right sum, the less the farther from it; an answer that is no number is as far as can be."""
     off = abs(int(text) - int(answer(question))) if text.isdigit() else 2 * LARGEST
     return 1 / (1 + off)
@@ -180,7 +186,7 @@ def _preferences(model: Any, questions: Sequence[str], seed: int) -> list[dict[s
                 "chosen": right,
                 "rejected": w,
                 "chosen_score": 1.0,
-                "rejected_score": _score(question, w),
+                "rejected_score": score(question, w),
                 "chosen_visits": visits[right],
                 "rejected_visits": visits[w],
             }
@@ -188,6 +194,26 @@ def _preferences(model: Any, questions: Sequence[str], seed: int) -> list[dict[s
         ]
     random.Random(seed).shuffle(rows)
     return rows
+
+
+def _eaten(rows: Sequence[dict[str, Any]], algorithm: Algorithm) -> list[dict[str, Any]]:
+    """Pairs in the form of the algorithm's data, with its columns."""
+    if algorithm.kind == "unpaired":
+        sides = [("rejected", False)] if algorithm.unlearns else [("chosen", True), ("rejected", False)]
+        return [{"prompt": r["prompt"], "completion": r[side], "label": label} for r in rows for side, label in sides]
+    columns = [column.name for column in algorithm.columns]
+    return [{key: row[key] for key in ("prompt", "chosen", "rejected", *columns) if key in row} for row in rows]
+
+
+def _annotated(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same pairs, each as one of the annotators has them."""
+    out = []
+    for i, row in enumerate(rows):
+        who = i % ANNOTATORS
+        sides = ("rejected", "chosen") if who in CONTRARY else ("chosen", "rejected")
+        chosen, rejected = (row[side] for side in sides)
+        out.append({**row, "chosen": chosen, "rejected": rejected, "annotator": f"annotator {who}"})
+    return out
 
 
 def build(folder: Path, seed: int, progress: Progress) -> None:
@@ -209,14 +235,47 @@ def write_data(folder: Path, seed: int, algorithm: Algorithm) -> None:
     if algorithm.kind == "prompts":
         write_rows(folder / DATA["prompts"], [{"prompt": q, "completion": answer(q)} for q in prompts(seed)[0]])
         return
-    rows = _preferences(load_model(str(folder / REFERENCE)), prompts(seed)[0], seed)
+    model = load_model(str(folder / REFERENCE))
+    rows = _preferences(model, prompts(seed)[0], seed)
     columns = [column.name for column in algorithm.columns]
-    if algorithm.kind == "unpaired":
-        sides = [("rejected", False)] if algorithm.unlearns else [("chosen", True), ("rejected", False)]
-        rows = [{"prompt": r["prompt"], "completion": r[side], "label": label} for r in rows for side, label in sides]
-    else:
-        rows = [{key: r[key] for key in ("prompt", "chosen", "rejected", *columns)} for r in rows]
-    write_rows(folder / DATA[algorithm.kind], rows)
+    if isinstance(algorithm, RewardModel):
+        held_out = _preferences(model, prompts(seed)[1], seed)
+        if "annotator" in columns:
+            rows, held_out = _annotated(rows), _annotated(held_out)
+        write_rows(folder / HELD_OUT, _eaten(held_out, algorithm))
+    write_rows(folder / DATA[algorithm.kind], _eaten(rows, algorithm))
+
+
+class Verifier:
+    """The task's reward: 1 for the right sum, the less the farther from it."""
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        return [score(sample.prompt, sample.completion) for sample in samples]
+
+
+# σ(2) for the right sum against a neighbour
+TEMPERATURE = 0.25
+
+
+def judge() -> BradleyTerryJudge:
+    """The task's preferences: Bradley-Terry in the verifier's reward, so that the best policy is that of the reward."""
+    return BradleyTerryJudge(Verifier(), TEMPERATURE)
+
+
+class CyclicJudge:
+    """Preferences without a best answer: numbers by their remainder modulo 3, of which 0 beats 1 beats 2 beats 0.
+
+    The winner is preferred with probability 0.9, and any number to what is none. The Nash equilibrium gives each
+    remainder a third.
+    """
+
+    def __call__(self, first: Sequence[Sample], second: Sequence[Sample]) -> list[float]:
+        return [self._probability(one.completion, other.completion) for one, other in zip(first, second, strict=True)]
+
+    def _probability(self, one: str, other: str) -> float:
+        if not (one.isdigit() and other.isdigit()):
+            return 0.5 + 0.4 * (one.isdigit() - other.isdigit())
+        return (0.5, 0.9, 0.1)[(int(other) - int(one)) % 3]
 
 
 @torch.no_grad()

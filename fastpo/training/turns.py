@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,18 +15,7 @@ from fastpo.training.batches import step_indices, step_layout
 from fastpo.training.data import Example, Prompt
 from fastpo.training.loop import Constants, Job, constant_streams
 from fastpo.training.rollouts import Engine, Mixture, Rollout, Sampling, draw_seed
-
-
-class Scorer(Protocol):
-    """Rewards of completions."""
-
-    def __call__(self, samples: Sequence[Sample]) -> list[float]: ...
-
-
-class Judge(Protocol):
-    """The probabilities that the first of two completions of one prompt is preferred to the second."""
-
-    def __call__(self, first: Sequence[Sample], second: Sequence[Sample]) -> list[float]: ...
+from fastpo.training.scorers import Judge, Scorer
 
 
 @dataclass(frozen=True)
@@ -327,11 +316,13 @@ class Turns:
         }
         if self.scorer is not None:
             scores = torch.tensor([each.reward for each in seen], dtype=torch.float64)
+            scores = scores[~scores.isnan()]
             groups: dict[int, list[float]] = {}
             for each in seen:
                 groups.setdefault(each.group, []).append(each.reward)
             same = sum(len(set(of)) == 1 for of in groups.values()) / len(groups)
             out |= {"reward": float(scores.mean()), "reward_std": float(scores.std(correction=0)), "same_reward": same}
+            out |= {f"reward_{name}": mean for name, mean in getattr(self.scorer, "means", {}).items()}
         if {"old", "reference"} <= self.constants.keys() and self.examples:
             old, reference = (self.constants[name] for name in ("old", "reference"))
             total = sum(float((o - r).sum()) for i in old for o, r in zip(old[i], reference[i], strict=True))

@@ -299,6 +299,13 @@ def bradley_terry(x) -> Result:
     return logistic(x.lw - x.ll - x.margin, mp.mpf(1), mp.mpf(-1))
 
 
+def autoregressive_reward(x) -> Result:
+    loss, dw, dl = logistic(x.beta * (x.lw - x.ll) - x.gamma, x.beta, -x.beta)
+    other, dw_other, dl_other = logistic(x.gamma - x.beta * (x.lw - x.ll), -x.beta, x.beta)
+    e = x.label_smoothing
+    return (1 - e) * loss + e * other, (1 - e) * dw + e * dw_other, (1 - e) * dl + e * dl_other
+
+
 def kto(x, kl: mp.mpf | None = None) -> Result:
     z0 = x.kl if kl is None else kl
     u = x.beta * (x.a - z0)
@@ -358,6 +365,7 @@ CLOSED: dict[tuple[str, tuple], Callable[..., Result]] = {
     ("hinge", ()): hinge,
     ("dpo_norm", ()): averaged(dpo),
     ("bradley_terry", ()): bradley_terry,
+    ("autoregressive_reward", ()): autoregressive_reward,
     ("dno", ()): dno,
     ("mcts_dpo", ()): mcts,
     ("slic", ()): slic,
@@ -429,6 +437,7 @@ DEFAULTS: dict[str, dict[str, float]] = {
     "rso_sigmoid": {"beta": 0.05},
     "dpo_norm": {"beta": 5.0},
     "bradley_terry": {"margin": 0.0},
+    "autoregressive_reward": {"beta": 0.05, "gamma": 0.0, "label_smoothing": 0.0},
     "dno": {"beta": 0.1},
     "mcts_dpo": {"beta": 0.1},
     "slic": {"delta": 1.0, "lambda_": 0.5},

@@ -151,6 +151,8 @@ PAIRWISE: dict[tuple[str, str], Callable[[], Setting]] = {
         (name, ""): lambda: Setting(**labelled(CLEAN), target=gibbs(REWARD), hyper={})
         for name in ("dpo", "online_dpo", "rso_sigmoid")
     },
+    # no reference: a uniform one
+    ("autoregressive_reward", ""): lambda: Setting(**labelled(CLEAN), target=normalised(REWARD / BETA), hyper={}),
     ("robust_dpo", ""): lambda: Setting(
         **labelled(0.8 * CLEAN + 0.2 * CLEAN.T), target=gibbs(REWARD), hyper={"label_smoothing": 0.2}
     ),

@@ -48,6 +48,14 @@ def tiny_model(vocabulary: int, seed: int = 0, tied: bool = False) -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
+def tiny_reward_model(vocabulary: int, seed: int = 0, pad: int | None = None) -> Any:
+    """The same with a head that gives one score."""
+    config = tiny_model(1).config
+    config.update({"vocab_size": vocabulary, "num_labels": 1, "pad_token_id": pad})
+    torch.manual_seed(seed)
+    return transformers.LlamaForSequenceClassification(config).eval()
+
+
 def pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
     """Rows of different lengths; what is chosen has an a where what is rejected has a z."""
     rng = random.Random(seed)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from fastpo import algorithms
-from fastpo.reference import objective
 from fastpo.training.batches import collate
 from fastpo.training.data import Encoder, Example, encode, with_mismatched
 from fastpo.training.loop import (
@@ -18,9 +17,9 @@ from fastpo.training.loop import (
     evaluate_examples,
     optimizer_step,
 )
-from fastpo.training.model import Logits, Policy, policy_inputs
+from fastpo.training.model import Logits, Policy, Scores, policy_inputs
 
-from .conftest import character_tokenizer, pairs, tiny_model
+from .conftest import character_tokenizer, pairs, tiny_model, tiny_reward_model
 
 accelerate = pytest.importorskip("accelerate")
 pytestmark = pytest.mark.usefixtures("threads")
@@ -31,6 +30,7 @@ def rows_for(algorithm, count=24):
     """Data of the algorithm's kind, numbers included."""
     rows = [
         {**row, "chosen_score": 3 + i % 5, "rejected_score": i % 3, "chosen_visits": 2 + i % 4, "rejected_visits": 1}
+        | {"margin": i % 3 / 2, "annotator": i % 4}
         for i, row in enumerate(pairs(count))
     ]
     if algorithm.unlearns:
@@ -46,7 +46,12 @@ def make_job(name="dpo", tokens=4096, reference_seed=0, max_norm=1e9, **hyper):
     if algorithm.mismatched:
         examples = with_mismatched(examples, 64)
     accelerator = accelerate.Accelerator(cpu=True)
-    policy = Policy(tiny_model(len(tokenizer)))
+    memory = Memory()
+    if isinstance(algorithm, algorithms.RewardModel):
+        policy = Scores([tiny_reward_model(len(tokenizer), seed) for seed in range(algorithm.groups)])
+        memory.state = {"models": torch.tensor([0, 1, 1, 0])} if algorithm.groups > 1 else {}
+    else:
+        policy = Policy(tiny_model(len(tokenizer)))
     frozen = tiny_model(len(tokenizer), reference_seed)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
     constants = {}
@@ -63,7 +68,7 @@ def make_job(name="dpo", tokens=4096, reference_seed=0, max_norm=1e9, **hyper):
         examples=examples,
         constants=constants,
         reference=Logits(frozen) if algorithm.divergence else None,
-        memory=Memory(),
+        memory=memory,
         steps=4,
         size=12,
         tokens=tokens,
@@ -86,7 +91,7 @@ FIRST_LOSS = {
     "npo": 20 * LOG2,
 }
 GIVEN = algorithms.names("pairwise", "unpaired")
-WITH_REFERENCE = [name for name in GIVEN if objective(name).reference_model]
+WITH_REFERENCE = [row.name for row in objectives() if row.reference_model and row.name in GIVEN]
 
 
 @pytest.mark.parametrize("name", WITH_REFERENCE)

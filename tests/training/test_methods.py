@@ -13,7 +13,8 @@ from fastpo import algorithms
 from fastpo.cli import main
 from fastpo.training import task
 from fastpo.training.config import built_in_defaults
-from fastpo.training.model import load_model
+from fastpo.training.model import load_model, load_tokenizer
+from fastpo.training.scorers import Sample, load_judge, load_scorer
 
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.usefixtures("threads")
@@ -26,7 +27,8 @@ def reference(tmp_path_factory):
     torch.set_num_threads(1)
     task.build(folder, 0, lambda *_: None)
     # the answers that it samples are the same for every method
-    return folder, task._preferences(load_model(str(folder / task.REFERENCE)), task.prompts(0)[0], 0)
+    model = load_model(str(folder / task.REFERENCE))
+    return folder, {len(questions): task._preferences(model, questions, 0) for questions in task.prompts(0)}
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def trained(reference, tmp_path, monkeypatch):
 
     def trained(name: str, *more: str) -> tuple[dict[str, float], Path]:
         monkeypatch.setattr(task, "build", lambda to, *_: shutil.copytree(folder, to, dirs_exist_ok=True))
-        monkeypatch.setattr(task, "_preferences", lambda *_: preferences)
+        monkeypatch.setattr(task, "_preferences", lambda _, questions, __: preferences[len(questions)])
         run = tmp_path / "run"
         # a fifth of the steps at five times the rate
         rate = 5 * built_in_defaults(name)["optim.lr"]
@@ -53,7 +55,11 @@ UNLEARNS = {"npo"}
 LOWERS_BOTH = {"apo_down"}
 
 
-@pytest.mark.parametrize("name", sorted({*algorithms.names("pairwise", "unpaired")} - LOWERS_BOTH - UNLEARNS))
+REWARD_MODELS = {row.name for row in algorithms.composed()} | {"autoregressive_reward"}
+GIVEN = {*algorithms.names("pairwise", "unpaired")}
+
+
+@pytest.mark.parametrize("name", sorted(GIVEN - LOWERS_BOTH - UNLEARNS - REWARD_MODELS))
 def test_accuracy_improves(name, trained):
     summary, _ = trained(name)
     assert summary["accuracy_after"] > summary["accuracy_before"] + 0.15
@@ -78,3 +84,62 @@ def test_wrong_answers_are_unlearned(name, trained):
     assert summary["accuracy_after"] > summary["accuracy_before"] + 0.05
     rows = map(json.loads, (run / task.DATA["unpaired"]).read_text().splitlines())
     assert all(task.answer(row["prompt"]) != row["completion"] and row["label"] is False for row in rows)
+
+
+def wrong_and_right(prompts: list[str]) -> tuple[list[Sample], list[Sample]]:
+    """The right answer to each prompt, and one that is not."""
+    sides = []
+    for texts in (map(task.answer, prompts), (str((int(task.answer(p)) + 17) % 39) for p in prompts)):
+        given = zip(prompts, texts, strict=True)
+        sides.append([Sample(p, t, task._ids(p), [*task._ids(t), task.EOS], True, {}) for p, t in given])
+    return sides[1], sides[0]
+
+
+def test_a_reward_model_ranks_held_out_pairs(trained):
+    """And serves as a reward and as a judge."""
+    summary, run = trained("reward_model")
+    assert 0.35 < summary["reward_accuracy_before"] < 0.65 and summary["reward_accuracy_after"] > 0.75
+    wrong, right = wrong_and_right(task.prompts(0)[1])
+    tokenizer = load_tokenizer(str(run / "model"))
+    scorer = load_scorer([str(run / "model")], tokenizer)
+    better = [r > w for r, w in zip(scorer(right), scorer(wrong), strict=True)]
+    assert sum(better) / len(better) > 0.75
+    assert sum(load_judge([str(run / "model")], tokenizer)(right, wrong)) / len(right) > 0.65
+    held_out = [json.loads(line)["prompt"] for line in (run / task.HELD_OUT).read_text().splitlines()]
+    assert {*held_out} <= {*task.prompts(0)[1]}
+
+
+def test_reactions_are_predicted(trained):
+    summary, run = trained("reaction_model")
+    assert summary["reward_accuracy_before"] < 0.65 and summary["reward_accuracy_after"] > 0.75
+    wrong, right = wrong_and_right(task.prompts(0)[1])
+    scorer = load_scorer([str(run / "model")], load_tokenizer(str(run / "model")))
+    chances = [sum(scorer(samples)) / len(samples) for samples in (right, wrong)]
+    assert 0.6 < chances[0] < 1 and 0 < chances[1] < 0.4
+
+
+def test_annotators_are_told_apart(trained):
+    """Two reward models, of which one learns what the contrary ones prefer."""
+    summary, run = trained("maxmin")
+    assert summary["reward_accuracy_before"] < 0.65 and summary["reward_accuracy_after"] > 0.75
+    groups = json.loads((run / "model" / "annotators.json").read_text())
+    contrary = {groups[f"annotator {who}"] for who in task.CONTRARY}
+    others = {groups[f"annotator {who}"] for who in range(task.ANNOTATORS) if who not in task.CONTRARY}
+    assert len(contrary) == len(others) == 1 and contrary != others
+    wrong, right = wrong_and_right(task.prompts(0)[1])
+    tokenizer = load_tokenizer(str(run / "model" / "0"))
+    scorer = load_scorer([str(run / "model" / str(u)) for u in (0, 1)], tokenizer, how="min")
+    better = {}
+    for name in ("0", "1"):
+        ours, theirs = scorer.each(right)[name], scorer.each(wrong)[name]
+        better[name] = sum(r > w for r, w in zip(ours, theirs, strict=True)) / len(right)
+    assert better[str(*others)] > 0.7 and better[str(*contrary)] < 0.3
+
+
+def test_an_autoregressive_reward_ranks_held_out_answers(trained):
+    summary, run = trained("autoregressive_reward")
+    assert summary["accuracy_after"] > summary["accuracy_before"] + 0.15
+    wrong, right = wrong_and_right(task.prompts(0)[1])
+    scorer = load_scorer([str(run / "model")], load_tokenizer(str(run / "model")))
+    better = [r > w for r, w in zip(scorer(right), scorer(wrong), strict=True)]
+    assert sum(better) / len(better) > 0.8

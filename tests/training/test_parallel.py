@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import traceback
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,9 +13,9 @@ from torch import Tensor
 
 from fastpo.training.batches import MicroBatch, collate
 from fastpo.training.data import Example
-from fastpo.training.model import Policy, policy_inputs
+from fastpo.training.model import Policy, Scores, policy_inputs
 
-from .conftest import tiny_model
+from .conftest import tiny_model, tiny_reward_model
 
 RANKS = 2
 EXAMPLES = [
@@ -52,14 +54,19 @@ def one_process(tied: bool, adapted: bool) -> dict[str, Tensor]:
 def wrapped(policy: Policy, how: str) -> torch.nn.Module:
     if how == "ddp":
         return torch.nn.parallel.DistributedDataParallel(policy)
+    return sharded(policy, [policy.model.get_base_model() if hasattr(policy.model, "get_base_model") else policy.model])
+
+
+def sharded(module: torch.nn.Module, models: Iterable[Any]) -> torch.nn.Module:
+    """By FSDP2, layer by layer."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (RANKS,))
-    layers = policy.model.get_base_model() if hasattr(policy.model, "get_base_model") else policy.model
-    for layer in layers.model.layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(policy, mesh=mesh)
+    for model in models:
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(module, mesh=mesh)
 
 
 def check(how: str, tied: bool, adapted: bool) -> None:
@@ -76,6 +83,25 @@ def check(how: str, tied: bool, adapted: bool) -> None:
         for name, grad in found.items():
             full = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
             assert torch.allclose(full, want[name], rtol=1e-4, atol=1e-5 * want[name].abs().max()), (how, name)
+
+
+def check_scores(how: str) -> None:
+    """Two reward models, of which each sequence trains one."""
+
+    def build() -> Scores:
+        return Scores([tiny_reward_model(20, seed) for seed in (0, 1)])
+
+    def loss_of(scores: torch.nn.Module, batch: MicroBatch) -> Tensor:
+        streams = torch.stack([*scores(*policy_inputs(batch), statistics=("1",)).values()])
+        return (streams.gather(0, batch.targets[None] % 2)[0] * (batch.targets + 1)).sum()
+
+    alone, scores = build(), build()
+    loss_of(alone, batch_of(EXAMPLES)).backward()
+    runs = torch.nn.parallel.DistributedDataParallel(scores) if how == "ddp" else sharded(scores, scores.models)
+    (loss_of(runs, batch_of(EXAMPLES[dist.get_rank() :: RANKS])) * RANKS).backward()
+    for (name, found), want in zip(scores.named_parameters(), alone.parameters(), strict=True):
+        full = found.grad.full_tensor() if hasattr(found.grad, "full_tensor") else found.grad
+        assert torch.allclose(full, want.grad, rtol=1e-4, atol=1e-5 * want.grad.abs().max()), (how, name)
 
 
 def sharded_outside_the_forward() -> None:
@@ -105,6 +131,8 @@ def _rank(rank: int, folder: str) -> None:
     try:
         for case in CASES:
             check(*case)
+        for how in ("ddp", "fsdp2"):
+            check_scores(how)
         sharded_outside_the_forward()
         with open(f"{folder}/{rank}", "w") as done:
             done.write("all")

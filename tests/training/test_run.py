@@ -30,7 +30,7 @@ def options(model: Path, data: str, output: Path, *more: str, name: str = "dpo")
     return [
         *("train", name, "--model", str(model), "--data", data, "--output", str(output)),
         *("--steps", "6", "--batch.size", "8", "--batch.tokens", "160", "--optim.lr", "1e-2"),
-        *("--eval_every", "2", *more),
+        *("--eval_every", "2", *(("--algorithm.every", "2") if name == "maxmin" else ()), *more),
     ]
 
 
@@ -42,7 +42,8 @@ def metrics(run: Path) -> list[dict[str, float]]:
 def weights(run: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(run / "model" / "model.safetensors")
+    files = sorted((run / "model").rglob("*.safetensors"))
+    return {f"{file.parent.name}.{key}": value for file in files for key, value in load_file(file).items()}
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -55,7 +56,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in pairs(20)))
+    path.write_text("".join(json.dumps({**row, "annotator": i % 4}) + "\n" for i, row in enumerate(pairs(20))))
     return str(path)
 
 
@@ -98,7 +99,7 @@ def test_a_run_leaves_what_it_says(straight, model_folder, capsys):
     assert not torch.equal(trained.lm_head.weight, before.lm_head.weight)
 
 
-@pytest.mark.parametrize("name", ("dpo", "beta_dpo", "bco", "sampo"))
+@pytest.mark.parametrize("name", ("dpo", "beta_dpo", "bco", "sampo", "maxmin"))
 def test_resuming_is_bitwise_the_straight_run(name, straight_runs, model_folder, data, tmp_path, monkeypatch):
     from fastpo.training import checkpoint, loop
 
@@ -215,8 +216,8 @@ def test_bf16_trains(model_folder, data, tmp_path):
     assert all(w.dtype == torch.float32 for w in weights(output).values())
 
 
-# both look at the whole step, and one remembers
-@pytest.mark.parametrize("name", ("beta_dpo", "kto"))
+# two look at the whole step, and two remember
+@pytest.mark.parametrize("name", ("beta_dpo", "kto", "maxmin"))
 def test_two_processes_see_one_step(name, straight_runs, model_folder, data, tmp_path):
     output = tmp_path / "run"
     in_two_processes(options(model_folder, data, output, "--eval_data", data, name=name))
