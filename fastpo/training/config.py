@@ -43,6 +43,21 @@ class BatchConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Adapters (PEFT) that are trained in place of the model's own weights, which then are the reference's.
+
+    Args:
+        rank: of the updates; 0 trains the whole model.
+        alpha: the update's scale times the rank.
+        targets: names of the linear layers, or all of them but the head.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: str | list[str] = "all-linear"
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """How completions are sampled, by algorithms that learn from the policy's own.
 
@@ -130,6 +145,7 @@ class TrainConfig:
         sync: a reference model that follows the policy.
         rollout: how completions are sampled.
         reward: what judges them.
+        lora: adapters instead of the whole model.
     """
 
     model: str | None = None
@@ -151,6 +167,7 @@ class TrainConfig:
     sync: SyncConfig = field(default_factory=SyncConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     @property
     def built_in(self) -> bool:
@@ -176,6 +193,7 @@ class TrainConfig:
             ("optim.weight_decay", self.optim.weight_decay, 0),
             ("sync.every", self.sync.every, 0),
             ("sync.stages", self.sync.stages, 1),
+            ("lora.rank", self.lora.rank, 0),
             ("rollout.max_new_tokens", self.rollout.max_new_tokens, 1),
             ("rollout.minibatches", self.rollout.minibatches, 1),
             ("rollout.epochs", self.rollout.epochs, 1),
@@ -189,9 +207,12 @@ class TrainConfig:
             ("optim.lr", self.optim.lr),
             ("optim.max_norm", self.optim.max_norm),
             ("rollout.temperature", self.rollout.temperature),
+            ("lora.alpha", self.lora.alpha),
         ):
             if not value > 0:
                 raise UserError(f"--{name} must be positive, got {value:g}")
+        if self.lora.rank and (self.sync.every or self.sync.stages > 1):
+            raise UserError("--sync moves all weights, and --lora.rank trains adapters: choose one")
         if not 0 < self.rollout.top_p <= 1:
             raise UserError(f"--rollout.top_p must be in (0, 1], got {self.rollout.top_p:g}")
         if not 0 < self.sync.alpha <= 1:

@@ -226,6 +226,41 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.bias)
 
 
+def with_adapters(model: Any, rank: int, alpha: float, targets: str | list[str]) -> Any:
+    """The model with LoRA adapters, which alone are trained; it computes what it did until they are.
+
+    Raises:
+        UserError: PEFT is not installed, or there are no such layers.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError('--lora.rank: peft is not installed: pip install "fastpo[lora]"') from error
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+    try:
+        return peft.get_peft_model(model, config).eval()
+    except ValueError as error:
+        raise UserError(f"--lora.targets: {str(error).strip().splitlines()[0]}") from error
+
+
+def with_adapters_merged(model: Any, adapters: Path) -> Any:
+    """The model with the update of saved adapters in its own weights."""
+    import peft
+
+    return peft.PeftModel.from_pretrained(model, str(adapters)).merge_and_unload()
+
+
+class WithoutAdapters:
+    """A prepared `Policy` as it is with its adapters switched off: a reference without weights of its own."""
+
+    def __init__(self, accelerator: Any, policy: Any) -> None:
+        self.policy, self.model = policy, accelerator.unwrap_model(policy).model
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        with self.model.disable_adapter():
+            return self.policy(*arguments, **options)
+
+
 class Logits(nn.Module):
     """A frozen causal language model that answers with its logits (n, V) where completion tokens are predicted."""
 

@@ -30,11 +30,14 @@ from fastpo.training.model import (
     Logits,
     Policy,
     Scores,
+    WithoutAdapters,
     check_same_vocabulary,
     load_model,
     load_reward_model,
     load_tokenizer,
     stop_tokens,
+    with_adapters,
+    with_adapters_merged,
 )
 from fastpo.training.references import MovingReference
 from fastpo.training.report import Display, Journal, plot, replace_text, summary, write_summary
@@ -44,6 +47,7 @@ from fastpo.training.turns import Plan, Turns
 from fastpo.training.vllm import VLLMEngine
 
 CONFIG, METRICS, CURVE, SUMMARY, MODEL = "config.yaml", "metrics.jsonl", "curve.png", "summary.json", "model"
+ADAPTER = "adapter"
 # in the folder of several reward models: the number of the one that describes each annotator
 ANNOTATORS = "annotators.json"
 
@@ -209,10 +213,16 @@ class Trained(NamedTuple):
 def _trained(accelerator: Any, policy: torch.nn.Module, steps: int, config: TrainConfig) -> Trained:
     prepared = parallel.prepare(accelerator, policy, config.parallel)
     # its weights may have been replaced by shares of them
-    optimizer = torch.optim.AdamW(prepared.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay)
+    weights = [weight for weight in prepared.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
     optimizer = accelerator.prepare_optimizer(optimizer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps, config.optim))
     return Trained(prepared, optimizer, schedule)
+
+
+def _adapted(model: Any, config: TrainConfig) -> Any:
+    lora = config.lora
+    return with_adapters(model, lora.rank, lora.alpha, lora.targets) if lora.rank else model
 
 
 def _prepare_online(
@@ -234,12 +244,15 @@ def _prepare_online(
     longest = max(len(p.ids) for p in (*source.prompts, *source.eval_prompts)) + rollout.max_new_tokens
     _check_length(model, longest, source.model)
     critic = Critic(model) if algorithm.critic else None
+    model = _adapted(model, config)
     trained = _trained(accelerator, Policy(model, temperature=rollout.temperature, critic=critic), steps, config)
     wanted = algorithm.anchors(plan.steps).values()
     companion = None
     anchors: dict[str, Any] = {}
     draws = {draw.source for draw in algorithm.draws}
-    if "start" in wanted:
+    if "start" in wanted and config.lora.rank and source.reference is None:
+        anchors["start"] = WithoutAdapters(accelerator, trained.policy)
+    elif "start" in wanted:
         frozen = Policy(load_model(source.reference or source.model), temperature=rollout.temperature)
         anchors["start"] = parallel.prepare(accelerator, frozen, config.parallel, frozen=True)
     if draws & {"reference", "mixture"}:
@@ -338,13 +351,15 @@ def _prepare(
 ) -> tuple[Job, Evaluate]:
     """Models, optimiser and the log-probs of the reference."""
     if isinstance(algorithm, algorithms.RewardModel):
+        if config.lora.rank:
+            raise UserError(f"--lora.rank: {algorithm.name} trains whole models")
         rewards = [load_reward_model(source.model) for _ in range(algorithm.groups)]
         for each in rewards:
             each.config.problem_type = algorithm.problem_type
         trains: Any = Scores(rewards)
         model = rewards[0]
     else:
-        model = load_model(source.model)
+        model = _adapted(load_model(source.model), config)
         trains = Policy(model)
     sequences = (len(e.prompt) + len(c) for e in source.examples + source.eval_examples for c in e.completions)
     _check_length(model, max(sequences), source.model)
@@ -500,6 +515,10 @@ def _export(job: Job, source: Source, folder: Path) -> None:
             parts[f"models.{u}."] = model, folder / MODEL / ("" if alone else str(u))
     for prefix, (model, to) in parts.items():
         weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if hasattr(model, "disable_adapter"):
+            model.save_pretrained(folder / ADAPTER, state_dict=weights)
+            model = with_adapters_merged(load_model(source.model), folder / ADAPTER)
+            weights = model.state_dict()
         model.save_pretrained(to, state_dict=weights)
         source.tokenizer.save_pretrained(to)
     if isinstance(job.algorithm, algorithms.MaxMin):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastpo import algorithms
+from fastpo.reference import objectives
 from fastpo.training.batches import collate
 from fastpo.training.data import Encoder, Example, encode, with_mismatched
 from fastpo.training.loop import (
