@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
@@ -151,8 +150,8 @@ def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algo
         display.say(f"{encoder.cut} completions were cut to --max_length {config.max_length}")
     if config.reference is not None:
         check_same_vocabulary(model, config.reference)
-    digest = hashlib.sha256(Path(data).read_bytes()).hexdigest()
-    return Source(model, config.reference, tokenizer, loaded[0], loaded[1] if len(loaded) > 1 else [], digest)
+    held_out = loaded[1] if len(loaded) > 1 else []
+    return Source(model, config.reference, tokenizer, loaded[0], held_out, checkpoint.digest(data))
 
 
 def _prepare(
