@@ -204,7 +204,7 @@ def _check_shapes(checkpoint: Path, models: Mapping[str, Mapping[str, Tensor]]) 
         has, needs = (f"has the shape {shapes[name]}" if name in shapes else "is missing" for shapes in (there, here))
         raise UserError(
             f"{checkpoint}: it is of another model: {name.removeprefix('models.')} {has} there and {needs} here "
-            f"({len(different)} tensors differ)"
+            f"({len(different)} of the tensors)"
         )
 
 

@@ -27,13 +27,17 @@ RECORDS = [
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were saved, as {label of the axis: {label of the line: number of points}}."""
+    """The figures that were saved, as {label of the axis: {label of the line: (points, colour)}}."""
     from matplotlib.figure import Figure
 
     found, real = [], Figure.savefig
 
     def savefig(figure, *arguments, **options):
-        lines = {a.get_ylabel(): {n.get_label(): len(n.get_xdata()) for n in a.lines} for a in figure.axes if a.lines}
+        lines = {
+            a.get_ylabel(): {n.get_label(): (len(n.get_xdata()), n.get_color()) for n in a.lines}
+            for a in figure.axes
+            if a.lines
+        }
         found.append(lines)
         return real(figure, *arguments, **options)
 
@@ -55,9 +59,9 @@ def run(folder, records=RECORDS, steps=20, **options):
 def test_a_panel_for_what_rollouts_measure(tmp_path, drawn):
     report.plot(RECORDS, tmp_path / "curve.png", "grpo")
     (panels,) = drawn
-    assert panels.pop("loss") == {"loss": 20}
+    assert panels.pop("loss") == {"loss": (20, "C0")}
     for key, label in ROLLOUTS.items():
-        assert panels[label][key.replace("_", " ")] == 20
+        assert panels[label][key.replace("_", " ")][0] == 20
     assert sum(map(len, panels.values())) == len(ROLLOUTS)
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     found = report.summary(RECORDS)
@@ -79,8 +83,8 @@ def test_two_runs(tmp_path, capsys, drawn, monkeypatch):
     assert ["kl_after", "-", "0.5"] in table and ["tokens_per_second", "1235", "20"] in table
     assert output.read_bytes().startswith(b"\x89PNG")
     (panels,) = drawn
-    assert panels["loss"] == {one: 20, other: 6}
-    assert panels["eval kl"] == {other: 2} and panels["clip fraction high"] == {one: 20, other: 6}
+    both = {one: (20, "C0"), other: (6, "C1")}
+    assert panels["loss"] == panels["clip fraction high"] == both and panels["eval kl"] == {other: (2, "C1")}
 
 
 def test_rows():
