@@ -6,10 +6,12 @@ All runs of two processes are done by two launches, as it is starting that takes
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,7 +30,7 @@ from .test_run import (
 )
 from .workers import before_step, interrupt
 
-pytest.importorskip("accelerate")
+accelerate = pytest.importorskip("accelerate")
 pytestmark = pytest.mark.usefixtures("threads")
 
 # a sum over examples, in more and smaller forwards, and with a reference that moves; two methods that look at the whole
@@ -133,8 +135,8 @@ def runs(command, data, tmp_path_factory) -> Runs:
     jobs["one-fails"] = {"argv": command("dpo", folder / "one-fails", "--data", str(folder / "of-{rank}.jsonl"))}
     with_ports = [{**job, "port": free_port()} for job in jobs.values()]
     (folder / "jobs.json").write_text(json.dumps(with_ports))
-    accelerate = ["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes=2"]
-    launched([*accelerate, f"--main_process_port={free_port()}"], worker, str(folder))
+    launcher = ["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes=2"]
+    launched([*launcher, f"--main_process_port={free_port()}"], worker, str(folder))
     codes, said = (
         [json.loads((folder / f"{what}-{rank}.json").read_text()) for rank in range(2)] for what in ("codes", "said")
     )
@@ -260,6 +262,23 @@ def test_other_runs_are_errors(command, model_folder, tmp_path, capsys):
         assert main(["train", name, "--resume", str(run), *more]) == 2
         assert message in capsys.readouterr().err
         assert contents(run) == before
+
+
+def test_random_states_are_put_back(tmp_path):
+    accelerator = accelerate.Accelerator(cpu=True)
+
+    def drawn() -> list[object]:
+        return [random.random(), np.random.rand(), np.random.randn(), float(torch.rand(()))]
+
+    model = torch.nn.Linear(2, 2)
+    parts = checkpoint.Parts("dpo", "", {"policy": model}, torch.optim.AdamW(model.parameters()), {})
+    # of a Gaussian, numpy keeps the second of a pair
+    np.random.randn()
+    step = checkpoint.save(accelerator, tmp_path, 1, parts)
+    before = drawn()
+    assert drawn() != before
+    assert checkpoint.load(accelerator, step, parts) == 1
+    assert drawn() == before
 
 
 def test_what_a_checkpoint_says(runs):
