@@ -27,6 +27,7 @@ from .test_run import (
     metrics,
     options,
     torchrun,
+    weights,
 )
 from .workers import before_step, interrupt
 
@@ -130,6 +131,7 @@ def runs(command, data, tmp_path_factory) -> Runs:
         }
     shutil.copytree(folder / "sync-killed", folder / "sync-killed-copy")
     jobs["sync-killed"] = {"argv": ["train", "dpo", "--resume", str(folder / "sync-killed")]}
+    jobs["bf16"] = {"argv": command("dpo", folder / "bf16", "--parallel", "fsdp2", "--precision", "bf16")}
     jobs["odd"] = {"argv": command("dpo", folder / "odd", "--batch.size", "7")}
     shutil.copy(data, folder / "of-0.jsonl")
     jobs["one-fails"] = {"argv": command("dpo", folder / "one-fails", "--data", str(folder / "of-{rank}.jsonl"))}
@@ -181,6 +183,15 @@ def test_a_killed_process_ends_the_run(runs, alone, tmp_path):
     assert_same_run(runs.folder / "sync-killed", runs.folder / "sync-fsdp2")
     assert main(["train", "dpo", "--resume", str(copy)]) == 0
     assert_about_the_same_run(copy, alone("sync"))
+
+
+def test_bf16_trains_with_shards(runs, alone):
+    """The forward is in bf16, with 8 bits, and what is summed and kept in fp32."""
+    assert [code for code, _ in runs.said["bf16"]] == [0, 0]
+    ours, theirs = metrics(runs.folder / "bf16"), metrics(alone("dpo"))
+    assert ours[1]["loss"] == pytest.approx(theirs[1]["loss"], rel=2**-7) and ours[-1]["loss"] != theirs[-1]["loss"]
+    assert ours[-1]["eval_loss"] < 0.9 * ours[0]["eval_loss"]
+    assert all(weight.dtype == torch.float32 for weight in weights(runs.folder / "bf16").values())
 
 
 def test_errors_are_those_of_all_processes(runs):

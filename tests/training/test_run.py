@@ -161,7 +161,7 @@ def free_port() -> int:
 def launched(launcher: list[str], *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """What a launcher does with two processes."""
     command = [sys.executable, "-m", *launcher, *arguments]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 or not check, done.stderr
     return done
 
