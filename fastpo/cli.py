@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastpo import algorithms
+from fastpo.training import checkpoint
 from fastpo.training.config import TrainConfig, built_in_defaults
 from fastpo.training.errors import Interrupted, UserError
 
@@ -122,6 +123,8 @@ def _parse(name: str, argv: list[str]) -> tuple[dict[str, Any], TrainConfig, Pat
         given = parser.parse_args(argv)
         resume = None if given.resume is None else _run_to_resume(name, given.resume)
         if resume is not None:
+            # before the options of another algorithm are read
+            checkpoint.check_algorithm(checkpoint.latest(resume), name)
             argv = ["--config", str(resume / "config.yaml"), *argv]
         if given.model is None and given.data is None:
             parser.set_defaults(built_in_defaults(name))

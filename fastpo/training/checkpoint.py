@@ -7,6 +7,7 @@ is read by any number of processes, sharded or not.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import random
@@ -93,6 +94,22 @@ def latest(run: Path) -> Path:
     return found[-1]
 
 
+def check_algorithm(checkpoint: Path, name: str) -> None:
+    """Raise UserError unless the checkpoint is whole, and of a run of this algorithm."""
+    state = _state(checkpoint)
+    if state["algorithm"] != name:
+        raise UserError(f"{checkpoint}: this is a run of {state['algorithm']}, not of {name}")
+
+
+def digest(file: str) -> str:
+    """What tells a file of data from others."""
+    found = hashlib.sha256()
+    with open(file, "rb") as data:
+        while block := data.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
 def load(accelerator: Any, checkpoint: Path, parts: Parts) -> int:
     """Put everything back; returns the number of steps that were done.
 
@@ -104,9 +121,8 @@ def load(accelerator: Any, checkpoint: Path, parts: Parts) -> int:
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
+    check_algorithm(checkpoint, parts.algorithm)
     state = _state(checkpoint)
-    if state["algorithm"] != parts.algorithm:
-        raise UserError(f"{checkpoint}: this is a run of {state['algorithm']}, not of {parts.algorithm}")
     if state["data"] != parts.data:
         raise UserError(f"{checkpoint}: the data of the run have changed; put back those it was started with")
     saved = _read(checkpoint / OBJECTS)
@@ -188,7 +204,7 @@ def _check_shapes(checkpoint: Path, models: Mapping[str, Mapping[str, Tensor]]) 
         has, needs = (f"has the shape {shapes[name]}" if name in shapes else "is missing" for shapes in (there, here))
         raise UserError(
             f"{checkpoint}: it is of another model: {name.removeprefix('models.')} {has} there and {needs} here "
-            f"({len(different)} tensors differ)"
+            f"({len(different)} of the tensors)"
         )
 
 

@@ -37,7 +37,7 @@ def prepare(accelerator: Any, model: nn.Module, parallel: str, *, frozen: bool =
 
     Args:
         accelerator: devices, processes and precision.
-        model: a `Policy` or `Logits`.
+        model: a `Policy`, `Logits` or `Scores`.
         parallel: "ddp", a copy in each process, or "fsdp2", a share of every tensor.
         frozen: whether it is not trained.
     """
@@ -60,8 +60,7 @@ def _sharded(model: Any, device: str) -> Any:
     # log-probs may be a view of something, and nobody changes them in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
-    inner = model.model.get_base_model() if hasattr(model.model, "get_base_model") else model.model
-    layers = set(getattr(inner, "_no_split_modules", None) or ())
+    layers = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     # inner modules first
     for module in [m for m in model.modules() if type(m).__name__ in layers][::-1]:
         fully_shard(module, mesh=mesh)

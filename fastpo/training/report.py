@@ -128,8 +128,7 @@ def _figure(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [(label, {name: points for name, points in lines.items() if points}) for label, lines in panels]
-    panels = [(label, lines) for label, lines in panels if lines]
+    panels = [(label, lines) for label, lines in panels if any(lines.values())]
     columns, rows = min(COLUMNS, len(panels)), -(-len(panels) // COLUMNS)
     figure, axes = pyplot.subplots(
         rows, columns, figsize=(4 * columns, 3.2 * rows), squeeze=False, layout="constrained"
@@ -137,10 +136,13 @@ def _figure(
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, (label, lines) in zip(axes.flat, panels, strict=False):
-        for name, points in lines.items():
+        for number, (name, points) in enumerate(lines.items()):
+            if not points:
+                continue
             # evaluations are far apart
             marker = "o" if len(points) < 50 else None
-            axis.plot(*zip(*points, strict=True), label=name, marker=marker, ms=3)
+            # a run has one colour, also where another has no curve
+            axis.plot(*zip(*points, strict=True), label=name, marker=marker, ms=3, color=f"C{number}")
         axis.set(xlabel="step", ylabel=label)
         axis.legend(fontsize=7, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -165,11 +164,6 @@ class Source(NamedTuple):
     eval_prompts: Sequence[Prompt] = ()
 
 
-def _digest(file: str) -> str:
-    path = Path(file)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-
-
 def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algorithms.Algorithm) -> Source:
     model, data = config.model or str(folder / task.REFERENCE), config.data or str(folder / task.DATA[algorithm.kind])
     tokenizer = load_tokenizer(model)
@@ -178,7 +172,6 @@ def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algo
         # it gives no answers to measure
         held_out = str(folder / task.HELD_OUT)
     files = [file for file in (data, held_out) if file is not None]
-    digest = _digest(data)
     if config.reference is not None:
         check_same_vocabulary(model, config.reference)
     if algorithm.kind == "prompts":
@@ -189,7 +182,7 @@ def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algo
         }
         found = [load_prompts(file, encoder, **more) for file in files]
         held = found[1] if len(found) > 1 else []
-        return Source(model, config.reference, tokenizer, [], [], digest, {}, found[0], held)
+        return Source(model, config.reference, tokenizer, [], [], checkpoint.digest(data), {}, found[0], held)
     encoder = Encoder(tokenizer, model, config.max_length, algorithm.kind, algorithm.columns)
     loaded = []
     for file in files:
@@ -199,6 +192,7 @@ def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algo
     if encoder.cut:
         display.say(f"{encoder.cut} completions were cut to --max_length {config.max_length}")
     held_out_examples = loaded[1] if len(loaded) > 1 else []
+    digest = checkpoint.digest(data)
     return Source(model, config.reference, tokenizer, loaded[0], held_out_examples, digest, encoder.categories)
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from fastpo.training.batches import MicroBatch, collate
 from fastpo.training.data import Example
@@ -54,26 +53,31 @@ def one_process(tied: bool, adapted: bool) -> dict[str, Tensor]:
 def wrapped(policy: Policy, how: str) -> torch.nn.Module:
     if how == "ddp":
         return torch.nn.parallel.DistributedDataParallel(policy)
-    return sharded(policy, [policy.model.get_base_model() if hasattr(policy.model, "get_base_model") else policy.model])
+    from fastpo.training.parallel import _sharded
+
+    whole = sum(p.numel() for p in policy.parameters())
+    runs = _sharded(policy, "cpu")
+    # nothing is left whole, and a layer is gathered apart from the others
+    held = sum(p.to_local().numel() for p in policy.parameters())
+    assert whole / RANKS <= held < 0.6 * whole
+    layers = policy.model.get_base_model() if hasattr(policy.model, "get_base_model") else policy.model
+    assert all(isinstance(layer, FSDPModule) for layer in layers.model.layers)
+    return runs
 
 
-def sharded(module: torch.nn.Module, models: Iterable[Any]) -> torch.nn.Module:
-    """By FSDP2, layer by layer."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (RANKS,))
-    for model in models:
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-    return fully_shard(module, mesh=mesh)
+def logits_of(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[1, 2, 3], [4, 5, 6]]), use_cache=False).logits
 
 
 def check(how: str, tied: bool, adapted: bool) -> None:
     want = one_process(tied, adapted)
     policy = build(tied, adapted)
+    logits = policy.inside(logits_of)
     runs = wrapped(policy, how)
     rank = dist.get_rank()
+    # also before the first forward of the wrapper, and with layers whose shards are gathered one by one
+    assert torch.allclose(policy.inside(logits_of), logits, rtol=1e-5, atol=1e-5)
     for _ in range(2):  # the second time after a forward and a backward of the wrapper
         runs.zero_grad()
         # the gradients of the ranks are averaged
@@ -83,6 +87,8 @@ def check(how: str, tied: bool, adapted: bool) -> None:
         for name, grad in found.items():
             full = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
             assert torch.allclose(full, want[name], rtol=1e-4, atol=1e-5 * want[name].abs().max()), (how, name)
+        assert torch.allclose(policy.inside(logits_of), logits, rtol=1e-5, atol=1e-5)
+        assert how == "ddp" or all(hasattr(p, "full_tensor") for p in policy.parameters())
 
 
 def check_scores(how: str) -> None:
@@ -97,7 +103,13 @@ def check_scores(how: str) -> None:
 
     alone, scores = build(), build()
     loss_of(alone, batch_of(EXAMPLES)).backward()
-    runs = torch.nn.parallel.DistributedDataParallel(scores) if how == "ddp" else sharded(scores, scores.models)
+    if how == "ddp":
+        runs: torch.nn.Module = torch.nn.parallel.DistributedDataParallel(scores)
+    else:
+        from fastpo.training.parallel import _sharded
+
+        runs = _sharded(scores, "cpu")
+        assert all(isinstance(layer, FSDPModule) for model in scores.models for layer in model.model.layers)
     (loss_of(runs, batch_of(EXAMPLES[dist.get_rank() :: RANKS])) * RANKS).backward()
     for (name, found), want in zip(scores.named_parameters(), alone.parameters(), strict=True):
         full = found.grad.full_tensor() if hasattr(found.grad, "full_tensor") else found.grad

@@ -16,7 +16,7 @@ from fastpo.training.model import Policy
 
 from .conftest import pairs, tiny_model
 from .test_loop import make_job
-from .test_run import assert_about_the_same_run, assert_same_run, in_two_processes, metrics, options
+from .test_run import assert_same_run, metrics, options
 
 pytest.importorskip("accelerate")
 LOG2 = math.log(2)
@@ -208,14 +208,6 @@ def test_resuming_is_bitwise_the_straight_run(sync, model_folder, data, tmp_path
     monkeypatch.undo()
     assert main(["train", "dpo", "--resume", str(output)]) == 0
     assert_same_run(straight, output)
-
-
-def test_two_processes_do_what_one_does(model_folder, data, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    more = ("--eval_data", data, "--sync.every", "2", "--sync.alpha", "0.5")
-    assert main(options(model_folder, data, one, *more)) == 0
-    in_two_processes(options(model_folder, data, two, *more))
-    assert_about_the_same_run(two, one)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """What a launcher starts for the tests: processes that run many command lines, as starting them takes longest.
 
 Arguments: a folder with jobs.json, a list of
-    argv: the command line.
+    argv: the command line; {rank} in it stands for the process's own.
     port: where the processes of this job meet.
     interrupt: this many steps are done, then Ctrl-C.
     kill: after so many steps, the second process is killed.
+    keep: where the first process puts a copy of what --output names.
 Each process writes, when all jobs are done, codes-RANK.json, and what it said on stderr as said-RANK.json.
 """
 
@@ -14,6 +15,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -56,14 +58,18 @@ def run(job: dict[str, Any]) -> tuple[int, str]:
 
     from fastpo.cli import main
 
+    rank = os.environ["RANK"]
     os.environ["MASTER_PORT"] = str(job["port"])
+    argv = [word.replace("{rank}", rank) for word in job["argv"]]
     said = io.StringIO()
     with contextlib.redirect_stderr(said), before_step(job.get("interrupt"), interrupt):
         with before_step(job.get("kill"), kill_second):
-            code = main(job["argv"])
+            code = main(argv)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
+    if "keep" in job and rank == "0":
+        shutil.copytree(argv[argv.index("--output") + 1], job["keep"])
     return code, said.getvalue()
 
 
