@@ -35,7 +35,9 @@ accelerate = pytest.importorskip("accelerate")
 pytestmark = pytest.mark.usefixtures("threads")
 
 # a sum over examples, in more and smaller forwards, and with a reference that moves; two methods that look at the whole
-# step, of which one remembers, and one that asks the reference itself at every step
+# step, of which one remembers, and one that asks the reference itself at every step; reward models whose annotators are
+# assigned from all pairs; and two that sample, of which one has two steps a turn and the other a critic
+SAMPLING = ("--reward.of", "REWARD", "--rollout.max_new_tokens", "6", "--rollout.tokens", "200", "--max_length", "64")
 METHODS = {
     "dpo": ("dpo",),
     "small": ("dpo", "--batch.tokens", "60"),
@@ -43,10 +45,13 @@ METHODS = {
     "beta_dpo": ("beta_dpo",),
     "bco": ("bco",),
     "tdpo": ("tdpo",),
+    "maxmin": ("maxmin",),
+    "grpo": ("grpo", *SAMPLING, "--rollout.minibatches", "2", "--algorithm.samples", "3"),
+    "ppo": ("ppo", *SAMPLING, "--algorithm.samples", "2"),
 }
 PARALLEL = ("ddp", "fsdp2")
 # what is stopped after three of six steps, and with what it is continued
-STOPPED = (("bco", "ddp"), ("sync", "fsdp2"))
+STOPPED = (("bco", "ddp"), ("sync", "fsdp2"), ("grpo", "fsdp2"))
 
 
 class Runs(NamedTuple):
@@ -66,14 +71,19 @@ class Runs(NamedTuple):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in pairs(20)))
+    path.write_text("".join(json.dumps({**row, "annotator": i % 4}) + "\n" for i, row in enumerate(pairs(20))))
+    path.with_name("reward.py").write_text(
+        "def vowels(completions, **_):\n    return [sum(c in 'aeiou' for c in text) for text in completions]\n"
+    )
     return str(path)
 
 
 @pytest.fixture(scope="module")
 def command(model_folder, data):
+    reward = str(Path(data).with_name("reward.py")) + ":vowels"
+
     def command(method: str, output: Path, *more: str) -> list[str]:
-        name, *own = METHODS[method]
+        name, *own = (reward if word == "REWARD" else word for word in METHODS[method])
         return options(model_folder, data, output, "--eval_data", data, *own, *more, name=name)
 
     return command

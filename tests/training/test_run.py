@@ -279,11 +279,3 @@ def test_bf16_trains(model_folder, data, tmp_path):
     assert records[0]["loss"] == pytest.approx(0.693147, abs=2e-2)
     assert records[-1]["loss"] < records[0]["loss"]
     assert all(w.dtype == torch.float32 for w in weights(output).values())
-
-
-# two look at the whole step, and two remember
-@pytest.mark.parametrize("name", ("beta_dpo", "kto", "maxmin"))
-def test_two_processes_see_one_step(name, straight_runs, model_folder, data, tmp_path):
-    output = tmp_path / "run"
-    in_two_processes(options(model_folder, data, output, "--eval_data", data, name=name))
-    assert_about_the_same_run(output, straight_runs(name))
