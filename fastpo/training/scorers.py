@@ -33,6 +33,7 @@ import torch
 
 from fastpo.algorithms import Sample
 from fastpo.kernels.packing import pack
+from fastpo.reference.ranks import summed_over
 from fastpo.rewards import weighted_rewards
 from fastpo.training.batches import collate
 from fastpo.training.data import Example
@@ -386,6 +387,9 @@ class Combined:
         how: "sum", Σ_k w_k r_k; "normalized", the same of rewards less their mean, over their deviation, over all
             samples; or "min" of the w_k r_k. The minimum is that of means, not of each sample's rewards, so their
             scales must be comparable; of equal ones it is the first.
+        process_group: ranks whose samples of one call are taken together, for means, "normalized" and "min"; all must
+            call, also with none.
+        device: of what crosses the ranks.
 
     Raises:
         ValueError: there is no part, names are not distinct, a weight is not finite, or `how` is another word.
@@ -393,10 +397,17 @@ class Combined:
     Source: RLUF, arXiv:2505.14946, whose sum this is; MaxMin-RLHF, arXiv:2402.08925, from memory.
 
     Attributes:
-        means: of the last call, the mean of each reward over the samples that have it, without its weight.
+        means: of the last call, the mean of each reward over the samples that have it, without its weight; NaN if none.
     """
 
-    def __init__(self, parts: Sequence[Part], how: How = "sum") -> None:
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        how: How = "sum",
+        *,
+        process_group: Group = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         names = [part.name for part in parts]
         if not parts or len({*names}) < len(names):
             raise ValueError(f"parts must have distinct names, at least one; got {names}")
@@ -405,52 +416,29 @@ class Combined:
         if how not in get_args(How):
             raise ValueError(f"how must be one of {', '.join(map(repr, get_args(How)))}, got {how!r}")
         self.parts, self.how = tuple(parts), how
+        self.process_group, self.device = process_group, device
         self.means: dict[str, float] = {}
 
     def each(self, samples: Sequence[Sample]) -> dict[str, list[float]]:
         """Every reward of every sample, by name."""
         return {part.name: part.scorer(samples) for part in self.parts}
 
-    def combine(
-        self,
-        each: Mapping[str, Sequence[float]],
-        *,
-        means: Mapping[str, float] | None = None,
-        process_group: Group = None,
-    ) -> list[float]:
-        """What `each` gave, in one.
-
-        Args:
-            each: by the rewards' names.
-            means: theirs over all ranks, for "min" where there are others.
-            process_group: the ranks over whose samples "normalized" is.
-        """
-        rewards = torch.tensor([each[part.name] for part in self.parts], dtype=torch.float64).T
-        if self.how != "min":
-            weights = [part.weight for part in self.parts]
-            normalize = self.how == "normalized"
-            return weighted_rewards(rewards, weights, normalize=normalize, process_group=process_group).tolist()
-        found = means_of(each) if means is None else means
-        weighted = [part.weight * found[part.name] for part in self.parts]
-        known = [k for k, mean in enumerate(weighted) if not math.isnan(mean)]
-        if not known:
-            return [math.nan] * len(rewards)
-        least = min(known, key=weighted.__getitem__)
-        return (self.parts[least].weight * rewards[:, least]).tolist()
-
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
         each = self.each(samples)
-        self.means = means_of(each)
-        return self.combine(each)
-
-
-def means_of(each: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """The mean of each reward over the samples that have it, NaN if none has."""
-    found = {}
-    for name, rewards in each.items():
-        there = [reward for reward in rewards if not math.isnan(reward)]
-        found[name] = math.fsum(there) / len(there) if there else math.nan
-    return found
+        rewards = torch.tensor([*each.values()], dtype=torch.float64).view(len(each), -1).T.to(self.device)
+        there = ~rewards.isnan()
+        sums = torch.stack([torch.where(there, rewards, 0).sum(0), there.sum(0)])
+        sums, counts = summed_over(sums, self.process_group)
+        self.means = dict(zip(each, (sums / counts).tolist(), strict=True))
+        weights = [part.weight for part in self.parts]
+        if self.how != "min":
+            normalize = self.how == "normalized"
+            return weighted_rewards(rewards, weights, normalize=normalize, process_group=self.process_group).tolist()
+        known = [k for k, name in enumerate(each) if not math.isnan(self.means[name])]
+        if not known:
+            return [math.nan] * len(rewards)
+        least = min(known, key=lambda k: weights[k] * self.means[self.parts[k].name])
+        return (weights[least] * rewards[:, least]).tolist()
 
 
 _FUNCTION = re.compile(r"(?P<module>.+):(?P<function>[A-Za-z_]\w*)")
@@ -551,6 +539,7 @@ def load_scorer(
     tokens: int = 4096,
     unscored: Unscored = "error",
     how: How = "sum",
+    process_group: Group = None,
 ) -> Combined:
     """Rewards from their specifications on the command line, see above.
 
@@ -560,7 +549,7 @@ def load_scorer(
         device: where models run.
         tokens: most of a model's forward.
         unscored: whether a sample without a reward is an error, or is skipped.
-        how: as of `Combined`.
+        how, process_group: as of `Combined`.
 
     Raises:
         UserError: one of them cannot be had.
@@ -576,7 +565,7 @@ def load_scorer(
             raise UserError(f"{name}: is given twice")
     scorers = [_scorer(what, tokenizer, unscored, device=device, tokens=tokens) for what in names]
     parts = zip(short, scorers, (weight for _, weight in given), strict=True)
-    return Combined([Part(*part) for part in parts], how)
+    return Combined([Part(*part) for part in parts], how, process_group=process_group, device=device)
 
 
 def load_judge(

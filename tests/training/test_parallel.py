@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from fastpo.training.batches import MicroBatch, collate
 from fastpo.training.data import Example
 from fastpo.training.model import Policy, Scores, policy_inputs
+from fastpo.training.scorers import Combined, Part, Sample
 
 from .conftest import tiny_model, tiny_reward_model
 
@@ -116,6 +117,26 @@ def check_scores(how: str) -> None:
         assert torch.allclose(full, want.grad, rtol=1e-4, atol=1e-5 * want.grad.abs().max()), (how, name)
 
 
+def rewards_of_all_ranks() -> None:
+    """What is combined by its mean, is by that of the samples of all ranks; the second one has a single sample."""
+    rank = dist.get_rank()
+    given = {"a": [[5.0, 7.0], [0.0]], "b": [[1.0, 2.0], [12.0]]}
+    parts = [Part(name, lambda samples, of=of: of[rank][: len(samples)]) for name, of in given.items()]
+    samples = [Sample("", "", [], [], True, {})] * (2 - rank)
+    least = Combined(parts, "min", process_group=True)
+    assert least(samples) == given["a"][rank] and least.means == {"a": 4.0, "b": 5.0}
+    # of the first rank's alone it is the other one
+    assert Combined(parts, "min")(samples) == given["ba"[rank]][rank]
+    found = torch.tensor(Combined(parts, "normalized", process_group=True)(samples), dtype=torch.float64)
+    whole = [torch.tensor([*of[0], *of[1]], dtype=torch.float64) for of in given.values()]
+    expected = sum((v - v.mean()) / v.std() for v in whole)
+    assert torch.allclose(found, expected[:2] if rank == 0 else expected[2:], atol=1e-6)
+    # a rank without samples takes part
+    alone = Combined(parts, "min", process_group=True)
+    assert alone(samples if rank == 0 else []) == (given["b"][0] if rank == 0 else [])
+    assert alone.means == {"a": 6.0, "b": 1.5}
+
+
 def sharded_outside_the_forward() -> None:
     """A head that FSDP2 has sharded is not taken for one whose vocabulary is: the ranks have different rows."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -145,6 +166,7 @@ def _rank(rank: int, folder: str) -> None:
             check(*case)
         for how in ("ddp", "fsdp2"):
             check_scores(how)
+        rewards_of_all_ranks()
         sharded_outside_the_forward()
         with open(f"{folder}/{rank}", "w") as done:
             done.write("all")
