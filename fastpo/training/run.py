@@ -322,13 +322,17 @@ def _judges(
     judge: Judge | None = task.judge() if config.built_in else None
     if given.of:
         specs = [given.of] if isinstance(given.of, str) else given.of
-        scorer = load_scorer(specs, source.tokenizer, how=given.how, unscored=given.unscored, **options)
+        group = True if accelerator.num_processes > 1 else None
+        more: dict[str, Any] = {"how": given.how, "unscored": given.unscored, "process_group": group}
+        scorer = load_scorer(specs, source.tokenizer, **more, **options)
         judge = None
     if given.judge:
         specs = [given.judge] if isinstance(given.judge, str) else given.judge
         judge = load_judge(specs, source.tokenizer, **options)
     if algorithm.needs == "reward" and scorer is None:
         raise UserError(f"--reward.of: {algorithm.name} needs a function (FILE.py:NAME) or a reward model")
+    if algorithm.needs == "judge" and judge is None and given.unscored == "skip":
+        raise UserError(f"--reward.unscored skip: {algorithm.name} compares completions by their rewards and needs all")
     if algorithm.needs == "judge" and scorer is None and judge is None:
         raise UserError(f"--reward.judge: {algorithm.name} needs a judge, or rewards (--reward.of) to make one of")
     return scorer, judge

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -160,11 +161,11 @@ class Turns:
         mine = list(enumerate(prompts))[self.accelerator.process_index :: self.accelerator.num_processes]
         rollouts = self.sampled(mine, replace(self.sampling, seed=draw_seed(self.plan.seed, -1, 0)), "policy", 1)
         samples = [self._sample(prompt, found[0]) for (_, prompt), found in zip(mine, rollouts, strict=True)]
-        scores = [0.0] * len(samples) if self.scorer is None else self.scorer(samples)
-        sums = torch.tensor([sum(scores), sum(len(s.ids) for s in samples), len(samples)], dtype=torch.float64)
-        total = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum").tolist()
-        found = {"length": total[1] / total[2]}
-        return found if self.scorer is None else {"reward": total[0] / total[2], **found}
+        given = [] if self.scorer is None else self.scorer(samples)
+        scores = [score for score in given if not math.isnan(score)]
+        sums = torch.tensor([sum(scores), len(scores), sum(len(s.ids) for s in samples), len(samples)])
+        reward, scored, length, count = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()
+        return {**({"reward": reward / scored} if scored else {}), "length": length / count}
 
     def _sampled(self, turn: int) -> tuple[list[_Made], list[_Seen]]:
         """What all ranks made of the turn's prompts, in the order of the prompts."""
