@@ -176,6 +176,11 @@ def test_resuming_on_other_numbers(method, parallel, runs, alone, tmp_path):
 def test_a_killed_process_ends_the_run(runs, alone, tmp_path):
     code, said = runs.killed
     assert code != 0 and "Signal 9 (SIGKILL)" in said
+    # the other process says how to go on, if it is left the time
+    assert json.loads((runs.folder / "killed" / "codes-0.json").read_text()) == [130]
+    (said,) = json.loads((runs.folder / "killed" / "said-0.json").read_text())
+    run = runs.folder / "sync-killed"
+    assert said == f"fastpo: another process has ended; to continue: fastpo train dpo --resume {run}\n"
     copy = tmp_path / "run"
     shutil.copytree(runs.folder / "sync-killed-copy", copy)
     assert checkpoint.latest(copy).name == "step-00000003" and len(metrics(copy)) == 5

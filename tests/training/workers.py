@@ -75,6 +75,8 @@ def run(job: dict[str, Any]) -> tuple[int, str]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    # what torchrun sends when the other process was killed; this one is to end by itself
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # each job has a store of its own
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     folder, rank = Path(sys.argv[1]), os.environ["RANK"]
