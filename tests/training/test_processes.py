@@ -131,6 +131,7 @@ def runs(command, data, tmp_path_factory) -> Runs:
         }
     shutil.copytree(folder / "sync-killed", folder / "sync-killed-copy")
     jobs["sync-killed"] = {"argv": ["train", "dpo", "--resume", str(folder / "sync-killed")]}
+    jobs["told"] = {"argv": command("dpo", folder / "told", "--parallel", "fsdp2"), "terminate": 2}
     jobs["bf16"] = {"argv": command("dpo", folder / "bf16", "--parallel", "fsdp2", "--precision", "bf16")}
     jobs["odd"] = {"argv": command("dpo", folder / "odd", "--batch.size", "7")}
     shutil.copy(data, folder / "of-0.jsonl")
@@ -188,6 +189,16 @@ def test_a_killed_process_ends_the_run(runs, alone, tmp_path):
     assert_same_run(runs.folder / "sync-killed", runs.folder / "sync-fsdp2")
     assert main(["train", "dpo", "--resume", str(copy)]) == 0
     assert_about_the_same_run(copy, alone("sync"))
+
+
+def test_a_signal_to_one_process_stops_all(runs):
+    """After the step in which it came, with a checkpoint of it."""
+    assert [code for code, _ in runs.said["told"]] == [130, 130]
+    run = runs.folder / "told"
+    said = f"fastpo: stopped after step 3; to continue: fastpo train dpo --resume {run}\n"
+    assert [text for _, text in runs.said["told"]] == [said, ""]
+    assert checkpoint.latest(run).name == "step-00000003"
+    assert metrics(run) == metrics(runs.folder / "dpo-fsdp2")[:4]
 
 
 def test_bf16_trains_with_shards(runs, alone):
