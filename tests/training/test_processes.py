@@ -141,6 +141,7 @@ def runs(command, data, tmp_path_factory) -> Runs:
         }
     shutil.copytree(folder / "sync-killed", folder / "sync-killed-copy")
     jobs["sync-killed"] = {"argv": ["train", "dpo", "--resume", str(folder / "sync-killed")]}
+    jobs["told"] = {"argv": command("dpo", folder / "told", "--parallel", "fsdp2"), "terminate": 2}
     jobs["bf16"] = {"argv": command("dpo", folder / "bf16", "--parallel", "fsdp2", "--precision", "bf16")}
     jobs["odd"] = {"argv": command("dpo", folder / "odd", "--batch.size", "7")}
     shutil.copy(data, folder / "of-0.jsonl")
@@ -186,6 +187,11 @@ def test_resuming_on_other_numbers(method, parallel, runs, alone, tmp_path):
 def test_a_killed_process_ends_the_run(runs, alone, tmp_path):
     code, said = runs.killed
     assert code != 0 and "Signal 9 (SIGKILL)" in said
+    # the other process says how to go on, if it is left the time
+    assert json.loads((runs.folder / "killed" / "codes-0.json").read_text()) == [130]
+    (said,) = json.loads((runs.folder / "killed" / "said-0.json").read_text())
+    run = runs.folder / "sync-killed"
+    assert said == f"fastpo: another process has ended; to continue: fastpo train dpo --resume {run}\n"
     copy = tmp_path / "run"
     shutil.copytree(runs.folder / "sync-killed-copy", copy)
     assert checkpoint.latest(copy).name == "step-00000003" and len(metrics(copy)) == 5
@@ -193,6 +199,16 @@ def test_a_killed_process_ends_the_run(runs, alone, tmp_path):
     assert_same_run(runs.folder / "sync-killed", runs.folder / "sync-fsdp2")
     assert main(["train", "dpo", "--resume", str(copy)]) == 0
     assert_about_the_same_run(copy, alone("sync"))
+
+
+def test_a_signal_to_one_process_stops_all(runs):
+    """After the step in which it came, with a checkpoint of it."""
+    assert [code for code, _ in runs.said["told"]] == [130, 130]
+    run = runs.folder / "told"
+    said = f"fastpo: stopped after step 3; to continue: fastpo train dpo --resume {run}\n"
+    assert [text for _, text in runs.said["told"]] == [said, ""]
+    assert checkpoint.latest(run).name == "step-00000003"
+    assert metrics(run) == metrics(runs.folder / "dpo-fsdp2")[:4]
 
 
 def test_bf16_trains_with_shards(runs, alone):

@@ -5,6 +5,7 @@ Arguments: a folder with jobs.json, a list of
     port: where the processes of this job meet.
     interrupt: this many steps are done, then Ctrl-C.
     kill: after so many steps, the second process is killed.
+    terminate: after so many steps, the second process gets SIGTERM.
     keep: where the first process puts a copy of what --output names.
 Each process writes, when all jobs are done, codes-RANK.json, and what it said on stderr as said-RANK.json.
 """
@@ -47,9 +48,9 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-def kill_second() -> None:
+def to_second(number: signal.Signals) -> None:
     if os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
 
 
 def run(job: dict[str, Any]) -> tuple[int, str]:
@@ -62,9 +63,13 @@ def run(job: dict[str, Any]) -> tuple[int, str]:
     os.environ["MASTER_PORT"] = str(job["port"])
     argv = [word.replace("{rank}", rank) for word in job["argv"]]
     said = io.StringIO()
-    with contextlib.redirect_stderr(said), before_step(job.get("interrupt"), interrupt):
-        with before_step(job.get("kill"), kill_second):
-            code = main(argv)
+    with (
+        contextlib.redirect_stderr(said),
+        before_step(job.get("interrupt"), interrupt),
+        before_step(job.get("kill"), lambda: to_second(signal.SIGKILL)),
+        before_step(job.get("terminate"), lambda: to_second(signal.SIGTERM)),
+    ):
+        code = main(argv)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -75,6 +80,8 @@ def run(job: dict[str, Any]) -> tuple[int, str]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    # what torchrun sends when the other process was killed; this one is to end by itself
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # each job has a store of its own
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     folder, rank = Path(sys.argv[1]), os.environ["RANK"]
