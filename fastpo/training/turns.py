@@ -15,6 +15,7 @@ from fastpo.algorithms import Batch, Draft, Group, Online, Sample, State, Turn
 from fastpo.training.batches import step_indices, step_layout
 from fastpo.training.data import Example, Prompt
 from fastpo.training.loop import Constants, Job, constant_streams
+from fastpo.training.parallel import together
 from fastpo.training.rollouts import Engine, Mixture, Rollout, Sampling, draw_seed
 from fastpo.training.scorers import Judge, Scorer
 
@@ -177,7 +178,9 @@ class Turns:
             places = range(attempt * self.plan.size, (attempt + 1) * self.plan.size)
             everything = [(place, self.prompts[i]) for place, i in zip(places, indices, strict=True)]
             missing = self.plan.size - len({each.group for each in made})
-            found = self._round(everything[self.accelerator.process_index :: self.accelerator.num_processes], turn)
+            mine = everything[self.accelerator.process_index :: self.accelerator.num_processes]
+            with together(self.accelerator):
+                found = self._round(mine, turn)
             groups, more = self._gathered(found)
             wanted = sorted({each.group for each in groups})[:missing]
             made += [each for each in groups if each.group in wanted]
