@@ -259,11 +259,12 @@ def _prepare_online(
         stop=stop_tokens(model, source.tokenizer),
         stop_strings=tuple(rollout.stop),
     )
+    sharded = config.parallel == "fsdp2" and accelerator.num_processes > 1
     engine: Engine = TransformersEngine(
         lambda function: parallel.inside(accelerator, trained.policy, function),
         tokens=rollout.tokens,
         tokenizer=source.tokenizer,
-        largest=parallel.largest(accelerator) if config.parallel == "fsdp2" else None,
+        largest=parallel.largest(accelerator) if sharded else None,
     )
     if rollout.engine == "vllm":
         others = sorted(draws - {"policy", "greedy"})
