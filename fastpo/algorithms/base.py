@@ -163,7 +163,7 @@ class Draw(NamedTuple):
 
     Attributes:
         source: "policy"; "greedy", its most probable tokens; "reference"; "mixture", of policy and reference, by the
-            hyper-parameter `mixture`, the reference's share.
+            hyper-parameter `mixture`, the reference's share; "average", as in `Online.anchors`.
         times: how many.
     """
 
@@ -180,6 +180,7 @@ class Group(NamedTuple):
         wins: the probability that one sample, by its place, is preferred to another.
         logprobs: of each sample under what it was drawn from, summed.
         generator: seeded for this prompt and turn.
+        stage: the part of the run in which the turn lies, see `Online.anchors`.
     """
 
     samples: Sequence[Sample]
@@ -187,6 +188,7 @@ class Group(NamedTuple):
     wins: Callable[[int, int], float]
     logprobs: Sequence[float]
     generator: torch.Generator
+    stage: int = 0
 
 
 class Draft(NamedTuple):
@@ -256,7 +258,8 @@ class Online(Algorithm, Protocol):
     Attributes:
         draws: the completions of each prompt.
         critic: whether there is one.
-        demonstrations: whether the data have a completion for every prompt.
+        demonstrations: how many completions the data have for every prompt: 1, "completion"; 2, "chosen" and
+            "rejected"; or 0.
         needs: "reward" or "judge", what must be given beside the prompts; None for nothing.
     """
 
@@ -267,7 +270,7 @@ class Online(Algorithm, Protocol):
     def critic(self) -> bool: ...
 
     @property
-    def demonstrations(self) -> bool: ...
+    def demonstrations(self) -> int: ...
 
     @property
     def needs(self) -> str | None: ...
@@ -276,7 +279,8 @@ class Online(Algorithm, Protocol):
         """Streams of log-probs that stay constant in a turn of so many steps, and whose they are.
 
         "start", the model before training; "turn", the policy at the turn's beginning; "average", a moving average of
-        the policy's weights.
+        the policy's weights, of which a step keeps the hyper-parameter `decay`; "stage", the policy where the stage of
+        the run began in which the turn lies: 0, or 1 after the hyper-parameter `first_stage`, a share of the steps.
         """
         ...
 

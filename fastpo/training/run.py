@@ -145,11 +145,9 @@ def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algo
     if config.reference is not None:
         check_same_vocabulary(model, config.reference)
     if algorithm.kind == "prompts":
-        encoder = Encoder(tokenizer, model, config.max_length, "demonstrations")
-        more: dict[str, Any] = {
-            "room": config.rollout.max_new_tokens,
-            "demonstrations": algorithm.demonstrations,  # type: ignore[attr-defined]
-        }
+        given = algorithm.demonstrations  # type: ignore[attr-defined]
+        encoder = Encoder(tokenizer, model, config.max_length, "pairwise" if given == 2 else "demonstrations")
+        more: dict[str, Any] = {"room": config.rollout.max_new_tokens, "demonstrations": given}
         found = [load_prompts(file, encoder, **more) for file in files]
         return Source(model, config.reference, tokenizer, [], [], found[0], found[1] if len(found) > 1 else [])
     encoder = Encoder(tokenizer, model, config.max_length, algorithm.kind, algorithm.columns)
@@ -199,7 +197,7 @@ def _prepare_online(
     _check_length(model, longest, source.model)
     critic = Critic(model) if algorithm.critic else None
     trained = _trained(accelerator, Policy(model, temperature=rollout.temperature, critic=critic), steps, config.optim)
-    wanted = algorithm.anchors(plan.steps).values()
+    wanted = {*algorithm.anchors(plan.steps).values()}
     companion = None
     anchors: dict[str, Any] = {}
     draws = {draw.source for draw in algorithm.draws}
@@ -207,6 +205,13 @@ def _prepare_online(
         companion = load_model(source.reference or source.model)
         frozen = Policy(companion, temperature=rollout.temperature)
         anchors["start"] = accelerator.prepare_model(frozen, evaluation_mode=True)
+    average = None
+    if moves := (wanted | draws) & {"average", "stage"}:
+        moving = accelerator.prepare_model(
+            Policy(load_model(source.model), temperature=rollout.temperature), evaluation_mode=True
+        )
+        average = MovingReference(accelerator, moving)
+        anchors |= dict.fromkeys(moves, moving)
     inner = accelerator.unwrap_model(trained.policy)
     sampling = Sampling(
         max_new_tokens=rollout.max_new_tokens,
@@ -224,8 +229,10 @@ def _prepare_online(
         plan,
         decode=lambda ids: source.tokenizer.decode(ids, skip_special_tokens=True),
         scorer=task.verify if config.built_in else None,
+        judge=task.judge if config.built_in else None,
         anchors=anchors,
         companion=companion,
+        average=average,
     )
     accelerator.register_for_checkpointing(taught)
     job = Job(

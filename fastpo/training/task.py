@@ -204,13 +204,26 @@ def verify(samples: Sequence[Sample]) -> list[float]:
     return [float(sample.completion == answer(sample.prompt)) for sample in samples]
 
 
+# σ(2) for the right sum against the next number
+JUDGE_TEMPERATURE = 0.25
+
+
+def judge(first: Sequence[Sample], second: Sequence[Sample]) -> list[float]:
+    """Preferences by Bradley and Terry's model of the scores: the nearer to the right sum, the likelier to win."""
+    pairs = zip(first, second, strict=True)
+    gaps = [_score(one.prompt, one.completion) - _score(two.prompt, two.completion) for one, two in pairs]
+    return (torch.tensor(gaps, dtype=torch.float64) / JUDGE_TEMPERATURE).sigmoid().tolist()
+
+
 def write_data(folder: Path, seed: int, algorithm: Algorithm) -> None:
     """Sample what the algorithm eats from the reference, and write it into the run's folder."""
-    if algorithm.kind == "prompts":
+    if algorithm.kind == "prompts" and algorithm.demonstrations < 2:  # type: ignore[attr-defined]
         write_rows(folder / DATA["prompts"], [{"prompt": q, "completion": answer(q)} for q in prompts(seed)[0]])
         return
     rows = _preferences(load_model(str(folder / REFERENCE)), prompts(seed)[0], seed)
     columns = [column.name for column in algorithm.columns]
+    if algorithm.kind == "prompts":
+        columns, rows = ["margin"], [{**r, "margin": r["chosen_score"] - r["rejected_score"]} for r in rows]
     if algorithm.kind == "unpaired":
         sides = [("rejected", False)] if algorithm.unlearns else [("chosen", True), ("rejected", False)]
         rows = [{"prompt": r["prompt"], "completion": r[side], "label": label} for r in rows for side, label in sides]
