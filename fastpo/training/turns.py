@@ -358,10 +358,12 @@ class Turns:
                 groups.setdefault(each.group, []).append(each.reward)
             same = sum(len(set(of)) == 1 for of in groups.values()) / len(groups)
             out |= {"reward": float(scores.mean()), "reward_std": float(scores.std(correction=0)), "same_reward": same}
-        if {"old", "reference"} <= self.constants.keys() and self.examples:
+        # of pairs, which are no samples of the policy, it would be none
+        single = bool(self.examples) and len(self.examples[0].completions) == 1
+        if single and {"old", "reference"} <= self.constants.keys():
             old, reference = (self.constants[name] for name in ("old", "reference"))
             total = sum(float((o - r).sum()) for i in old for o, r in zip(old[i], reference[i], strict=True))
-            out["kl"] = total / sum(len(e.completions) for e in self.examples)
+            out["kl"] = total / len(self.examples)
         return out | dict(self.last)
 
 

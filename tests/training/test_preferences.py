@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import random
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -11,13 +14,17 @@ import torch
 from fastpo import algorithms, losses
 from fastpo.algorithms import Batch, Completions, Draft, Draw, Group, Sample, Turn
 from fastpo.algorithms.preferences import METHODS
+from fastpo.cli import main
+from fastpo.training import task
 from fastpo.training.batches import collate
+from fastpo.training.config import built_in_defaults
 from fastpo.training.data import Example, Prompt
 from fastpo.training.model import Policy, policy_inputs
 from fastpo.training.rollouts import Sampling, TransformersEngine
 from fastpo.training.turns import Plan, Turns
 
 from .conftest import tiny_model
+from .test_run import assert_same_run
 
 pytest.importorskip("accelerate")
 
@@ -181,7 +188,7 @@ def streams_of(parts: int, *models: str) -> dict[str, list[list[torch.Tensor]]]:
     }
 
 
-def batch_of(streams, numbers, members=range(len(LENGTHS))) -> Batch:
+def batch_of(streams, numbers, members=(0, 1, 2, 3)) -> Batch:
     """Some of the examples as one forward has them."""
     parts = range(len(streams["policy"][0]))
     packed = {model: torch.cat([of[i][k] for k in parts for i in members]) for model, of in streams.items()}
@@ -261,7 +268,7 @@ def test_hypo_in_any_division(parts):
     ours = torch.autograd.grad(sum(out.loss for out in outputs), leaves)
     torch.testing.assert_close(ours, torch.autograd.grad(expected, leaves), rtol=1e-10, atol=1e-12)
     kl = sum((p - r).sum() for i in range(4) for p, r in zip(*(streams[m][i][2:] for m in streams), strict=True)) / 8
-    assert sum(float(out.metrics["kl"]) for out in outputs) == pytest.approx(float(kl), rel=1e-12)
+    assert sum(float(out.metrics["kl"]) for out in outputs) == pytest.approx(float(kl.detach()), rel=1e-12)
 
 
 def test_sharpening_raises_the_sum_of_log_probs():
@@ -361,3 +368,77 @@ def test_opponents_are_of_the_average():
             with torch.no_grad():
                 batch = collate([Example(prompt.ids, (rollout.ids,))], torch.device("cpu"))
                 torch.testing.assert_close(rollout.logprobs, average(*policy_inputs(batch)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def trained(fitted, threads, tmp_path, monkeypatch):
+    """A short run on the built-in task; returns its summary."""
+    folder, preferences = fitted
+    monkeypatch.setattr(task, "build", lambda to, *_: shutil.copytree(folder, to, dirs_exist_ok=True))
+    monkeypatch.setattr(task, "_preferences", lambda *_: preferences)
+
+    def trained(name: str, *more: str, run: str = "run", steps: int = 16) -> dict[str, float]:
+        # a third of the steps at twice the rate
+        rate = 2 * built_in_defaults(name)["optim.lr"]
+        command = ["train", name, "--output", str(tmp_path / run), "--steps", str(steps), "--optim.lr", str(rate)]
+        assert main([*command, "--eval_every", "0", "--batch.tokens", "2048", *more]) == 0
+        return json.loads((tmp_path / run / "summary.json").read_text())
+
+    return trained
+
+
+@pytest.mark.parametrize("name", [*METHODS, "mpo"])
+def test_accuracy_improves(name, trained):
+    summary = trained(name)
+    assert summary["accuracy_after"] > summary["accuracy_before"] + 0.15
+    assert 0.05 < summary["kl"] < 2.5
+
+
+def _mixed_up(rows, columns):
+    """The rows with their values in these columns given to others."""
+    order = random.Random(0).sample(range(len(rows)), len(rows))
+    return [{**row, **{name: rows[i][name] for name in columns}} for row, i in zip(rows, order, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["online_dpo", "nash_md", "copg", "spin", "hypo"])
+def test_what_is_taught_at_random_teaches_nothing(name, trained, monkeypatch):
+    """One method of each source: judges of pairs and of games, rewards, demonstrations, given pairs."""
+    rng, write, verify = random.Random(0), task.write_rows, task.verify
+
+    def rows(path, found):
+        if name == "spin":
+            found = _mixed_up(found, ["completion"])
+        if name == "hypo":
+            sides = [rng.sample(("chosen", "rejected"), 2) for _ in found]
+            found = [{**row, "chosen": row[a], "rejected": row[b]} for row, (a, b) in zip(found, sides, strict=True)]
+        write(path, found)
+
+    monkeypatch.setattr(task, "write_rows", rows)
+    monkeypatch.setattr(task, "judge", lambda first, second: [rng.random() for _ in first])
+    monkeypatch.setattr(task, "verify", lambda samples: rng.sample(verify(samples), len(samples)))
+    summary = trained(name)
+    assert summary["accuracy_after"] < summary["accuracy_before"] + 0.05
+
+
+@pytest.mark.parametrize("name", ["nash_ema", "mpo"])
+def test_resuming_restores_the_average_within_a_turn(name, trained, tmp_path, monkeypatch):
+    """Three turns of two steps, and the same with a stop in the middle of the second."""
+    from fastpo.training import loop
+
+    hyper = {"nash_ema": ("--algorithm.decay", "0.5"), "mpo": ("--algorithm.first_stage", "0.3")}[name]
+    more = (*hyper, "--batch.size", "8", "--rollout.minibatches", "2", "--checkpoint_every", "3")
+    trained(name, *more, steps=6)
+    steps = []
+
+    def three_steps(job, step, real=loop.optimizer_step):
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        steps.append(step)
+        return real(job, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "optimizer_step", three_steps)
+        with pytest.raises(AssertionError):
+            trained(name, *more, run="stopped", steps=6)
+    assert main(["train", name, "--resume", str(tmp_path / "stopped")]) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "stopped")
