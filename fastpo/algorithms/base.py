@@ -177,7 +177,7 @@ class Group(NamedTuple):
     Attributes:
         samples: in the order of the algorithm's draws, and behind them those that the data have.
         rewards: of the samples; empty without reward functions.
-        wins: the probability that one sample, by its place, is preferred to another.
+        wins: the probability that one sample, by its place, is preferred to another; of those that are compared.
         logprobs: of each sample under what it was drawn from, summed.
         generator: seeded for this prompt and turn.
         stage: the part of the run in which the turn lies, see `Online.anchors`.
@@ -282,6 +282,10 @@ class Online(Algorithm, Protocol):
         the policy's weights, of which a step keeps the hyper-parameter `decay`; "stage", the policy where the stage of
         the run began in which the turn lies: 0, or 1 after the hyper-parameter `first_stage`, a share of the steps.
         """
+        ...
+
+    def compared(self, count: int) -> Sequence[tuple[int, int]]:
+        """Of a prompt's so many samples those, two and two, that the judge compares; only if it needs one."""
         ...
 
     def drafts(self, group: Group) -> list[Draft]:

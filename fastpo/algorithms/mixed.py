@@ -50,7 +50,8 @@ class Mixed(PolicyGradient):
     def drafts(self, group: Group) -> list[Draft]:
         *rewards, chosen, rejected = group.rewards
         own = len(rewards)
-        margin = float(group.samples[own].row.get("margin", chosen - rejected))
+        known = group.samples[own].row.get("margin")
+        margin = chosen - rejected if known is None else float(known)
         easy = len(data.mixed_split([margin], self.hyper["threshold"]).easy) > 0
         if group.stage == 0:
             return [Draft((own, own + 1), (margin,))] if easy else []

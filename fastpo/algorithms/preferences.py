@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import combinations
 from typing import Any, Protocol
 
 import torch
@@ -121,6 +122,7 @@ class Method:
         drafts: the examples that are made of a prompt's completions.
         rows: of the registry, the losses it may have; the first is the default, and none is `Likelihood`.
         form: of the loss, if not that of its row's kind.
+        compares: the pairs of samples that the judge is asked about; None for all.
         anchors: whose the fixed models of the loss are, as in `Online.anchors`.
         needs, demonstrations: as in `Online`.
         numbers: hyper-parameters beside those of the loss: defaults and domains.
@@ -134,6 +136,7 @@ class Method:
     drafts: Callable[[Group, Options], list[Draft]]
     rows: tuple[str, ...] = ()
     form: type[Direct] | None = None
+    compares: Callable[[Options], list[tuple[int, int]]] | None = None
     anchors: Mapping[str, str] = field(default_factory=lambda: {"reference": "start"})
     needs: str | None = "judge"
     demonstrations: int = 0
@@ -240,13 +243,18 @@ class Preference:
     def drafts(self, group: Group) -> list[Draft]:
         return self.method.drafts(group, self.hyper)
 
+    def compared(self, count: int) -> list[tuple[int, int]]:
+        if self.method.compares is None:
+            return list(combinations(range(count), 2))
+        return self.method.compares(self.hyper)
+
     def prepare(self, turn: Turn, state: State) -> Prepared:
         return Prepared({}, {}, {})
 
     def __call__(self, batch: Batch, state: State) -> StepOutput:
         own = batch.streams["policy"].detach()
-        streams = {**{model: own for model in self.models[1:]}, **batch.streams}
-        return self.learner(batch._replace(streams=streams), state)
+        streams = {model: own for model, whose in self.method.anchors.items() if whose == "turn"}
+        return self.learner(batch._replace(streams={**streams, **batch.streams}), state)
 
     def finish(self, totals: Mapping[str, float]) -> dict[str, float]:
         return self.learner.finish(totals)
@@ -263,6 +271,16 @@ def _with(source: str) -> Callable[[Options], tuple[Draw, ...]]:
 
 def _of(source: str) -> Callable[[Options], tuple[Draw, ...]]:
     return lambda hyper: (Draw(source, hyper["samples"]),)
+
+
+def _neighbours(hyper: Options) -> list[tuple[int, int]]:
+    """Samples two and two: they are drawn alike, so that no order is better than theirs."""
+    return [(i, i + 1) for i in range(0, hyper["samples"] - 1, 2)]
+
+
+def _opponents(hyper: Options) -> list[tuple[int, int]]:
+    """Each sample of the policy and one of the other model."""
+    return [(i, hyper["samples"] + i) for i in range(hyper["samples"])]
 
 
 def _table(group: Group, rows: int, columns: int) -> Tensor:
@@ -285,18 +303,16 @@ def _labels(group: Group, pairs: Sequence[tuple[int, int]], hyper: Options) -> l
 
 
 def _judged(group: Group, hyper: Options) -> list[Draft]:
-    """Random pairs, each labelled."""
-    n = hyper["samples"]
-    pairs = _sides(data.first_round_pairs(win_probability=_table(group, n, n), generator=group.generator))
+    """Two and two, each pair labelled."""
+    pairs = _neighbours(hyper)
     labels = _labels(group, pairs, hyper)
     return [Draft(pair if won else pair[::-1]) for pair, won in zip(pairs, labels, strict=True)]
 
 
 def _soft(group: Group, hyper: Options) -> list[Draft]:
-    """Random pairs, each with the probability that its first completion, the likelier winner, is preferred."""
-    n = hyper["samples"]
-    pairs = data.first_round_pairs(win_probability=_table(group, n, n), generator=group.generator)
-    return [Draft(pair, (0.5 + margin,)) for pair, margin in zip(_sides(pairs), pairs.margins.tolist(), strict=True)]
+    """Two and two, the likelier winner first, with the probability that it is preferred."""
+    wins = [(pair, group.wins(*pair)) for pair in _neighbours(hyper)]
+    return [Draft(pair, (p,)) if p >= 0.5 else Draft(pair[::-1], (1 - p,)) for pair, p in wins]
 
 
 def _rewarded(group: Group, hyper: Options) -> list[Draft]:
@@ -307,28 +323,25 @@ def _rewarded(group: Group, hyper: Options) -> list[Draft]:
 
 def _against(group: Group, hyper: Options) -> list[Draft]:
     """Each completion of the policy against one of the opponent."""
-    n = hyper["samples"]
-    return [Draft((i,), (group.wins(i, n + i),)) for i in range(n)]
+    return [Draft((i,), (group.wins(i, j),)) for i, j in _opponents(hyper)]
 
 
 def _each_other(group: Group, hyper: Options) -> list[Draft]:
     """Completions of the policy, two and two against each other."""
-    n = hyper["samples"]
-    return [Draft((i,), (group.wins(i, i ^ 1),)) for i in range(n - n % 2)]
+    sides = [side for i, j in _neighbours(hyper) for side in ((i, j), (j, i))]
+    return [Draft((i,), (group.wins(i, j),)) for i, j in sides]
 
 
 def _explored(group: Group, hyper: Options) -> list[Draft]:
     """Each completion of the policy and one of the reference, labelled, with whether the reference's is chosen."""
-    n = hyper["samples"]
-    pairs = [(i, n + i) for i in range(n)]
+    pairs = _opponents(hyper)
     labels = _labels(group, pairs, hyper)
     return [Draft(pair, (0.0,)) if won else Draft(pair[::-1], (1.0,)) for pair, won in zip(pairs, labels, strict=True)]
 
 
 def _side_by_side(group: Group, hyper: Options) -> list[Draft]:
     """Each completion of the policy and one of the base model, in this order."""
-    n = hyper["samples"]
-    return [Draft((i, n + i)) for i in range(n)]
+    return [Draft(pair) for pair in _opponents(hyper)]
 
 
 def _self_play(group: Group, hyper: Options) -> list[Draft]:
@@ -423,10 +436,20 @@ _ALL = (
         _own,
         _judged,
         ("online_dpo",),
+        compares=_neighbours,
         numbers=_samples(2, PAIR),
         options=LABEL,
     ),
-    Method("online_ipo", "Online IPO", "2403.08635", _own, _soft, ("online_ipo",), numbers=_samples(2, PAIR)),
+    Method(
+        "online_ipo",
+        "Online IPO",
+        "2403.08635",
+        _own,
+        _soft,
+        ("online_ipo",),
+        compares=_neighbours,
+        numbers=_samples(2, PAIR),
+    ),
     Method(
         "ipo_md",
         "IPO-MD",
@@ -434,6 +457,7 @@ _ALL = (
         _of("mixture"),
         _soft,
         ("ipo_md",),
+        compares=_neighbours,
         numbers={**_samples(2, PAIR), **MIXTURE},
     ),
     Method(
@@ -443,6 +467,7 @@ _ALL = (
         _with("mixture"),
         _against,
         ("nash_md",),
+        compares=_opponents,
         numbers={**_samples(1), **MIXTURE},
     ),
     Method(
@@ -452,6 +477,7 @@ _ALL = (
         _with("average"),
         _against,
         ("nash_ema",),
+        compares=_opponents,
         numbers={**_samples(1), "decay": (0.999, PROBABILITY)},
     ),
     Method(
@@ -461,6 +487,7 @@ _ALL = (
         _own,
         _each_other,
         ("nash_mp",),
+        compares=_neighbours,
         anchors={"reference": "start", "previous": "average"},
         numbers={**_samples(2, PAIR), "decay": (0.999, PROBABILITY)},
     ),
@@ -471,6 +498,7 @@ _ALL = (
         _with("reference"),
         _explored,
         ("xpo",),
+        compares=_opponents,
         numbers=_samples(1),
         options=LABEL,
     ),

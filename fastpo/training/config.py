@@ -177,7 +177,7 @@ class TrainConfig:
 _TWICE = {"rollout.epochs": 2}
 
 # what the built-in task takes for some methods in place of β = 1 and the rate of the others
-_BUILT_IN: Mapping[str, Mapping[str, float]] = {
+_BUILT_IN: Mapping[str, Mapping[str, float | str]] = {
     "ipo": {"algorithm.beta": 0.1},
     "hinge": {"algorithm.beta": 0.3},
     # the margin of a noisy label is log((1-ε)/ε) / β, the targets are ±1/(2β)
@@ -220,8 +220,13 @@ _BUILT_IN: Mapping[str, Mapping[str, float]] = {
     "nash_md": {"algorithm.samples": 8},
     # two or three tokens have a hundredth of the KL that hundreds have
     "hypo": {"algorithm.beta": 1.0, "algorithm.lambda_": 0.1},
-    # of few answers, as of few candidates, the right one is among them; ties of its verifier teach nothing
-    "rso": {"algorithm.samples": 16, "algorithm.beta": 1.0},
+    # with so few answers there are, duplicates must count for what is accepted to follow the rewards
+    "rso": {
+        "algorithm.samples": 16,
+        "algorithm.duplicates": "keep",
+        "algorithm.ranking": "tournament",
+        "algorithm.beta": 1.0,
+    },
     # the scores of the pairs differ by 0.5 to 1
     "mpo": {"algorithm.samples": 8, "algorithm.dpo_beta": 1.0, "algorithm.threshold": 0.8},
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -278,7 +277,7 @@ class Turns:
         """Of each group, who is preferred to whom; all pairs are asked for at once."""
         if self.algorithm.needs != "judge":
             return [_no_judge] * len(samples)
-        pairs = [(n, i, j) for n, of in enumerate(samples) for i, j in combinations(range(len(of)), 2)]
+        pairs = [(n, i, j) for n, of in enumerate(samples) for i, j in self.algorithm.compared(len(of))]
         if self.judge is None:
             # Bradley-Terry on the rewards
             found = [1 / (1 + torch.tensor(rewards[n][j] - rewards[n][i]).double().exp().item()) for n, i, j in pairs]
