@@ -25,20 +25,26 @@ from fastpo.algorithms.base import (
     Turn,
 )
 from fastpo.algorithms.inputs import SOURCES
+from fastpo.algorithms.mixed import MPO, Mixed
 from fastpo.algorithms.pairwise import Pairwise
+from fastpo.algorithms.preferences import METHODS, Method, Preference
 from fastpo.algorithms.recipes import RECIPES
 from fastpo.algorithms.reward import MaxMin, ReactionModel, RewardModel
-from fastpo.algorithms.rollouts import PolicyGradient
+from fastpo.algorithms.rollouts import PolicyGradient, Recipe
 from fastpo.algorithms.unpaired import Unpaired
 from fastpo.reference import Objective, objectives
 
 _CLASSES: dict[str, type[Pairwise] | type[Unpaired]] = {"pairwise": Pairwise, "unpaired": Unpaired}
 
+# what samples completions itself
+_ONLINE: Mapping[str, Recipe | Method] = {**RECIPES, **METHODS, MPO.name: MPO}
+
 
 def _trainable(row: Objective) -> bool:
     """Policies on data that are given: samples with rewards need another loop, reward models have rows of their own."""
     given = all(each.name in SOURCES for each in row.inputs)
-    return row.kind in _CLASSES and row.scores == "policy" and not row.online and given
+    online = row.online or row.name in _ONLINE
+    return row.kind in _CLASSES and row.scores == "policy" and not online and given
 
 
 _ROWS = {row.name: row for row in objectives() if _trainable(row)} | {row.name: row for row in reward.ROWS}
@@ -57,31 +63,31 @@ def composed() -> tuple[Objective, ...]:
 
 def names(*kinds: str) -> list[str]:
     """The algorithms that can be trained: all, or those on these kinds of data."""
-    everything = [*_ROWS, *RECIPES]
+    everything = [*_ROWS, *_ONLINE]
     return [name for name in everything if kind(name) in kinds] if kinds else everything
 
 
 def kind(name: str) -> str:
     """The data that an algorithm eats: "prompts" of one that samples completions itself."""
-    return "prompts" if name in RECIPES else _ROWS[name].kind
+    return "prompts" if name in _ONLINE else _ROWS[name].kind
 
 
 def title(name: str) -> str:
     """The method's name in words."""
-    return (RECIPES.get(name) or _ROWS[name]).title
+    return (_ONLINE.get(name) or _ROWS[name]).title
 
 
 def defaults(name: str) -> dict[str, Any]:
     """The hyper-parameters of an algorithm and their default values."""
-    if name in RECIPES:
-        return RECIPES[name].defaults()
+    if name in _ONLINE:
+        return _ONLINE[name].defaults()
     return direct.defaults(_ROWS[name])
 
 
 def choices(name: str) -> dict[str, tuple[str | None, ...]]:
     """The hyper-parameters that are words, and their admissible values."""
-    if name in RECIPES:
-        return dict(RECIPES[name].choices())
+    if name in _ONLINE:
+        return dict(_ONLINE[name].choices())
     return dict(_ROWS[name].options)
 
 
@@ -93,7 +99,7 @@ def columns(name: str) -> tuple[Column, ...]:
 def describe(name: str) -> dict[str, str]:
     """One phrase per hyper-parameter, for help texts."""
     row = _ROWS.get(name)
-    domains = RECIPES[name].domains() if row is None else direct.domains(row)
+    domains = _ONLINE[name].domains() if row is None else direct.domains(row)
     phrases = {key: f"a number in {domain}" for key, domain in domains.items()}
     phrases |= {key: f"one of {', '.join(map(str, values))}" for key, values in choices(name).items()}
     if row is not None and row.length_norm:
@@ -105,6 +111,10 @@ def build(name: str, hyper: Mapping[str, Any]) -> Algorithm:
     """The algorithm with these hyper-parameters; ValueError for one outside its domain."""
     if name in RECIPES:
         return PolicyGradient(RECIPES[name], {**defaults(name), **hyper})
+    if name == MPO.name:
+        return Mixed(MPO, {**defaults(name), **hyper})
+    if name in METHODS:
+        return Preference(METHODS[name], {**defaults(name), **hyper})
     row = _ROWS[name]
     return _OWN_CLASSES.get(name, _CLASSES[row.kind])(row, {**defaults(name), **hyper})
 

@@ -167,7 +167,7 @@ class Draw(NamedTuple):
 
     Attributes:
         source: "policy"; "greedy", its most probable tokens; "reference"; "mixture", of policy and reference, by the
-            hyper-parameter `mixture`, the reference's share.
+            hyper-parameter `mixture`, the reference's share; "average", as in `Online.anchors`.
         times: how many.
     """
 
@@ -181,9 +181,10 @@ class Group(NamedTuple):
     Attributes:
         samples: in the order of the algorithm's draws, and behind them those that the data have.
         rewards: of the samples; empty without reward functions.
-        wins: the probability that one sample, by its place, is preferred to another.
+        wins: the probability that one sample, by its place, is preferred to another; of those that are compared.
         logprobs: of each sample under what it was drawn from, summed.
         generator: seeded for this prompt and turn.
+        stage: the part of the run in which the turn lies, see `Online.anchors`.
     """
 
     samples: Sequence[Sample]
@@ -191,6 +192,7 @@ class Group(NamedTuple):
     wins: Callable[[int, int], float]
     logprobs: Sequence[float]
     generator: torch.Generator
+    stage: int = 0
 
 
 class Draft(NamedTuple):
@@ -260,7 +262,8 @@ class Online(Algorithm, Protocol):
     Attributes:
         draws: the completions of each prompt.
         critic: whether there is one.
-        demonstrations: whether the data have a completion for every prompt.
+        demonstrations: how many completions the data have for every prompt: 1, "completion"; 2, "chosen" and
+            "rejected"; or 0.
         needs: "reward" or "judge", what must be given beside the prompts; None for nothing.
     """
 
@@ -271,7 +274,7 @@ class Online(Algorithm, Protocol):
     def critic(self) -> bool: ...
 
     @property
-    def demonstrations(self) -> bool: ...
+    def demonstrations(self) -> int: ...
 
     @property
     def needs(self) -> str | None: ...
@@ -280,8 +283,13 @@ class Online(Algorithm, Protocol):
         """Streams of log-probs that stay constant in a turn of so many steps, and whose they are.
 
         "start", the model before training; "turn", the policy at the turn's beginning; "average", a moving average of
-        the policy's weights.
+        the policy's weights, of which a step keeps the hyper-parameter `decay`; "stage", the policy where the stage of
+        the run began in which the turn lies: 0, or 1 after the hyper-parameter `first_stage`, a share of the steps.
         """
+        ...
+
+    def compared(self, count: int) -> Sequence[tuple[int, int]]:
+        """Of a prompt's so many samples those, two and two, that the judge compares; only if it needs one."""
         ...
 
     def drafts(self, group: Group) -> list[Draft]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from fastpo import losses
 from fastpo.algorithms.base import Batch, State, StepOutput
 from fastpo.algorithms.direct import Direct
+from fastpo.losses import PairwiseOutput
 
 
 class Pairwise(Direct):
@@ -16,7 +19,7 @@ class Pairwise(Direct):
         sizes = [sum(lengths[:pairs]), sum(lengths[pairs:])]
         sides = [side for model in self.models for side in batch.streams[model].split(sizes)]
         inputs, new = self._inputs(batch, sizes, state)
-        out = getattr(losses, self.name)(
+        out = getattr(losses, self.row.name)(
             *sides,
             **inputs,
             chosen_cu_seqlens=ends[: pairs + 1],
@@ -25,11 +28,14 @@ class Pairwise(Direct):
             num_items=inputs["keep"].sum() if "keep" in inputs else batch.num_items,
             **self._given,
         )
+        return StepOutput(out.loss, {"loss": out.loss.detach(), **self._metrics(out, batch.num_items)}, new)
+
+    def _metrics(self, out: PairwiseOutput, count: int) -> dict[str, Tensor]:
+        """What the rewards of some pairs add to their means over `count`."""
         each = {
             "chosen_reward": out.chosen_rewards,
             "rejected_reward": out.rejected_rewards,
             "reward_margin": out.margins,
             "reward_accuracy": out.accuracies,
         }
-        metrics = {name: values.sum() / batch.num_items for name, values in each.items()}
-        return StepOutput(out.loss, {"loss": out.loss.detach(), **metrics}, new)
+        return {name: values.sum() / count for name, values in each.items()}

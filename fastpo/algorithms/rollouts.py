@@ -180,7 +180,7 @@ class PolicyGradient:
     divergence = False
     mismatched = False
     unlearns = False
-    demonstrations = False
+    demonstrations = 0
     needs = "reward"
 
     def __post_init__(self) -> None:

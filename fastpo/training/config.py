@@ -221,8 +221,11 @@ class TrainConfig:
             raise UserError(f"--optim.warmup must be in [0, 1), got {self.optim.warmup:g}")
 
 
+# a second pass over a turn's examples leaves the last iterate
+_TWICE = {"rollout.epochs": 2}
+
 # what the built-in task takes for some methods in place of β = 1 and the rate of the others
-_BUILT_IN: Mapping[str, Mapping[str, float]] = {
+_BUILT_IN: Mapping[str, Mapping[str, float | str]] = {
     "ipo": {"algorithm.beta": 0.1},
     "hinge": {"algorithm.beta": 0.3},
     # the margin of a noisy label is log((1-ε)/ε) / β, the targets are ±1/(2β)
@@ -244,6 +247,36 @@ _BUILT_IN: Mapping[str, Mapping[str, float]] = {
     "discopop": {"algorithm.tau": 1.0},
     # nothing but the size of the step keeps what is not to be unlearned
     "npo": {"algorithm.beta": 3.0, "optim.lr": 4e-5},
+    # a pair teaches less than a group of eight, so there are as many completions
+    "online_dpo": {"algorithm.samples": 8, "algorithm.beta": 1.0},
+    "xpo": {"algorithm.samples": 4, "algorithm.beta": 1.0},
+    "p3o": {"algorithm.samples": 8, "algorithm.beta": 0.05},
+    "copg": {"algorithm.samples": 8},
+    "sharpening_xpo": {"algorithm.samples": 4, "algorithm.beta": 1.0},
+    # the targets of the margins are ±1/(2β), (P - ½)/β, (r - r')/β and 1/(2η)
+    "online_ipo": {"algorithm.samples": 8, "algorithm.beta": 0.1},
+    "ipo_md": {"algorithm.samples": 8, "algorithm.beta": 0.1},
+    "sppo": {"algorithm.beta": 0.1, **_TWICE},
+    "sppo_hard": {"algorithm.beta": 0.1, **_TWICE},
+    "dno": {"algorithm.beta": 0.2, **_TWICE},
+    "dno_prct": {"algorithm.beta": 1.0, **_TWICE},
+    "inpo": {"algorithm.beta": 0.05, "algorithm.eta": 0.2, **_TWICE},
+    "spin": {"algorithm.beta": 1.0, **_TWICE},
+    # an average over a thousand steps would still be the start after sixty
+    "nash_ema": {"algorithm.samples": 8, "algorithm.decay": 0.9},
+    "nash_mp": {"algorithm.samples": 8, "algorithm.decay": 0.9},
+    "nash_md": {"algorithm.samples": 8},
+    # two or three tokens have a hundredth of the KL that hundreds have
+    "hypo": {"algorithm.beta": 1.0, "algorithm.lambda_": 0.1},
+    # with so few answers there are, duplicates must count for what is accepted to follow the rewards
+    "rso": {
+        "algorithm.samples": 16,
+        "algorithm.duplicates": "keep",
+        "algorithm.ranking": "tournament",
+        "algorithm.beta": 1.0,
+    },
+    # the scores of the pairs differ by 0.5 to 1
+    "mpo": {"algorithm.samples": 8, "algorithm.dpo_beta": 1.0, "algorithm.threshold": 0.8},
 }
 
 

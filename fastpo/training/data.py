@@ -55,16 +55,14 @@ class Prompt(NamedTuple):
     Attributes:
         text: as the model sees it.
         ids: its tokens.
-        completion: the tokens of the row's own completion, with EOS, if it has one.
-        completion_text: that as text.
+        completions: the tokens of the row's own completions that are asked for, with EOS.
         row: as it is in the file.
         number: its number in the file, from 1.
     """
 
     text: str
     ids: list[int]
-    completion: list[int] | None
-    completion_text: str
+    completions: tuple[list[int], ...]
     row: dict[str, Any]
     number: int
 
@@ -253,16 +251,12 @@ class Encoder:
             ids = [self.tokenizer.bos_token_id]
         return ids
 
-    def prompt(self, row: dict[str, Any], where: str, number: int, *, room: int, demonstration: bool) -> Prompt:
-        """One row as a prompt that leaves room for so many tokens, with its completion if that is a demonstration."""
+    def prompt(self, row: dict[str, Any], where: str, number: int, *, room: int, demonstrations: int) -> Prompt:
+        """One row as a prompt that leaves room for so many tokens, with its completions if these are demonstrations."""
         _require(row, ("prompt",), where)
         _same_form([row["prompt"]], "prompt", where)
         text, rendered = row["prompt"], not isinstance(row["prompt"], str)
-        completion, completion_text = None, ""
-        if demonstration:
-            given = self.example(row, where, number)
-            completion = given.completions[0]
-            completion_text = row["completion"] if not rendered else self.tokenizer.decode(completion)
+        completions = self.example(row, where, number).completions if demonstrations else ()
         if rendered:
             text, _ = self._render(text, [])
         ids = self._start(text, rendered, where)
@@ -271,7 +265,7 @@ class Encoder:
                 f"{where}: the prompt has {len(ids):,} tokens, which with --rollout.max_new_tokens {room:,} is more "
                 f"than --max_length {self.max_length:,}"
             )
-        return Prompt(text, ids, completion, completion_text, row, number)
+        return Prompt(text, ids, completions, row, number)
 
     def _column(self, row: dict[str, Any], column: Column, where: str) -> float:
         """What a row has in a column, as a number."""
@@ -304,17 +298,17 @@ class Encoder:
         return Example(prompt_ids, tuple(ids[:room] for ids in completions), numbers, number)
 
 
-def load_prompts(path: str, encoder: Encoder, *, room: int, demonstrations: bool) -> list[Prompt]:
+def load_prompts(path: str, encoder: Encoder, *, room: int, demonstrations: int) -> list[Prompt]:
     """A file of prompts as token ids; UserError for what cannot be sampled for, with file, row and column.
 
     Args:
         path: the file.
-        encoder: of the model; for demonstrations with the data kind "unpaired", whose columns prompt and completion
-            they have.
+        encoder: of the model; for one demonstration with the data kind "unpaired", whose columns prompt and completion
+            they have, for two of them with the kind "pairwise".
         room: most tokens of a completion.
-        demonstrations: whether every row must have a completion.
+        demonstrations: how many completions every row must have.
     """
-    more: dict[str, Any] = {"room": room, "demonstration": demonstrations}
+    more: dict[str, Any] = {"room": room, "demonstrations": demonstrations}
     return [encoder.prompt(row, f"{path}, row {i}", i, **more) for i, row in enumerate(read_rows(path), 1)]
 
 

@@ -80,7 +80,9 @@ class MovingReference:
     @torch.no_grad()
     def move(self, policy: nn.Module, alpha: float) -> None:
         """reference ← α policy + (1 - α) reference, parameters and buffers."""
-        pairs = zip(_state(self.accelerator, policy), _state(self.accelerator, self.model), strict=True)
+        # a critic has no counterpart
+        ours = [each for each in _state(self.accelerator, policy) if not each[0].startswith("critic.")]
+        pairs = zip(ours, _state(self.accelerator, self.model), strict=True)
         for (name, new), (known, old) in pairs:
             if name != known or new.shape != old.shape:
                 raise ValueError(

@@ -175,11 +175,9 @@ def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algo
     if config.reference is not None:
         check_same_vocabulary(model, config.reference)
     if algorithm.kind == "prompts":
-        encoder = Encoder(tokenizer, model, config.max_length, "demonstrations")
-        more: dict[str, Any] = {
-            "room": config.rollout.max_new_tokens,
-            "demonstrations": algorithm.demonstrations,  # type: ignore[attr-defined]
-        }
+        given = algorithm.demonstrations  # type: ignore[attr-defined]
+        encoder = Encoder(tokenizer, model, config.max_length, "pairwise" if given == 2 else "demonstrations")
+        more: dict[str, Any] = {"room": config.rollout.max_new_tokens, "demonstrations": given}
         found = [load_prompts(file, encoder, **more) for file in files]
         held = found[1] if len(found) > 1 else []
         return Source(model, config.reference, tokenizer, [], [], checkpoint.digest(data), {}, found[0], held)
@@ -240,7 +238,8 @@ def _prepare_online(
     critic = Critic(model) if algorithm.critic else None
     model = _adapted(model, config)
     trained = _trained(accelerator, Policy(model, temperature=rollout.temperature, critic=critic), steps, config)
-    wanted = algorithm.anchors(plan.steps).values()
+    changes = {"policy": trained.policy}
+    wanted = {*algorithm.anchors(plan.steps).values()}
     companion = None
     anchors: dict[str, Any] = {}
     draws = {draw.source for draw in algorithm.draws}
@@ -252,6 +251,16 @@ def _prepare_online(
     if draws & {"reference", "mixture"}:
         # whole, also where the others are sharded: it generates beside the policy
         companion = load_model(source.reference or source.model).to(accelerator.device)
+    average = None
+    if moves := (wanted | draws) & {"average", "stage"}:
+        if config.lora.rank:
+            raise UserError(f"--lora.rank: {algorithm.name} has a model that follows all weights")
+        # whole, for the same reason
+        moving = Policy(load_model(source.model), temperature=rollout.temperature)
+        moving = parallel.prepare(accelerator, moving, "ddp", frozen=True)
+        average = MovingReference(accelerator, moving)
+        anchors |= dict.fromkeys(moves, moving)
+        changes["average"] = moving
     sampling = Sampling(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
@@ -284,6 +293,7 @@ def _prepare_online(
         judge=judge,
         anchors=anchors,
         companion=companion,
+        average=average,
     )
     remembers = {"schedule": trained.schedule, "turns": taught}
     job = Job(
@@ -304,7 +314,7 @@ def _prepare_online(
         before_step=taught,
         order=taught.order,
         max_length=rollout.max_new_tokens,
-        parts=checkpoint.Parts(algorithm.name, source.digest, {"policy": trained.policy}, trained.optimizer, remembers),
+        parts=checkpoint.Parts(algorithm.name, source.digest, changes, trained.optimizer, remembers),
     )
     if config.built_in:
         return job, _of_the_task(job, source.model, config.seed)

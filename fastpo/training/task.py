@@ -202,6 +202,8 @@ def _eaten(rows: Sequence[dict[str, Any]], algorithm: Algorithm) -> list[dict[st
         sides = [("rejected", False)] if algorithm.unlearns else [("chosen", True), ("rejected", False)]
         return [{"prompt": r["prompt"], "completion": r[side], "label": label} for r in rows for side, label in sides]
     columns = [column.name for column in algorithm.columns]
+    if algorithm.kind == "prompts":
+        columns, rows = ["margin"], [{**r, "margin": r["chosen_score"] - r["rejected_score"]} for r in rows]
     return [{key: row[key] for key in ("prompt", "chosen", "rejected", *columns) if key in row} for row in rows]
 
 
@@ -232,7 +234,7 @@ def verify(samples: Sequence[Sample]) -> list[float]:
 
 def write_data(folder: Path, seed: int, algorithm: Algorithm) -> None:
     """Sample what the algorithm eats from the reference, and write it into the run's folder."""
-    if algorithm.kind == "prompts":
+    if algorithm.kind == "prompts" and algorithm.demonstrations < 2:  # type: ignore[attr-defined]
         write_rows(folder / DATA["prompts"], [{"prompt": q, "completion": answer(q)} for q in prompts(seed)[0]])
         return
     model = load_model(str(folder / REFERENCE))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from fastpo.training.batches import step_indices, step_layout
 from fastpo.training.data import Example, Prompt
 from fastpo.training.loop import Constants, Job, constant_streams
 from fastpo.training.parallel import together
+from fastpo.training.references import MovingReference
 from fastpo.training.rollouts import Engine, Mixture, Rollout, Sampling, draw_seed
 from fastpo.training.scorers import Judge, Scorer
 
@@ -90,6 +90,7 @@ class Turns:
         judge: Judge | None = None,
         anchors: Mapping[str, Any] | None = None,
         companion: Any = None,
+        average: MovingReference | None = None,
     ) -> None:
         """
         Args:
@@ -103,26 +104,45 @@ class Turns:
             scorer, judge: as the algorithm needs.
             anchors: the prepared models of the streams that are not the policy's own.
             companion: the bare reference model, for draws from it or from mixtures with it.
+            average: the moving average of the policy's weights, or the policy at a stage's beginning, if the algorithm
+                has one; also among the anchors.
         """
         self.accelerator, self.algorithm, self.prompts = accelerator, algorithm, prompts
         self.engine, self.sampling, self.plan, self.decode = engine, sampling, plan, decode
         self.scorer, self.judge, self.anchors, self.companion = scorer, judge, anchors or {}, companion
+        self.average = average
         self.examples: list[Example] = []
         self.constants: dict[str, Constants] = {}
         self.state: State = {}
         self.turn = -1
+        self.stage = 0
         self.last: Mapping[str, float] = {}
 
     def __call__(self, job: Job, done: int) -> dict[str, float]:
         """What is due before the step that follows `done` steps; the turn's metrics with its first step."""
         turn = done // self.plan.steps
+        if self.average is not None and done:
+            self._move(self.average, job, done)
         if turn == self.turn:
             return {}
         self.engine.update(job.policy)
+        self.stage = 0 if self.average is None else self._stage(job, turn)
         made, seen = self._sampled(turn)
         self._fill(job, made, turn)
         self.turn = turn
         return self._metrics(seen, made) | {"epoch": (turn + 1) * self.plan.size / len(self.prompts)}
+
+    def _move(self, average: MovingReference, job: Job, done: int) -> None:
+        """The moving average takes its part of the policy after a step; or, by stages, all of it where one begins."""
+        hyper = self.algorithm.hyper  # type: ignore[attr-defined]
+        if "decay" in hyper:
+            average.move(job.policy, 1 - float(hyper["decay"]))
+        elif self._stage(job, done // self.plan.steps) != self._stage(job, (done - 1) // self.plan.steps):
+            average.move(job.policy, 1.0)
+
+    def _stage(self, job: Job, turn: int) -> int:
+        first = self.algorithm.hyper.get("first_stage", 1.0)  # type: ignore[attr-defined]
+        return int(turn * self.plan.steps >= first * job.steps)
 
     def order(self, step: int) -> list[int]:
         """The examples of a step: of each pass another permutation, cut into equal parts."""
@@ -151,11 +171,16 @@ class Turns:
         if source in ("policy", "greedy"):
             how = replace(sampling, temperature=0.0) if source == "greedy" else sampling
             return self.engine.generate(texts, n, how, keys)
-        share = 1.0 if source == "reference" else float(self.algorithm.hyper["mixture"])  # type: ignore[attr-defined]
-        # the reference alone is a mixture of which the policy has no share
+        share = float(self.algorithm.hyper["mixture"]) if source == "mixture" else 1.0  # type: ignore[attr-defined]
+        # another model alone is a mixture of which the policy has no share
         how = replace(sampling, seed=sampling.seed ^ 1 << 40)
-        mixture = Mixture(self.companion, share)
+        mixture = Mixture(self._average() if source == "average" else self.companion, share)
         return self.engine.generate(texts, n, how, keys, mixture=mixture)  # type: ignore[call-arg]
+
+    def _average(self) -> Any:
+        """The bare model of the moving average."""
+        assert self.average is not None
+        return self.accelerator.unwrap_model(self.average.model).model
 
     def evaluate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """The mean reward and length of one completion of each prompt."""
@@ -207,8 +232,7 @@ class Turns:
                 of += found
         if self.algorithm.demonstrations:
             for (_, prompt), of in zip(prompts, rollouts, strict=True):
-                assert prompt.completion is not None
-                of.append(Rollout(prompt.completion, torch.zeros(len(prompt.completion)), True))
+                of += [Rollout(each, torch.zeros(len(each)), True) for each in prompt.completions]
         samples = [
             [self._sample(prompt, each) for each in of] for (_, prompt), of in zip(prompts, rollouts, strict=True)
         ]
@@ -221,7 +245,7 @@ class Turns:
         for (place, prompt), of, given, score, won in zip(prompts, rollouts, samples, rewards, wins, strict=True):
             generator = torch.Generator().manual_seed(draw_seed(self.plan.seed, turn, place + 1))
             logprobs = [float(each.logprobs.double().sum()) for each in of]
-            drafts = self.algorithm.drafts(Group(given, score, won, logprobs, generator))
+            drafts = self.algorithm.drafts(Group(given, score, won, logprobs, generator, self.stage))
             made += [self._made(place, prompt, of, draft) for draft in drafts]
             drawn = self.algorithm.draws[0].times
             seen += [
@@ -245,7 +269,7 @@ class Turns:
         """Of each group, who is preferred to whom; all pairs are asked for at once."""
         if self.algorithm.needs != "judge":
             return [_no_judge] * len(samples)
-        pairs = [(n, i, j) for n, of in enumerate(samples) for i, j in combinations(range(len(of)), 2)]
+        pairs = [(n, i, j) for n, of in enumerate(samples) for i, j in self.algorithm.compared(len(of))]
         if self.judge is None:
             # Bradley-Terry on the rewards
             found = [1 / (1 + torch.tensor(rewards[n][j] - rewards[n][i]).double().exp().item()) for n, i, j in pairs]
@@ -327,10 +351,12 @@ class Turns:
             same = sum(len(set(of)) == 1 for of in groups.values()) / len(groups)
             out |= {"reward": float(scores.mean()), "reward_std": float(scores.std(correction=0)), "same_reward": same}
             out |= {f"reward_{name}": mean for name, mean in getattr(self.scorer, "means", {}).items()}
-        if {"old", "reference"} <= self.constants.keys() and self.examples:
+        # of pairs, which are no samples of the policy, it would be none
+        single = bool(self.examples) and len(self.examples[0].completions) == 1
+        if single and {"old", "reference"} <= self.constants.keys():
             old, reference = (self.constants[name] for name in ("old", "reference"))
             total = sum(float((o - r).sum()) for i in old for o, r in zip(old[i], reference[i], strict=True))
-            out["kl"] = total / sum(len(e.completions) for e in self.examples)
+            out["kl"] = total / len(self.examples)
         return out | dict(self.last)
 
 

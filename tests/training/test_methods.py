@@ -7,34 +7,22 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from fastpo import algorithms
 from fastpo.cli import main
 from fastpo.training import task
 from fastpo.training.config import built_in_defaults
-from fastpo.training.model import load_model, load_tokenizer
+from fastpo.training.model import load_tokenizer
 from fastpo.training.scorers import Sample, load_judge, load_scorer
 
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.usefixtures("threads")
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("built-in")
-    # as a run of the task does
-    torch.set_num_threads(1)
-    task.build(folder, 0, lambda *_: None)
-    # the answers that it samples are the same for every method
-    model = load_model(str(folder / task.REFERENCE))
-    return folder, {len(questions): task._preferences(model, questions, 0) for questions in task.prompts(0)}
-
-
 @pytest.fixture
-def trained(reference, tmp_path, monkeypatch):
+def trained(fitted, tmp_path, monkeypatch):
     """A short run; returns its summary and its folder."""
-    folder, preferences = reference
+    folder, preferences = fitted
 
     def trained(name: str, *more: str) -> tuple[dict[str, float], Path]:
         monkeypatch.setattr(task, "build", lambda to, *_: shutil.copytree(folder, to, dirs_exist_ok=True))
