@@ -100,10 +100,10 @@ Acc<dtype> block_max(const Storage<dtype>* p, int64_t n, Set set = {}) {
   for (auto& v : m) v = constant<V>(least);
   int64_t i = 0;
   for (; i + 4 * w <= n; i += 4 * w)
-    for (int j = 0; j < 4; ++j) m[j] = max(set(i + j * w, Element<dtype>::load(p + i + j * w), least), m[j]);
-  for (; i + w <= n; i += w) m[0] = max(set(i, Element<dtype>::load(p + i), least), m[0]);
-  if (i < n) m[1] = max(set(i, load_some<dtype>(p + i, 1, n - i, least), least), m[1]);
-  return max_lanes(max(max(m[0], m[1]), max(m[2], m[3])));
+    for (int j = 0; j < 4; ++j) m[j] = larger_of(set(i + j * w, Element<dtype>::load(p + i + j * w), least), m[j]);
+  for (; i + w <= n; i += w) m[0] = larger_of(set(i, Element<dtype>::load(p + i), least), m[0]);
+  if (i < n) m[1] = larger_of(set(i, load_some<dtype>(p + i, 1, n - i, least), least), m[1]);
+  return max_lanes(larger_of(larger_of(m[0], m[1]), larger_of(m[2], m[3])));
 }
 
 struct Sums {
@@ -152,7 +152,7 @@ Acc<dtype> block_sums(const Storage<dtype>* p, int64_t n, Set set, Acc<dtype> of
   for (int64_t i = 0; i < n;) {
     V s[4] = {}, w[4] = {}, q[4] = {};
     const auto add = [&](V x, int j) __attribute__((always_inline)) {
-      m[j] = max(x, m[j]);
+      m[j] = larger_of(x, m[j]);
       const V t = (x - offset) * scale;
       const V e = exp2(t);
       s[j] += e;
@@ -182,7 +182,7 @@ Acc<dtype> block_sums(const Storage<dtype>* p, int64_t n, Set set, Acc<dtype> of
   sums.s = sum_lanes(total_s);
   if constexpr (weighted) sums.w = sum_lanes(total_w);
   if constexpr (squared) sums.q = sum_lanes(total_q);
-  return max_lanes(max(max(m[0], m[1]), max(m[2], m[3])));
+  return max_lanes(larger_of(larger_of(m[0], m[1]), larger_of(m[2], m[3])));
 }
 
 // first column of the set that holds `value`, or the first NaN for a NaN; n if there is none

@@ -48,9 +48,42 @@ FASTPO_FN VecD from_bits(VecL x) { return (VecD)x; }
 FASTPO_FN VecF to_float(VecI x) { return __builtin_convertvector(x, VecF); }
 FASTPO_FN VecD to_float(VecL x) { return __builtin_convertvector(x, VecD); }
 
-template <class V>
-FASTPO_FN V max(V a, V b) {
+// one instruction each, which gcc does not find where a number is a constant
+FASTPO_FN VecF larger_of(VecF a, VecF b) {
+#if FASTPO_AVX512
+  return (VecF)_mm512_maskz_max_ps(-1, (__m512)a, (__m512)b);
+#elif FASTPO_AVX2
+  return (VecF)_mm256_max_ps((__m256)a, (__m256)b);
+#else
   return select(a > b, a, b);
+#endif
+}
+FASTPO_FN VecD larger_of(VecD a, VecD b) {
+#if FASTPO_AVX512
+  return (VecD)_mm512_maskz_max_pd(-1, (__m512d)a, (__m512d)b);
+#elif FASTPO_AVX2
+  return (VecD)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
+FASTPO_FN VecF smaller_of(VecF a, VecF b) {
+#if FASTPO_AVX512
+  return (VecF)_mm512_maskz_min_ps(-1, (__m512)a, (__m512)b);
+#elif FASTPO_AVX2
+  return (VecF)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return select(a < b, a, b);
+#endif
+}
+FASTPO_FN VecD smaller_of(VecD a, VecD b) {
+#if FASTPO_AVX512
+  return (VecD)_mm512_maskz_min_pd(-1, (__m512d)a, (__m512d)b);
+#elif FASTPO_AVX2
+  return (VecD)_mm256_min_pd((__m256d)a, (__m256d)b);
+#else
+  return select(a < b, a, b);
+#endif
 }
 
 template <class V>
@@ -200,6 +233,58 @@ FASTPO_FN Acc<dtype> load_one(const Storage<dtype>* p) {
     return load_some<dtype>(p, 1, 1, 0)[0];
 }
 
+// a vector at p, which need not be aligned
+template <class A>
+FASTPO_FN Vec<A> at(const A* p) {
+  Vec<A> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class A>
+FASTPO_FN void put(A* p, Vec<A> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+// one number of a tensor (Numbers or Stream), whatever its dtype
+template <class Tensor>
+FASTPO_FN double number_at(const Tensor& tensor, int64_t i) {
+  switch (tensor.dtype) {
+    case DType::f32:
+      return load_one<DType::f32>(static_cast<const float*>(tensor.data) + i);
+    case DType::f64:
+      return load_one<DType::f64>(static_cast<const double*>(tensor.data) + i);
+    case DType::bf16:
+      return load_one<DType::bf16>(static_cast<const uint16_t*>(tensor.data) + i);
+    default:
+      return load_one<DType::f16>(static_cast<const uint16_t*>(tensor.data) + i);
+  }
+}
+
+template <DType dtype, class A>
+void widen(const Storage<dtype>* from, int64_t n, A* out) {
+  A* __restrict to = out;
+  int64_t i = 0;
+  if constexpr (sizeof(A) == sizeof(Acc<dtype>))
+    for (; i + lanes<A> <= n; i += lanes<A>) put(to + i, Element<dtype>::load(from + i));
+  for (; i < n; ++i) to[i] = static_cast<A>(load_one<dtype>(from + i));
+}
+
+// n numbers from `first` on of such a tensor
+template <class A, class Tensor>
+void widen(const Tensor& tensor, int64_t first, int64_t n, A* to) {
+  switch (tensor.dtype) {
+    case DType::f32:
+      return widen<DType::f32>(static_cast<const float*>(tensor.data) + first, n, to);
+    case DType::f64:
+      return widen<DType::f64>(static_cast<const double*>(tensor.data) + first, n, to);
+    case DType::bf16:
+      return widen<DType::bf16>(static_cast<const uint16_t*>(tensor.data) + first, n, to);
+    case DType::f16:
+      return widen<DType::f16>(static_cast<const uint16_t*>(tensor.data) + first, n, to);
+  }
+}
+
 // gcc takes __builtin_convertvector apart where there is one instruction
 FASTPO_FN VecD widened(HalfF v) {
 #if FASTPO_AVX512
@@ -278,6 +363,38 @@ FASTPO_FN VecD where_bit(const uint32_t* words, int64_t column, VecD x, double o
   for (int i = 0; i < lanes<double>; ++i) lane[i] = Int64{1} << i;
   return select((lane & static_cast<Int64>(bits)) != 0, x, constant<VecD>(out));
 #endif
+}
+
+// bytes of a mask that are true, which are 1
+FASTPO_FN int64_t count_true(const bool* mask, int64_t n) {
+  constexpr uint64_t ones = 0x0101010101010101u;
+  constexpr int64_t bytes = sizeof(VecL);
+  int64_t count = 0, i = 0;
+  // a byte of the sum of 31 vectors is at most 31, and the total of a word's bytes fits into the uppermost
+  while (i + bytes <= n) {
+    VecL sum{};
+    for (int k = 0; k < 31 && i + bytes <= n; ++k, i += bytes) {
+      VecL words;
+      __builtin_memcpy(&words, mask + i, sizeof words);
+      sum += words;
+    }
+    for (int l = 0; l < lanes<double>; ++l) count += static_cast<int64_t>(static_cast<uint64_t>(sum[l]) * ones >> 56);
+  }
+  for (; i < n; ++i) count += mask[i];
+  return count;
+}
+
+// how many of n tokens there are up to the last that counts
+FASTPO_FN int64_t counted_until(const bool* mask, int64_t n) {
+  uint64_t words[8];
+  for (; n >= 64; n -= 64) {
+    __builtin_memcpy(words, mask + n - 64, sizeof words);
+    uint64_t any = 0;
+    for (uint64_t word : words) any |= word;
+    if (any) break;
+  }
+  while (n > 0 && !mask[n - 1]) --n;
+  return n;
 }
 
 // v where the bytes at `mask` are true, else 0; what a masked lane holds is never computed with

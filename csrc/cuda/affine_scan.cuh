@@ -26,19 +26,6 @@ FASTPO_DEVICE RowSpan span_of(const Scan& s, Int64 row) {
   return {inside ? begin : 0, inside ? end - begin : -1};
 }
 
-FASTPO_DEVICE double number_at(const Numbers& n, Int64 i) {
-  switch (n.dtype) {
-    case DType::f32:
-      return Element<DType::f32>::widen(load(static_cast<const Storage<DType::f32>*>(n.data) + i));
-    case DType::f64:
-      return Element<DType::f64>::widen(load(static_cast<const Storage<DType::f64>*>(n.data) + i));
-    case DType::bf16:
-      return Element<DType::bf16>::widen(load(static_cast<const Storage<DType::bf16>*>(n.data) + i));
-    default:
-      return Element<DType::f16>::widen(load(static_cast<const Storage<DType::f16>*>(n.data) + i));
-  }
-}
-
 FASTPO_DEVICE void put_number(void* out, bool is_double, Int64 i, double value) {
   if (is_double)
     store(static_cast<double*>(out) + i, value);

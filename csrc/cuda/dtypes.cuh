@@ -67,6 +67,21 @@ struct Element<DType::f16> {
 template <DType dtype>
 using Storage = typename Element<dtype>::Storage;
 
+// one number of a tensor (Numbers or Stream), whatever its dtype
+template <class Tensor>
+FASTPO_DEVICE double number_at(const Tensor& tensor, Int64 i) {
+  switch (tensor.dtype) {
+    case DType::f32:
+      return Element<DType::f32>::widen(load(static_cast<const Storage<DType::f32>*>(tensor.data) + i));
+    case DType::f64:
+      return Element<DType::f64>::widen(load(static_cast<const Storage<DType::f64>*>(tensor.data) + i));
+    case DType::bf16:
+      return Element<DType::bf16>::widen(load(static_cast<const Storage<DType::bf16>*>(tensor.data) + i));
+    default:
+      return Element<DType::f16>::widen(load(static_cast<const Storage<DType::f16>*>(tensor.data) + i));
+  }
+}
+
 // elements of 16 bytes
 template <DType dtype>
 constexpr int vector_width = 16 / static_cast<int>(sizeof(Storage<dtype>));

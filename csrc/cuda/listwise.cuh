@@ -22,19 +22,6 @@ FASTPO_HOST_DEVICE Shape list_shape(Int64 lists, Int64 items) {
   return s;
 }
 
-FASTPO_DEVICE double list_number(const Numbers& n, Int64 i) {
-  switch (n.dtype) {
-    case DType::f32:
-      return Element<DType::f32>::widen(load(static_cast<const Storage<DType::f32>*>(n.data) + i));
-    case DType::f64:
-      return Element<DType::f64>::widen(load(static_cast<const Storage<DType::f64>*>(n.data) + i));
-    case DType::bf16:
-      return Element<DType::bf16>::widen(load(static_cast<const Storage<DType::bf16>*>(n.data) + i));
-    default:
-      return Element<DType::f16>::widen(load(static_cast<const Storage<DType::f16>*>(n.data) + i));
-  }
-}
-
 struct AddUp {
   static FASTPO_DEVICE double both(double a, double b) { return a + b; }
 };
@@ -52,7 +39,7 @@ struct TeamList {
   FASTPO_DEVICE bool counts(Int64 i) const { return !o.mask || load(o.mask + first + i); }
   FASTPO_DEVICE A score(Int64 i) const { return load(static_cast<const A*>(o.scores) + first + i); }
   FASTPO_DEVICE A target(Int64 i) const {
-    return static_cast<A>(list_number(o.targets, first + i)) * static_cast<A>(o.target_scale);
+    return static_cast<A>(number_at(o.targets, first + i)) * static_cast<A>(o.target_scale);
   }
   FASTPO_DEVICE double noted(Int64 i) const { return load(o.scratch + first + i); }
   FASTPO_DEVICE void note(Int64 i, double value) const { store(o.scratch + first + i, value); }
@@ -275,10 +262,10 @@ FASTPO_DEVICE double pro_list(const TeamList<A>& x, double n, Cells& cells) {
       best = false;
       slope += static_cast<double>((other - t) * exp(static_cast<A>(s * (other - t) - x.noted(j))));
     });
-    slope /= list_number(x.o.other, x.first + i);
+    slope /= number_at(x.o.other, x.first + i);
     if (best) {
       slope -= share;
-      loss -= share * list_number(x.o.policy, x.first + i);
+      loss -= share * number_at(x.o.policy, x.first + i);
     }
     x.slope(i, slope);
   });
@@ -317,9 +304,9 @@ FASTPO_DEVICE void take_list(const Listwise& o, Int64 list, const TeamList<A>& x
   for (Int64 i = x.rank; i < x.count; i += x.team) {
     A s = 0;
     if (x.counts(i)) {
-      s = static_cast<A>(list_number(o.policy, x.first + i));
+      s = static_cast<A>(number_at(o.policy, x.first + i));
       if (o.other.data) {
-        const A other = static_cast<A>(list_number(o.other, x.first + i));
+        const A other = static_cast<A>(number_at(o.other, x.first + i));
         s = divides(kind) ? s / other : s - other;
       }
       s *= scale;

@@ -1,4 +1,4 @@
-// What the kernels on rows of tokens share: where the tokens are, single numbers of any dtype, sums over a block.
+// What the kernels on rows of tokens share: where the tokens are, sums over a block.
 #pragma once
 
 #include "../arguments.h"
@@ -21,20 +21,6 @@ FASTPO_DEVICE Tokens tokens_of(const Layout& layout, Int64 row, Int64 row_stride
 
 FASTPO_DEVICE const bool* mask_of(const Layout& layout, Int64 row) {
   return layout.mask ? layout.mask + tokens_of(layout, row, layout.mask_stride).first : nullptr;
-}
-
-// one number, whatever its dtype
-FASTPO_DEVICE double number_at(const Stream& stream, Int64 at) {
-  switch (stream.dtype) {
-    case DType::f32:
-      return Element<DType::f32>::widen(load(static_cast<const Storage<DType::f32>*>(stream.data) + at));
-    case DType::f64:
-      return Element<DType::f64>::widen(load(static_cast<const Storage<DType::f64>*>(stream.data) + at));
-    case DType::bf16:
-      return Element<DType::bf16>::widen(load(static_cast<const Storage<DType::bf16>*>(stream.data) + at));
-    default:
-      return Element<DType::f16>::widen(load(static_cast<const Storage<DType::f16>*>(stream.data) + at));
-  }
 }
 
 // Sum over the block, of use to its first thread only; all threads take part. `sums` has a cell per warp.

@@ -10,19 +10,6 @@
 
 namespace FASTPO_NAMESPACE {
 
-FASTPO_DEVICE double value_at(const Numbers& n, Int64 i) {
-  switch (n.dtype) {
-    case DType::f32:
-      return Element<DType::f32>::widen(load(static_cast<const Storage<DType::f32>*>(n.data) + i));
-    case DType::f64:
-      return Element<DType::f64>::widen(load(static_cast<const Storage<DType::f64>*>(n.data) + i));
-    case DType::bf16:
-      return Element<DType::bf16>::widen(load(static_cast<const Storage<DType::bf16>*>(n.data) + i));
-    default:
-      return Element<DType::f16>::widen(load(static_cast<const Storage<DType::f16>*>(n.data) + i));
-  }
-}
-
 struct Members {
   Int64 first, count;
 };
@@ -120,7 +107,7 @@ FASTPO_DEVICE Member member(const Segments& s, Int64 place) {
   const Int64 at = s.order ? load(s.order + place) : place;
   // an order that is none
   if (at < 0 || at >= s.total) return {-1, 0.0, false};
-  const double value = value_at(s.values, at);
+  const double value = number_at(s.values, at);
   return {at, value, (!s.mask || load(s.mask + at)) && (!s.skip_nan || value == value)};
 }
 
@@ -142,7 +129,7 @@ FASTPO_DEVICE void take_segment(const Segments& s, Int64 segment, const Members&
   for (Int64 j = rank; j < m.count; j += team) {
     const Member x = member(s, m.first + j);
     if (!x.counts) continue;
-    const double weight = s.weights.data ? value_at(s.weights, x.at) : 0.0;
+    const double weight = s.weights.data ? number_at(s.weights, x.at) : 0.0;
     sums = merge(sums, Sums{1, x.value, weight, weight == 0 ? 0.0 : weight * x.value});
     extremes = merge(extremes, Extremes{x.value, x.value, -infinity<double>()});
   }

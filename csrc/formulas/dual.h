@@ -321,6 +321,12 @@ FASTPO_FN Dual<T, k> exp(const Dual<T, k>& a) {
 }
 
 template <class T, int k>
+FASTPO_FN Dual<T, k> exp_near(const Dual<T, k>& a) {
+  const T value = exp_near(a.value);
+  return chain(a, value, value);
+}
+
+template <class T, int k>
 FASTPO_FN Dual<T, k> expm1(const Dual<T, k>& a) {
   return chain(a, expm1(a.value), exp(a.value));
 }

@@ -1,6 +1,6 @@
 // Branch-free elementary functions that vectorise, for any T of scalar.h. Each takes every argument, and what it
 // gives at the ends of its domain, at inf and at NaN is what torch gives; the names that end otherwise (_reduced,
-// _normal, _unit) say where they hold. tests/losses/test_formula.py states the error of each in ulp.
+// _normal, _unit, _near) say where they hold. tests/losses/test_formula.py states the error of each in ulp.
 #pragma once
 
 #include "scalar.h"
@@ -96,11 +96,10 @@ struct ExpArgument {
 template <class T>
 FASTPO_FN ExpArgument<T> reduce_exp(T x) {
   constexpr bool single = sizeof(Scalar<T>) == 4;
-  // beyond these the result is 0 or inf; NaN fails both comparisons and stays
+  // beyond these the result is 0 or inf; NaN stays
   const T lowest = constant<T>(single ? -104.0 : -746.0);
   const T highest = constant<T>(single ? 89.0 : 710.0);
-  T clamped = select(x < lowest, lowest, x);
-  clamped = select(clamped > highest, highest, clamped);
+  const T clamped = smaller_of(highest, larger_of(lowest, x));
   ExpArgument<T> out;
   out.n = round_nearest(clamped * constant<T>(1.4426950408889634));
   out.r = (clamped - out.n * constant<T>(Ln2<T>::high)) - out.n * constant<T>(Ln2<T>::low);
@@ -123,6 +122,28 @@ FASTPO_FN T expm1(T x) {
   const T p = a.r + (a.r * a.r) * exp_tail(a.r);
   // 2^n p + 2^n - 1, of which one power of two is taken out, so that nothing overflows before the result
   return (p * a.power + (a.power - power_of_two(a.half - a.n))) * a.other_power;
+}
+
+// The same of |x| <= 80, where 2^n is in range in one piece; NaN stays.
+template <class T>
+FASTPO_FN ExpArgument<T> reduce_exp_near(T x) {
+  ExpArgument<T> out;
+  out.n = round_nearest(x * constant<T>(1.4426950408889634));
+  out.r = (x - out.n * constant<T>(Ln2<T>::high)) - out.n * constant<T>(Ln2<T>::low);
+  out.power = power_of_two(out.n);
+  return out;
+}
+
+template <class T>
+FASTPO_FN T exp_near(T x) {
+  const ExpArgument<T> a = reduce_exp_near(x);
+  return exp_reduced(a.r) * a.power;
+}
+
+template <class T>
+FASTPO_FN T expm1_near(T x) {
+  const ExpArgument<T> a = reduce_exp_near(x);
+  return (a.r + (a.r * a.r) * exp_tail(a.r)) * a.power + (a.power - constant<T>(1.0));
 }
 
 // x = 2^exponent mantissa with the mantissa in [sqrt(1/2), sqrt(2))
@@ -285,17 +306,17 @@ FASTPO_FN T tanh(T x) {
 // NaN if either is
 template <class T>
 FASTPO_FN T minimum(T a, T b) {
-  return select(a != a, a, select(a < b, a, b));
+  return select(a != a, a, smaller_of(a, b));
 }
 
 template <class T>
 FASTPO_FN T maximum(T a, T b) {
-  return select(a != a, a, select(a > b, a, b));
+  return select(a != a, a, larger_of(a, b));
 }
 
 template <class T>
 FASTPO_FN T clip(T x, double low, double high) {
-  return minimum(maximum(x, constant<T>(low)), constant<T>(high));
+  return smaller_of(constant<T>(high), larger_of(constant<T>(low), x));
 }
 
 template <class T>
@@ -332,7 +353,7 @@ FASTPO_FN T power(T x, double p) {
       constant<T>(0.6931471805599453) * (exact - n) + (rest + constant<T>(p) * log_reduced(parts.mantissa, T{}));
   // far enough to overflow or to vanish whatever e^r is
   const T furthest = constant<T>(single ? 214.0 : 1139.0);
-  const T clamped = minimum(maximum(n, -furthest), furthest);
+  const T clamped = smaller_of(furthest, larger_of(-furthest, n));
   const T half = round_nearest(clamped * constant<T>(0.5));
   const T inside = exp(r) * power_of_two(half) * power_of_two(clamped - half);
   const T size = abs(x), inverse = constant<T>(1.0) / size;

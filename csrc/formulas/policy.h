@@ -112,12 +112,12 @@ constexpr double furthest_logratio = 20.0;
 
 template <class T, int k>
 FASTPO_FN Dual<T, k> ratio_of(const Dual<T, k>& logratio) {
-  return exp(clip(logratio, -furthest_logratio, furthest_logratio));
+  return exp_near(clip(logratio, -furthest_logratio, furthest_logratio));
 }
 
 template <class T>
 FASTPO_FN T ratio_of(T logratio) {
-  return exp(clip(logratio, -furthest_logratio, furthest_logratio));
+  return exp_near(clip(logratio, -furthest_logratio, furthest_logratio));
 }
 
 // a number without slopes
@@ -146,9 +146,10 @@ template <class T, int k>
 FASTPO_FN Dual<T, k> clipped_surrogate(const Dual<T, k>& ratio, const Given<T>& advantage, const PolicyNumbers& h) {
   const T slope = -advantage.value, free = slope * ratio.value;
   const T bounded = slope * clip(ratio.value, h.clip_low, h.clip_high);
-  const T larger = maximum(free, bounded), most = select(slope > T{}, slope * constant<T>(h.dual_clip), infinity<T>());
+  // the bounded one is NaN where the free one is, and `most` never where they are not
+  const T worse = larger_of(free, bounded), most = select(slope > T{}, slope * constant<T>(h.dual_clip), infinity<T>());
   const T taken = select(free < bounded, T{}, slope);
-  return chain(ratio, minimum(larger, most), select(larger > most, T{}, taken));
+  return chain(ratio, smaller_of(most, worse), select(worse > most, T{}, taken));
 }
 
 template <class T>
@@ -255,7 +256,7 @@ FASTPO_FN Dual<T, k> kl_estimate(int which, const Dual<T, k>& logratio) {
   if (which == 1) return logratio;
   if (which == 2) return 0.5 * square(logratio);
   // e^-x - 1 + x without the digits that cancel for small x, and its slope, 1 - e^-x
-  const T x = logratio.value, rest = expm1(clip(-x, -furthest_logratio, furthest_logratio));
+  const T x = logratio.value, rest = expm1_near(clip(-x, -furthest_logratio, furthest_logratio));
   return chain(logratio, rest + x, select(abs(x) > constant<T>(furthest_logratio), constant<T>(1.0), -rest));
 }
 
@@ -366,7 +367,7 @@ FASTPO_FN TokenResult<T> evaluate_token(const Terms& terms, const TokenNumbers<T
     top(maxima::rollout_ratio, raw);
     top(maxima::negative_rollout_ratio, -raw);
     add(sums::rollout_k1, -logratio);
-    add(sums::rollout_k3, expm1(clip(logratio, -furthest_logratio, furthest_logratio)) - logratio);
+    add(sums::rollout_k3, expm1_near(clip(logratio, -furthest_logratio, furthest_logratio)) - logratio);
     add(sums::weight, weight);
     add(sums::weight_square, weight * weight);
     policy = Given<T>{weight} * policy;

@@ -42,6 +42,12 @@ using Scalar = typename Traits<T>::Scalar;
 FASTPO_FN float select(bool condition, float a, float b) { return condition ? a : b; }
 FASTPO_FN double select(bool condition, double a, double b) { return condition ? a : b; }
 
+// the larger and the smaller of two numbers; b where either is NaN
+FASTPO_FN float larger_of(float a, float b) { return a > b ? a : b; }
+FASTPO_FN double larger_of(double a, double b) { return a > b ? a : b; }
+FASTPO_FN float smaller_of(float a, float b) { return a < b ? a : b; }
+FASTPO_FN double smaller_of(double a, double b) { return a < b ? a : b; }
+
 #if defined(__CUDA_ARCH__)
 FASTPO_FN int to_bits(float x) { return __float_as_int(x); }
 FASTPO_FN float from_bits(int x) { return __int_as_float(x); }

@@ -272,9 +272,10 @@ class TestLongRows:
 
     @pytest.mark.parametrize("padding", ["none", "right", "left", "hole"])
     def test_plain_gae(self, threads, padding):
-        """fp32 without flags takes a path of its own through blocks without masked tokens, fp64 the general one."""
+        """fp32 without flags takes a path of its own through stretches and blocks without masked tokens, fp64 the
+        general one."""
         names = ("next_values", "log_ratios", "terminated", "truncated", "cu_seqlens")
-        for rows, tokens in ((1, 70_001), (4, 2500)):
+        for rows, tokens in ((1, 70_001), (4, 2500), (3, 9001)):
             case = advantage_case("padded masked", rows, tokens, torch.float32) | dict.fromkeys(names)
             mask = torch.ones(rows, tokens, dtype=torch.bool)
             cut = slice(*{"right": (-1300, None), "left": (0, 1300), "hole": (700, 1500), "none": (0, 0)}[padding])

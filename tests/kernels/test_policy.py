@@ -199,8 +199,8 @@ class TestKernel:
             compare(row, given, **settings(row))
 
     def test_usual_call(self, row):
-        """fp32 with an old policy, and a reference or none, takes a body of its own; rows are read up to their last
-        token that counts, in chunks."""
+        """fp32 with an old policy, and a reference or none; rows are read up to their last token that counts, in
+        chunks, and their tokens are counted by vectors."""
         for i, (rows, tokens) in enumerate([(1, 1), (4, 33), (3, 1500), (4, 2600)]):
             given = make(row, ("padded", "packed")[i == 1], rows, tokens, torch.float32, seed=40 + i)
             given = {k: v for k, v in given.items() if k not in ("rollout_logprobs", "entropy")}
@@ -340,6 +340,7 @@ class TestKernel:
                 ours = evaluate(row, given, backend, **options)
                 assert ours["loss"] == 0 and (ours["sums"] == 0).all() and (ours["maxima"] == -math.inf).all()
                 assert (ours[f"grad of {leaves_of(row)[0]}"] == 0).all()
+                assert call(row, given, backend, **options).metrics.ratio_mean == 0
                 assert evaluate(row, none, backend, **options, num_items=3)["loss"] == 0
                 with pytest.raises(ValueError, match="empty batch is undefined: pass num_items"):
                     call(row, none, backend, **options)
@@ -351,9 +352,9 @@ class TestKernel:
         name = leaves_of(row)[0]
         options = settings(row)
 
-        def step(leaf: Tensor) -> tuple[Tensor, Tensor]:
+        def step(leaf: Tensor) -> tuple[Tensor, ...]:
             out = getattr(losses, row.name)(**{**given, name: leaf}, **options)
-            return out.loss, out.metrics.sums
+            return out.loss, *out.metrics, out.metrics.ratio_mean, out.metrics.old_kl
 
         torch._dynamo.reset()
         leaf = given[name].requires_grad_()

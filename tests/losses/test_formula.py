@@ -493,6 +493,8 @@ TWO_ARGUMENTS: dict[str, tuple[str, Callable[..., Tensor]]] = {
     ),
     "detached": ("detach(x) * y + 1.0 - detach(y)", lambda x, y: x.detach() * y + 1 - y.detach()),
 }
+# those that take |x| <= 80
+NEAR = {"exp_near": "exp_near(x)", "expm1_near": "chain(x, expm1_near(x.value), exp_near(x.value))"}
 # forward and backward mode have NaNs of their own where a factor is infinite
 ARITHMETIC = ("product", "quotient", "constants", "detached")
 
@@ -503,6 +505,7 @@ def library(tmp_path_factory):
     functions = {name: f"{name}(x)" for name in ONE_ARGUMENT}
     functions |= {f"power_{i}": power_text(p) for i, p in enumerate(POWERS)}
     functions |= {name: text for name, (text, _) in TWO_ARGUMENTS.items()}
+    functions |= NEAR
     parts = ['#include "cpu/isa/baseline.h"\n#include "cpu/vec.h"\n#include "formulas/dual.h"\n']
     parts.append("using namespace FASTPO_NAMESPACE;\n")
     for name, text in functions.items():
@@ -582,6 +585,17 @@ class TestFunctions:
 
         # not the slope that is 0, which an infinite derivative makes NaN
         self.compare(self.run(library, name, scalar, x, x)[:2], lambda a, b: function(a), x, x)
+
+    @pytest.mark.parametrize("scalar", DTYPES)
+    @pytest.mark.parametrize("name", NEAR)
+    def test_near(self, library, name, scalar):
+        """The same bits as of the function that takes every argument."""
+        rng = np.random.default_rng(1)
+        small = np.exp(rng.uniform(-60, 0, 1000))
+        parts = [rng.uniform(-80, 80, 3000), rng.uniform(-1, 1, 1000), small, -small, [0, 80, -80, math.nan]]
+        x = np.concatenate(parts).astype(DTYPES[scalar])
+        every = self.run(library, name.removesuffix("_near"), scalar, x, x)
+        np.testing.assert_array_equal(self.run(library, name, scalar, x, x), every)
 
     @pytest.mark.parametrize("scalar", DTYPES)
     @pytest.mark.parametrize("name", TWO_ARGUMENTS)
