@@ -316,7 +316,7 @@ def _soft(group: Group, hyper: Options) -> list[Draft]:
 
 
 def _rewarded(group: Group, hyper: Options) -> list[Draft]:
-    """Random pairs, each with the rewards of both."""
+    """Random pairs without a completion in two of them (CoPG may take all pairs), each with the rewards of both."""
     pairs = _sides(data.first_round_pairs(group.rewards, generator=group.generator))
     return [Draft(pair, tuple(group.rewards[i] for i in pair)) for pair in pairs]
 

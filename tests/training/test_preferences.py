@@ -15,7 +15,7 @@ from fastpo import algorithms, losses
 from fastpo.algorithms import Batch, Completions, Draft, Draw, Group, Sample, Turn
 from fastpo.algorithms.preferences import METHODS
 from fastpo.cli import main
-from fastpo.training import task
+from fastpo.training import run, task
 from fastpo.training.batches import collate
 from fastpo.training.config import built_in_defaults
 from fastpo.training.data import Encoder, Example, Prompt, load_prompts
@@ -387,13 +387,14 @@ def trained(fitted, threads, tmp_path, monkeypatch):
     folder, preferences = fitted
     monkeypatch.setattr(task, "build", lambda to, *_: shutil.copytree(folder, to, dirs_exist_ok=True))
     monkeypatch.setattr(task, "_preferences", lambda _, questions, __: preferences[len(questions)])
+    monkeypatch.setattr(run, "plot", lambda *_: None)  # as long as a few steps
 
-    def trained(name: str, *more: str, run: str = "run", steps: int = 16) -> dict[str, float]:
+    def trained(name: str, *more: str, output: str = "run", steps: int = 20) -> dict[str, float]:
         # a third of the steps at twice the rate
         rate = 2 * built_in_defaults(name)["optim.lr"]
-        command = ["train", name, "--output", str(tmp_path / run), "--steps", str(steps), "--optim.lr", str(rate)]
+        command = ["train", name, "--output", str(tmp_path / output), "--steps", str(steps), "--optim.lr", str(rate)]
         assert main([*command, "--eval_every", "0", "--batch.tokens", "2048", *more]) == 0
-        return json.loads((tmp_path / run / "summary.json").read_text())
+        return json.loads((tmp_path / output / "summary.json").read_text())
 
     return trained
 
@@ -450,7 +451,7 @@ def test_resuming_restores_the_average_within_a_turn(name, trained, tmp_path, mo
     with monkeypatch.context() as patched:
         patched.setattr(loop, "optimizer_step", three_steps)
         with pytest.raises(AssertionError):
-            trained(name, *more, run="stopped", steps=6)
+            trained(name, *more, output="stopped", steps=6)
     assert main(["train", name, "--resume", str(tmp_path / "stopped")]) == 0
     assert_same_run(tmp_path / "run", tmp_path / "stopped")
 
