@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastpo.algorithms import direct
+from fastpo.algorithms import direct, recipes, shaped
 from fastpo.algorithms.base import (
     Algorithm,
+    Allocating,
     Batch,
     Column,
     Completions,
@@ -19,14 +20,15 @@ from fastpo.algorithms.base import (
     Group,
     Online,
     Prepared,
+    Refining,
     Sample,
     State,
     StepOutput,
     Turn,
+    Windowed,
 )
 from fastpo.algorithms.inputs import SOURCES
 from fastpo.algorithms.pairwise import Pairwise
-from fastpo.algorithms.recipes import RECIPES
 from fastpo.algorithms.rollouts import PolicyGradient
 from fastpo.algorithms.unpaired import Unpaired
 from fastpo.reference import Objective, objectives
@@ -40,6 +42,7 @@ def _trainable(row: Objective) -> bool:
     return row.kind in _CLASSES and row.scores == "policy" and not row.online and given
 
 
+RECIPES = {**recipes.RECIPES, **shaped.SHAPED}
 _ROWS = {row.name: row for row in objectives() if _trainable(row)}
 
 
@@ -84,6 +87,8 @@ def describe(name: str) -> dict[str, str]:
     domains = RECIPES[name].domains() if row is None else direct.domains(row)
     phrases = {key: f"a number in {domain}" for key, domain in domains.items()}
     phrases |= {key: f"one of {', '.join(map(str, values))}" for key, values in choices(name).items()}
+    if name in RECIPES:
+        phrases |= dict.fromkeys(RECIPES[name].texts, "numbers, one for each reward or one for all, as 1,0.5")
     if row is not None and row.length_norm:
         phrases["length_norm"] = "use per-token averages of the log-probs instead of sums"
     return phrases
@@ -92,13 +97,14 @@ def describe(name: str) -> dict[str, str]:
 def build(name: str, hyper: Mapping[str, Any]) -> Algorithm:
     """The algorithm with these hyper-parameters; ValueError for one outside its domain."""
     if name in RECIPES:
-        return PolicyGradient(RECIPES[name], {**defaults(name), **hyper})
+        return shaped.CLASSES.get(name, PolicyGradient)(RECIPES[name], {**defaults(name), **hyper})
     row = _ROWS[name]
     return _CLASSES[row.kind](row, {**defaults(name), **hyper})
 
 
 __all__ = [
     "Algorithm",
+    "Allocating",
     "Batch",
     "Column",
     "Completions",
@@ -107,10 +113,12 @@ __all__ = [
     "Group",
     "Online",
     "Prepared",
+    "Refining",
     "Sample",
     "State",
     "StepOutput",
     "Turn",
+    "Windowed",
     "build",
     "choices",
     "columns",

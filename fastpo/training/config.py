@@ -92,6 +92,7 @@ class TrainConfig:
     Args:
         model: causal language model to train: a folder, a .gguf file or a name on the hub.
         reference: what the policy is measured against, if not the model as it is before training.
+        aux: a further model that some methods ask; of rto the one trained by DPO.
         data: preferences in TRL's format for the algorithm, .jsonl or .parquet.
         eval_data: more of them, to measure on and not to train on.
         output: folder of the run, if not runs/ALGORITHM (with a number where that holds one).
@@ -111,6 +112,7 @@ class TrainConfig:
 
     model: str | None = None
     reference: str | None = None
+    aux: str | None = None
     data: str | None = None
     eval_data: str | None = None
     output: str | None = None
@@ -137,8 +139,8 @@ class TrainConfig:
         if (self.model is None) != (self.data is None):
             given, missing = ("model", "data") if self.data is None else ("data", "model")
             raise UserError(f"--{given} needs --{missing}; without both, the built-in task is trained")
-        if self.built_in and (self.reference or self.eval_data):
-            raise UserError("--reference and --eval_data need --model and --data")
+        if self.built_in and (self.reference or self.aux or self.eval_data):
+            raise UserError("--reference, --aux and --eval_data need --model and --data")
         for name, value, low in (
             ("max_length", self.max_length, 2),
             ("steps", self.steps, 1),
@@ -174,7 +176,7 @@ class TrainConfig:
 
 
 # what the built-in task takes for some methods in place of β = 1 and the rate of the others
-_BUILT_IN: Mapping[str, Mapping[str, float]] = {
+_BUILT_IN: Mapping[str, Mapping[str, Any]] = {
     "ipo": {"algorithm.beta": 0.1},
     "hinge": {"algorithm.beta": 0.3},
     # the margin of a noisy label is log((1-ε)/ε) / β, the targets are ±1/(2β)
@@ -196,6 +198,14 @@ _BUILT_IN: Mapping[str, Mapping[str, float]] = {
     "discopop": {"algorithm.tau": 1.0},
     # nothing but the size of the step keeps what is not to be unlearned
     "npo": {"algorithm.beta": 3.0, "optim.lr": 4e-5},
+    # of 13 tokens
+    "nlpo": {"algorithm.mask_min_tokens": 1, "algorithm.mask_every": 5},
+    # a multiplier moves once a turn, of which there are few
+    "constrained_ppo": {"algorithm.multiplier_rate": 5.0, "algorithm.thresholds": "0.6,0.7"},
+    "t_ppo": {"algorithm.window": 2},
+    # the model has never seen two sums in a row
+    "xrpo": {"algorithm.exemplars": 0},
+    "meta_po": {"algorithm.refine_every": 5},
 }
 
 
@@ -206,7 +216,12 @@ def built_in_defaults(algorithm: str) -> dict[str, Any]:
     that suit hundreds of tokens, and reach them here by moving the mass to answers that nobody rejected.
     """
     if algorithms.kind(algorithm) == "prompts":
+        hyper = algorithms.defaults(algorithm)
         return {
+            # 32 answers tell too little of what is right, and the only reward is at the end of three tokens
+            **({"algorithm.samples": 8} if hyper.get("samples") in (1, 2) else {}),
+            **({"algorithm.lam": 1.0} if "lam" in hyper else {}),
+            **({"algorithm.value_coefficient": 0.5} if hyper.get("value_coefficient") == 0.1 else {}),
             "steps": 60,
             "eval_every": 10,
             "optim.lr": 5e-4,

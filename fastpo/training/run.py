@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +70,11 @@ def run(name: str, hyper: Mapping[str, Any], config: TrainConfig, resume: Path |
         raise UserError(f"--algorithm.{error}") from error
     if config.reference is not None and "reference" not in algorithm.models:
         raise UserError(f"--reference: {name} has no reference model")
+    aux = algorithm.kind == "prompts" and "aux" in algorithm.anchors(1).values()  # type: ignore[attr-defined]
+    if config.aux is not None and not aux:
+        raise UserError(f"--aux: {name} asks no further model")
+    if config.aux is None and aux and not config.built_in:
+        raise UserError(f"{name} needs --aux, a further model")
     before = checkpoint.latest(resume) if resume else None
     accelerator = Accelerator(
         mixed_precision="no" if config.precision == "fp32" else config.precision,
@@ -86,6 +92,8 @@ def run(name: str, hyper: Mapping[str, Any], config: TrainConfig, resume: Path |
         with display.bar("fitting the reference", task.FIT_STEPS) as bar:
             task.build(folder, config.seed, bar)
             task.write_data(folder, config.seed, algorithm)
+        if aux:
+            task.prefer(folder, config.seed)
     accelerator.wait_for_everyone()
 
     source = _source(display, folder, config, algorithm)
@@ -136,14 +144,16 @@ class Source(NamedTuple):
     eval_examples: list[Example]
     prompts: Sequence[Prompt] = ()
     eval_prompts: Sequence[Prompt] = ()
+    aux: str | None = None
 
 
 def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algorithms.Algorithm) -> Source:
     model, data = config.model or str(folder / task.REFERENCE), config.data or str(folder / task.DATA[algorithm.kind])
     tokenizer = load_tokenizer(model)
     files = [file for file in (data, config.eval_data) if file is not None]
-    if config.reference is not None:
-        check_same_vocabulary(model, config.reference)
+    for other in (config.reference, config.aux):
+        if other is not None:
+            check_same_vocabulary(model, other)
     if algorithm.kind == "prompts":
         encoder = Encoder(tokenizer, model, config.max_length, "demonstrations")
         more: dict[str, Any] = {
@@ -151,7 +161,9 @@ def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algo
             "demonstrations": algorithm.demonstrations,  # type: ignore[attr-defined]
         }
         found = [load_prompts(file, encoder, **more) for file in files]
-        return Source(model, config.reference, tokenizer, [], [], found[0], found[1] if len(found) > 1 else [])
+        held_out = found[1] if len(found) > 1 else []
+        aux = str(folder / task.PREFERRED) if config.built_in else config.aux
+        return Source(model, config.reference, tokenizer, [], [], found[0], held_out, aux)
     encoder = Encoder(tokenizer, model, config.max_length, algorithm.kind, algorithm.columns)
     loaded = []
     for file in files:
@@ -191,13 +203,20 @@ def _prepare_online(
         rounds=rollout.rounds,
         tokens=config.batch.tokens,
         seed=config.seed,
+        context=config.max_length,
     )
     turns = config.epochs * len(source.prompts) / config.batch.size
     steps = config.steps or math.ceil(turns) * plan.steps
     model = load_model(source.model)
     longest = max(len(p.ids) for p in (*source.prompts, *source.eval_prompts)) + rollout.max_new_tokens
     _check_length(model, longest, source.model)
-    critic = Critic(model) if algorithm.critic else None
+    limit = getattr(model.config, "max_position_embeddings", None)
+    plan = replace(plan, context=min(plan.context, limit or plan.context))
+    if isinstance(algorithm, algorithms.Windowed) and rollout.stop:
+        raise UserError(f"--rollout.stop: {algorithm.name} samples in windows, between which a text may be divided")
+    scorer = task.scorer(algorithm) if config.built_in else None
+    heads = 1 + len(scorer.names) if algorithm.critic == "each" else 1  # type: ignore[union-attr]
+    critic = Critic(model, heads) if algorithm.critic else None
     trained = _trained(accelerator, Policy(model, temperature=rollout.temperature, critic=critic), steps, config.optim)
     wanted = algorithm.anchors(plan.steps).values()
     companion = None
@@ -207,6 +226,14 @@ def _prepare_online(
         companion = load_model(source.reference or source.model)
         frozen = Policy(companion, temperature=rollout.temperature)
         anchors["start"] = accelerator.prepare_model(frozen, evaluation_mode=True)
+    if "aux" in wanted:
+        assert source.aux is not None
+        frozen = Policy(load_model(source.aux), temperature=rollout.temperature)
+        anchors["aux"] = accelerator.prepare_model(frozen, evaluation_mode=True)
+    lagged = None
+    if "masked" in draws:
+        copied = accelerator.prepare_model(load_model(source.model), evaluation_mode=True)
+        lagged = MovingReference(accelerator, copied)
     inner = accelerator.unwrap_model(trained.policy)
     sampling = Sampling(
         max_new_tokens=rollout.max_new_tokens,
@@ -223,9 +250,10 @@ def _prepare_online(
         sampling,
         plan,
         decode=lambda ids: source.tokenizer.decode(ids, skip_special_tokens=True),
-        scorer=task.verify if config.built_in else None,
+        scorer=scorer,
         anchors=anchors,
         companion=companion,
+        lagged=lagged,
     )
     accelerator.register_for_checkpointing(taught)
     job = Job(
