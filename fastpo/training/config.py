@@ -202,10 +202,11 @@ _BUILT_IN: Mapping[str, Mapping[str, Any]] = {
     "nlpo": {"algorithm.mask_min_tokens": 1, "algorithm.mask_every": 5},
     # a multiplier moves once a turn, of which there are few
     "constrained_ppo": {"algorithm.multiplier_rate": 5.0, "algorithm.thresholds": "0.6,0.7"},
-    "t_ppo": {"algorithm.window": 2},
+    # with a smaller window its last token, which has no advantage, would be the last digit
+    "t_ppo": {"algorithm.window": 3, "rollout.max_new_tokens": 4},
     # the model has never seen two sums in a row
-    "xrpo": {"algorithm.exemplars": 0},
-    "meta_po": {"algorithm.refine_every": 5},
+    "xrpo": {"algorithm.exemplars": 0, "algorithm.exploration": 0.1},
+    "meta_po": {"algorithm.refine_every": 2},
 }
 
 

@@ -75,6 +75,8 @@ def run(name: str, hyper: Mapping[str, Any], config: TrainConfig, resume: Path |
         raise UserError(f"--aux: {name} asks no further model")
     if config.aux is None and aux and not config.built_in:
         raise UserError(f"{name} needs --aux, a further model")
+    if isinstance(algorithm, algorithms.Windowed) and config.rollout.stop:
+        raise UserError(f"--rollout.stop: {name} samples in windows, between which a text may be divided")
     before = checkpoint.latest(resume) if resume else None
     accelerator = Accelerator(
         mixed_precision="no" if config.precision == "fp32" else config.precision,
@@ -212,8 +214,6 @@ def _prepare_online(
     _check_length(model, longest, source.model)
     limit = getattr(model.config, "max_position_embeddings", None)
     plan = replace(plan, context=min(plan.context, limit or plan.context))
-    if isinstance(algorithm, algorithms.Windowed) and rollout.stop:
-        raise UserError(f"--rollout.stop: {algorithm.name} samples in windows, between which a text may be divided")
     scorer = task.scorer(algorithm) if config.built_in else None
     heads = 1 + len(scorer.names) if algorithm.critic == "each" else 1  # type: ignore[union-attr]
     critic = Critic(model, heads) if algorithm.critic else None

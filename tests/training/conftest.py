@@ -69,6 +69,22 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The built-in task's reference in a folder, and the preferences that are sampled from it for every method."""
+    from fastpo.training import task
+    from fastpo.training.model import load_model
+
+    folder = tmp_path_factory.mktemp("built-in")
+    before = torch.get_num_threads()
+    # as a run of the task does
+    torch.set_num_threads(1)
+    task.build(folder, 0, lambda *_: None)
+    preferences = task._preferences(load_model(str(folder / task.REFERENCE)), task.prompts(0)[0], 0)
+    torch.set_num_threads(before)
+    return folder, preferences
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., str]:
     def write(rows: list[dict[str, Any]], name: str = "data.jsonl") -> str:
