@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastpo.algorithms import direct, reward
+from fastpo.algorithms import direct, recipes, reward, shaped
 from fastpo.algorithms.base import (
     Algorithm,
+    Allocating,
     Batch,
     Column,
     Completions,
@@ -19,16 +20,17 @@ from fastpo.algorithms.base import (
     Group,
     Online,
     Prepared,
+    Refining,
     Sample,
     State,
     StepOutput,
     Turn,
+    Windowed,
 )
 from fastpo.algorithms.inputs import SOURCES
 from fastpo.algorithms.mixed import MPO, Mixed
 from fastpo.algorithms.pairwise import Pairwise
 from fastpo.algorithms.preferences import METHODS, Method, Preference
-from fastpo.algorithms.recipes import RECIPES
 from fastpo.algorithms.reward import MaxMin, ReactionModel, RewardModel
 from fastpo.algorithms.rollouts import PolicyGradient, Recipe
 from fastpo.algorithms.unpaired import Unpaired
@@ -36,6 +38,7 @@ from fastpo.reference import Objective, objectives
 
 _CLASSES: dict[str, type[Pairwise] | type[Unpaired]] = {"pairwise": Pairwise, "unpaired": Unpaired}
 
+RECIPES = {**recipes.RECIPES, **shaped.SHAPED}
 # what samples completions itself
 _ONLINE: Mapping[str, Recipe | Method] = {**RECIPES, **METHODS, MPO.name: MPO}
 
@@ -102,6 +105,8 @@ def describe(name: str) -> dict[str, str]:
     domains = _ONLINE[name].domains() if row is None else direct.domains(row)
     phrases = {key: f"a number in {domain}" for key, domain in domains.items()}
     phrases |= {key: f"one of {', '.join(map(str, values))}" for key, values in choices(name).items()}
+    if name in RECIPES:
+        phrases |= dict.fromkeys(RECIPES[name].texts, "numbers, one for each reward or one for all, as 1,0.5")
     if row is not None and row.length_norm:
         phrases["length_norm"] = "use per-token averages of the log-probs instead of sums"
     return phrases
@@ -110,7 +115,7 @@ def describe(name: str) -> dict[str, str]:
 def build(name: str, hyper: Mapping[str, Any]) -> Algorithm:
     """The algorithm with these hyper-parameters; ValueError for one outside its domain."""
     if name in RECIPES:
-        return PolicyGradient(RECIPES[name], {**defaults(name), **hyper})
+        return shaped.CLASSES.get(name, PolicyGradient)(RECIPES[name], {**defaults(name), **hyper})
     if name == MPO.name:
         return Mixed(MPO, {**defaults(name), **hyper})
     if name in METHODS:
@@ -121,6 +126,7 @@ def build(name: str, hyper: Mapping[str, Any]) -> Algorithm:
 
 __all__ = [
     "Algorithm",
+    "Allocating",
     "Batch",
     "Column",
     "Completions",
@@ -130,11 +136,13 @@ __all__ = [
     "MaxMin",
     "Online",
     "Prepared",
+    "Refining",
     "RewardModel",
     "Sample",
     "State",
     "StepOutput",
     "Turn",
+    "Windowed",
     "build",
     "choices",
     "columns",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -167,7 +167,9 @@ class Draw(NamedTuple):
 
     Attributes:
         source: "policy"; "greedy", its most probable tokens; "reference"; "mixture", of policy and reference, by the
-            hyper-parameter `mixture`, the reference's share; "average", as in `Online.anchors`.
+            hyper-parameter `mixture`, the reference's share; "average", as in `Online.anchors`; "masked", of the policy
+            among the tokens that a copy of it allows, by `mask_top_p`, `mask_min_tokens` and `mask_every`, the turns
+            after which the copy is renewed.
         times: how many.
     """
 
@@ -216,12 +218,18 @@ class Turn(NamedTuple):
         groups: int64 (B,), the number of the prompt in the turn.
         prompts: their texts.
         ended: bool, of the completions, in their order.
+        begun: int64, of each completion, its tokens that are older than the turn.
+        rewards: by the name of each of several reward functions, fp64 of the completions.
+        version: of the rubric that rewarded them, if that is rewritten during the run.
     """
 
     batch: Batch
     groups: Tensor
     prompts: Sequence[str]
     ended: Tensor
+    begun: Tensor
+    rewards: Mapping[str, Tensor]
+    version: int = 0
 
 
 class Prepared(NamedTuple):
@@ -261,17 +269,18 @@ class Online(Algorithm, Protocol):
 
     Attributes:
         draws: the completions of each prompt.
-        critic: whether there is one.
+        critic: whether there is one: True of one value, "each" of one for the divergence and one for each reward.
         demonstrations: how many completions the data have for every prompt: 1, "completion"; 2, "chosen" and
             "rejected"; or 0.
-        needs: "reward" or "judge", what must be given beside the prompts; None for nothing.
+        needs: "reward", "rewards" of which each counts by itself, or "judge": what must be given beside the prompts;
+            None for nothing.
     """
 
     @property
     def draws(self) -> tuple[Draw, ...]: ...
 
     @property
-    def critic(self) -> bool: ...
+    def critic(self) -> bool | str: ...
 
     @property
     def demonstrations(self) -> int: ...
@@ -284,7 +293,8 @@ class Online(Algorithm, Protocol):
 
         "start", the model before training; "turn", the policy at the turn's beginning; "average", a moving average of
         the policy's weights, of which a step keeps the hyper-parameter `decay`; "stage", the policy where the stage of
-        the run began in which the turn lies: 0, or 1 after the hyper-parameter `first_stage`, a share of the steps.
+        the run began in which the turn lies: 0, or 1 after the hyper-parameter `first_stage`, a share of the steps;
+        "rollout", what sampled; "aux", a further model that the user gives.
         """
         ...
 
@@ -299,3 +309,51 @@ class Online(Algorithm, Protocol):
     def prepare(self, turn: Turn, state: State) -> Prepared:
         """What is computed once for all of a turn's examples."""
         ...
+
+
+@runtime_checkable
+class Windowed(Protocol):
+    """An `Online` algorithm whose completions grow by some tokens each turn; unfinished ones go on in the next.
+
+    Attributes:
+        window: most tokens that a turn adds to a completion.
+    """
+
+    @property
+    def window(self) -> int: ...
+
+
+@runtime_checkable
+class Allocating(Protocol):
+    """An `Online` algorithm that decides, when a turn's first completions are rewarded, whose prompts get more.
+
+    Attributes:
+        solved: the reward from which a completion solves its prompt.
+        exemplars: solved prompts that stand before an unsolved one when more of it is sampled; 0 for none.
+    """
+
+    @property
+    def solved(self) -> float: ...
+
+    @property
+    def exemplars(self) -> int: ...
+
+    def allocate(self, rewards: Sequence[Sequence[float]], round: int) -> list[int]:
+        """How many more completions of each prompt of the turn, by the rewards so far; none to end the sampling."""
+        ...
+
+
+@runtime_checkable
+class Refining(Protocol):
+    """An `Online` algorithm that has the rubric of its rewards rewritten during the run.
+
+    Attributes:
+        refine_every: turns between.
+        episodes: samples that are shown.
+    """
+
+    @property
+    def refine_every(self) -> int: ...
+
+    @property
+    def episodes(self) -> int: ...

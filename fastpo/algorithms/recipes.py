@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from torch import Tensor
+
 from fastpo import advantages, rewards
 from fastpo.algorithms.base import Draft, Group
 from fastpo.algorithms.rollouts import Estimate, Numbers, Options, Recipe, Seen
@@ -14,15 +16,20 @@ EPS: Numbers = {"eps": (1e-4, NOT_NEGATIVE)}
 GAE: Numbers = {"gamma": (1.0, PROBABILITY), "lam": (0.95, PROBABILITY)}
 
 
-def _gae(seen: Seen, hyper: Options) -> Estimate:
+def by_critic(seen: Seen, token_rewards: Tensor, hyper: Options) -> Estimate:
+    """Whitened, by GAE."""
     assert seen.values is not None
     found = advantages.gae(
-        seen.token_rewards(hyper), seen.values, gamma=hyper["gamma"], lam=hyper["lam"], cu_seqlens=seen.cu_seqlens
+        token_rewards, seen.values, gamma=hyper["gamma"], lam=hyper["lam"], cu_seqlens=seen.cu_seqlens
     )
     return Estimate(advantages.whiten(found.advantages), found.returns)
 
 
-def _group_normalised(seen: Seen, hyper: Options) -> Estimate:
+def gae(seen: Seen, hyper: Options) -> Estimate:
+    return by_critic(seen, seen.token_rewards(hyper), hyper)
+
+
+def group_normalised(seen: Seen, hyper: Options) -> Estimate:
     scale = hyper.get("scale", "group")
     return Estimate(seen.per_token(advantages.grpo(seen.rewards, seen.groups, eps=hyper["eps"], scale=scale)))
 
@@ -49,13 +56,13 @@ def _mixed(group: Group, hyper: Options) -> list[Draft]:
     return [Draft((i,), (reward,)) for i, reward in known]
 
 
-def _penalised(seen: Seen, hyper: Options) -> Seen:
+def penalised(seen: Seen, hyper: Options) -> Seen:
     """The rewards with the penalty of the whole sequence."""
     return seen._replace(rewards=seen.rewards - hyper["beta"] * seen.sequence_kl().to(seen.rewards.dtype))
 
 
-def _rloo(seen: Seen, hyper: Options) -> Estimate:
-    seen = _penalised(seen, hyper)
+def rloo(seen: Seen, hyper: Options) -> Estimate:
+    seen = penalised(seen, hyper)
     return Estimate(seen.per_token(advantages.rloo(seen.rewards, seen.groups)))
 
 
@@ -88,11 +95,11 @@ def _remax(seen: Seen, hyper: Options) -> Estimate:
 
 
 def _reinforce(seen: Seen, hyper: Options) -> Estimate:
-    seen = _penalised(seen, hyper)
+    seen = penalised(seen, hyper)
     return Estimate(seen.per_token(seen.rewards - seen.rewards.mean()))
 
 
-_SCALE = {"scale": ("group", "batch", "none")}
+SCALE = {"scale": ("group", "batch", "none")}
 _COV: Numbers = {"fraction": (2e-4, PROBABILITY), "low": (1.0, Domain()), "high": (5.0, Domain())}
 
 _ALL = (
@@ -101,7 +108,7 @@ _ALL = (
         "PPO with a critic",
         "1707.06347, as InstructGPT (2203.02155)",
         "ppo",
-        _gae,
+        gae,
         samples=1,
         penalty="reward",
         numbers=GAE,
@@ -117,7 +124,7 @@ _ALL = (
         penalty="reward",
         aggregation="seq_mean_token_sum",
     ),
-    Recipe("grpo", "GRPO", "2402.03300", "grpo", _group_normalised, penalty="loss", numbers=EPS, options=_SCALE),
+    Recipe("grpo", "GRPO", "2402.03300", "grpo", group_normalised, penalty="loss", numbers=EPS, options=SCALE),
     Recipe("dr_grpo", "Dr. GRPO", "2503.20783", "dr_grpo", _centred),
     Recipe(
         "dapo",
@@ -129,14 +136,14 @@ _ALL = (
         options={"overlong": ("filter", "keep")},
         drafts=_mixed,
     ),
-    Recipe("gspo", "GSPO", "2507.18071", "gspo", _group_normalised, numbers=EPS),
-    Recipe("gspo_token", "GSPO-token", "2507.18071", "gspo_token", _group_normalised, numbers=EPS),
-    Recipe("cispo", "CISPO", "2506.13585", "cispo", _group_normalised, numbers=EPS),
-    Recipe("gmpo", "GMPO", "2507.20673", "gmpo", _group_normalised, numbers=EPS),
-    Recipe("sapo", "SAPO", "2511.20347", "sapo", _group_normalised, numbers=EPS),
-    Recipe("vespo", "VESPO", "TRL's loss type", "vespo", _group_normalised, numbers=EPS),
-    Recipe("luspo", "LUSPO", "TRL's loss type", "luspo", _group_normalised, numbers=EPS),
-    Recipe("rloo", "RLOO", "2402.14740", "reinforce", _rloo, penalty="reward", aggregation="seq_mean_token_sum"),
+    Recipe("gspo", "GSPO", "2507.18071", "gspo", group_normalised, numbers=EPS),
+    Recipe("gspo_token", "GSPO-token", "2507.18071", "gspo_token", group_normalised, numbers=EPS),
+    Recipe("cispo", "CISPO", "2506.13585", "cispo", group_normalised, numbers=EPS),
+    Recipe("gmpo", "GMPO", "2507.20673", "gmpo", group_normalised, numbers=EPS),
+    Recipe("sapo", "SAPO", "2511.20347", "sapo", group_normalised, numbers=EPS),
+    Recipe("vespo", "VESPO", "TRL's loss type", "vespo", group_normalised, numbers=EPS),
+    Recipe("luspo", "LUSPO", "TRL's loss type", "luspo", group_normalised, numbers=EPS),
+    Recipe("rloo", "RLOO", "2402.14740", "reinforce", rloo, penalty="reward", aggregation="seq_mean_token_sum"),
     Recipe(
         "reinforce_plus_plus",
         "REINFORCE++",
@@ -170,13 +177,13 @@ _ALL = (
     Recipe("opo", "OPO", "2505.23585", "reinforce", _opo),
     Recipe("gpg", "GPG", "2504.02546", "reinforce", _gpg, numbers={"f_norm": (1.0, POSITIVE)}),
     Recipe("pass_at_k", "GRPO on pass@k", "verl: grpo_passk", "ppo", _pass_at_k),
-    Recipe("clip_cov", "Clip-Cov", "2505.22617", "clip_cov", _group_normalised, numbers={**EPS, **_COV}),
+    Recipe("clip_cov", "Clip-Cov", "2505.22617", "clip_cov", group_normalised, numbers={**EPS, **_COV}),
     Recipe(
         "kl_cov",
         "KL-Cov",
         "2505.22617",
         "kl_cov",
-        _group_normalised,
+        group_normalised,
         numbers={**EPS, "fraction": (2e-3, PROBABILITY)},
     ),
 )

@@ -50,8 +50,9 @@ class Seen(NamedTuple):
         lengths: int64 (B,), in tokens.
         cu_seqlens: of the streams.
         kl: (N,), log π - log π_ref of every token, of methods whose penalty is in the reward.
-        values: (N,), of the critic.
+        values: (N,), of the critic; (N, 1 + K) with one value for each of K rewards.
         turn: all of it.
+        state: what is remembered of the turns before.
     """
 
     rewards: Tensor
@@ -61,6 +62,7 @@ class Seen(NamedTuple):
     kl: Tensor | None
     values: Tensor | None
     turn: Turn
+    state: State
 
     def per_token(self, values: Tensor) -> Tensor:
         """(B,) numbers at every token of their completions."""
@@ -69,8 +71,12 @@ class Seen(NamedTuple):
     def sequence_kl(self) -> Tensor:
         """(B,), the sums of kl."""
         assert self.kl is not None
-        ids = torch.arange(len(self.lengths), device=self.kl.device).repeat_interleave(self.lengths)
-        return torch.zeros_like(self.rewards).index_add(0, ids, self.kl.to(self.rewards.dtype))
+        return self.per_sequence(self.kl)
+
+    def per_sequence(self, stream: Tensor) -> Tensor:
+        """fp64 (B,), the sums of a stream over the completions."""
+        ids = torch.arange(len(self.lengths), device=stream.device).repeat_interleave(self.lengths)
+        return torch.zeros_like(self.rewards).index_add(0, ids, stream.to(self.rewards.dtype))
 
     def token_rewards(self, hyper: Options) -> Tensor:
         """(N,), the penalty of every token, and the reward at the last one."""
@@ -83,13 +89,21 @@ class Estimate(NamedTuple):
 
     Attributes:
         advantages: (N,), of every token.
-        returns: (N,), what the critic learns.
+        returns: what the critic learns, of the shape of its values.
         keep: bool (B,), the examples that are trained on; None for all.
+        trained: bool (N,), the tokens whose policy term counts; None for all.
+        valued: bool (N,), those whose value counts.
+        metrics: of the turn.
+        state: what is to be remembered.
     """
 
     advantages: Tensor
     returns: Tensor | None = None
     keep: Tensor | None = None
+    trained: Tensor | None = None
+    valued: Tensor | None = None
+    metrics: Mapping[str, float] = {}
+    state: Mapping[str, Tensor] = {}
 
 
 Numbers = Mapping[str, tuple[float, Domain]]
@@ -109,9 +123,14 @@ class Recipe:
         numbers: hyper-parameters beside those of the loss: defaults and domains; they also replace the loss's defaults.
         options: hyper-parameters that are words: the admissible values, the default first.
         aggregation: if not the loss's.
-        critic: whether it has one.
+        critic: whether it has one: True of one value, "each" of one for the divergence and one for each reward.
         greedy: whether the most probable completion is sampled too, as a baseline.
         drafts: what a group becomes, if not an example of each sampled completion.
+        texts: hyper-parameters that are words of the user's own.
+        references: completions of the reference that are rewarded too, behind the policy's.
+        rewards: whether each of several reward functions counts by itself.
+        aux: whether a further model says its log-probs.
+        masked: whether a copy of the policy allows the tokens that are sampled from.
     """
 
     name: str
@@ -124,14 +143,24 @@ class Recipe:
     numbers: Numbers = field(default_factory=dict)
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     aggregation: str | None = None
-    critic: bool = False
+    critic: bool | Literal["each"] = False
     greedy: bool = False
     drafts: Callable[[Group, Options], list[Draft]] | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)
+    references: int = 0
+    rewards: bool = False
+    aux: bool = False
+    masked: bool = False
 
     @property
     def row(self) -> PolicyObjective:
         """Of the policy loss."""
         return policy(self.loss)
+
+    @property
+    def controlled(self) -> bool:
+        """Whether the coefficient of the divergence can follow it; mixed advantages have no coefficient."""
+        return self.penalty == "reward" and self.critic != "each"
 
     def domains(self) -> dict[str, Domain]:
         """The numbers that a user may choose."""
@@ -141,6 +170,12 @@ class Recipe:
         more["entropy_coefficient"] = NOT_NEGATIVE
         if self.critic:
             more |= {"value_coefficient": NOT_NEGATIVE, "value_epsilon": POSITIVE}
+        if self.controlled:
+            more |= {"kl_target": POSITIVE, "kl_horizon": POSITIVE}
+        if self.references:
+            more["references"] = COUNT
+        if self.masked:
+            more |= {"mask_top_p": Domain(0.0, 1.0, low_open=True), "mask_min_tokens": COUNT, "mask_every": COUNT}
         return {**self.row.domains, **more, **{name: domain for name, (_, domain) in self.numbers.items()}}
 
     def defaults(self) -> dict[str, Any]:
@@ -151,7 +186,13 @@ class Recipe:
         out["entropy_coefficient"] = 0.0
         if self.critic:
             out |= {"value_coefficient": 0.1, "value_epsilon": 0.2}
-        out |= {name: value for name, (value, _) in self.numbers.items()}
+        if self.controlled:
+            out |= {"kl_target": 6.0, "kl_horizon": 10_000.0}
+        if self.references:
+            out["references"] = self.references
+        if self.masked:
+            out |= {"mask_top_p": 0.9, "mask_min_tokens": 100, "mask_every": 20}
+        out |= {name: value for name, (value, _) in self.numbers.items()} | dict(self.texts)
         return out | {name: values[0] for name, values in self.choices().items()}
 
     def choices(self) -> dict[str, tuple[str, ...]]:
@@ -160,6 +201,8 @@ class Recipe:
         out = {"aggregation": (first, *(name for name in AGGREGATIONS if name != first))}
         if self.penalty == "loss":
             out["kl"] = tuple(ESTIMATORS[::-1])
+        if self.controlled:
+            out["kl_control"] = ("fixed", "adaptive")
         out["correction"] = tuple(CORRECTIONS)
         return out | dict(self.options)
 
@@ -181,10 +224,15 @@ class PolicyGradient:
     mismatched = False
     unlearns = False
     demonstrations = 0
-    needs = "reward"
 
     def __post_init__(self) -> None:
         check_hyper(self.name, self.hyper, self.recipe.domains(), self.recipe.choices())
+        if self._adaptive and not self.hyper["beta"]:
+            raise ValueError(f"beta must be positive for {self.name} with an adaptive kl_control, got 0")
+
+    @property
+    def needs(self) -> str:
+        return "rewards" if self.recipe.rewards else "reward"
 
     @property
     def name(self) -> str:
@@ -210,18 +258,30 @@ class PolicyGradient:
         return bool(self.recipe.row.selected)
 
     @property
-    def critic(self) -> bool:
+    def critic(self) -> bool | str:
         return self.recipe.critic
 
     @property
     def draws(self) -> tuple[Draw, ...]:
-        policy_draws = Draw("policy", self.hyper["samples"])
-        return (policy_draws, Draw("greedy", 1)) if self.recipe.greedy else (policy_draws,)
+        out = [Draw("masked" if self.recipe.masked else "policy", int(self.hyper["samples"]))]
+        if self.recipe.greedy:
+            out.append(Draw("greedy", 1))
+        if self.recipe.references:
+            out.append(Draw("reference", int(self.hyper["references"])))
+        return tuple(out)
 
     def anchors(self, steps: int) -> Mapping[str, str]:
         # in the only step of a turn the policy still is what sampled
         old = steps > 1 or self.recipe.penalty == "reward" or self.hyper["correction"] != "none"
-        return {**({"old": "turn"} if old else {}), **({"reference": "start"} if self._penalised else {})}
+        # a masked policy is what sampled, and nothing else has its masks
+        out = {"old": "rollout" if self.recipe.masked else "turn"} if old else {}
+        if self._penalised or self.recipe.aux:
+            out["reference"] = "start"
+        return {**out, "aux": "aux"} if self.recipe.aux else out
+
+    @property
+    def _adaptive(self) -> bool:
+        return self.hyper.get("kl_control") == "adaptive"
 
     @property
     def _penalised(self) -> bool:
@@ -243,7 +303,9 @@ class PolicyGradient:
         return [Draft((i,), (score,)) for i, score in enumerate(group.rewards) if not math.isnan(score)]
 
     def prepare(self, turn: Turn, state: State) -> Prepared:
-        batch = turn.batch
+        batch, hyper, state = turn.batch, self.hyper, dict(state)
+        if self._adaptive and "kl_coefficient" in state:
+            hyper = {**hyper, "beta": float(state["kl_coefficient"])}
         lengths = torch.tensor(batch.completions.lengths, device=turn.groups.device)
         kl = None
         if self.recipe.penalty == "reward":
@@ -258,12 +320,27 @@ class PolicyGradient:
             kl,
             batch.streams.get("old_value"),
             turn,
+            state,
         )
-        found = self.recipe.estimate(seen, self.hyper)
+        found = self.recipe.estimate(seen, hyper)
         streams = {"advantages": found.advantages.float()}
         if found.returns is not None:
             streams["returns"] = found.returns.float()
-        return Prepared(streams, {}, {}, found.keep)
+        metrics, state = dict(found.metrics), dict(found.state)
+        if found.trained is not None:
+            # the denominators are those of all tokens, and the losses with masks are linear in the advantages
+            streams["trained"] = found.trained
+            streams["advantages"] = streams["advantages"] * _share(found.trained)
+        if found.valued is not None:
+            streams["valued"] = found.valued * _share(found.valued)
+        if self._adaptive:
+            control = rewards.AdaptiveKLController(
+                hyper["beta"], target=hyper["kl_target"], horizon=hyper["kl_horizon"]
+            )
+            control.update(float(seen.sequence_kl().mean()), len(lengths))
+            state["kl_coefficient"] = torch.tensor(control.value, dtype=torch.float64)
+            metrics["kl_coefficient"] = control.value
+        return Prepared(streams, metrics, state, found.keep)
 
     def __call__(self, batch: Batch, state: State) -> StepOutput:
         row, hyper, streams = self.recipe.row, self.hyper, batch.streams
@@ -287,24 +364,35 @@ class PolicyGradient:
             given |= {"entropy": streams["policy_entropy"], "entropy_coefficient": hyper["entropy_coefficient"]}
         if row.selected:
             given["selected"] = self._selected(batch)
+        if "trained" in streams:
+            given["policy_mask"] = streams["trained"]
         out = getattr(losses, row.name)(
             streams["policy"], streams["advantages"], old_logprobs=streams.get("old"), **given, **layout
         )
         total = out.loss
         metrics = {name: out.metrics.sum(of) / batch.num_tokens for name, of in _METRICS.items()}
         if self.recipe.critic:
-            value = losses.value_clip(
-                streams["policy_value"],
-                streams["returns"],
-                streams["old_value"],
-                epsilon=hyper["value_epsilon"],
-                cu_seqlens=batch.completions.cu_seqlens,
-                aggregation="token_mean",
-                num_items=batch.num_tokens,
-            )
-            total = total + hyper["value_coefficient"] * value.loss
-            metrics["value_loss"] = value.loss.detach()
+            value = self._value_loss(batch)
+            total = total + hyper["value_coefficient"] * value
+            metrics["value_loss"] = value.detach()
         return StepOutput(total, {"loss": total.detach(), **metrics}, {})
+
+    def _value_loss(self, batch: Batch) -> Tensor:
+        """The mean over the tokens; of several values, the mean of theirs."""
+        streams, mask = batch.streams, None
+        layout: dict[str, Any] = {"cu_seqlens": batch.completions.cu_seqlens, "num_items": batch.num_tokens}
+        scale = 1.0
+        if "valued" in streams:
+            mask = streams["valued"] > 0
+            scale = float(streams["valued"].max())
+        values, returns, old = (
+            streams[name].reshape(len(streams["policy"]), -1).T for name in ("policy_value", "returns", "old_value")
+        )
+        parts = [
+            losses.value_clip(*each, epsilon=self.hyper["value_epsilon"], mask=mask, **layout).loss
+            for each in zip(values, returns, old, strict=True)
+        ]
+        return scale * torch.stack(parts).mean()
 
     def _selected(self, batch: Batch) -> Tensor:
         """The tokens that a statistic of the whole step chooses."""
@@ -325,6 +413,11 @@ class PolicyGradient:
 
     def finish(self, totals: Mapping[str, float]) -> dict[str, float]:
         return dict(totals)
+
+
+def _share(chosen: Tensor) -> float:
+    """How many times as many tokens there are as are chosen."""
+    return len(chosen) / max(1, int(chosen.sum()))
 
 
 _METRICS = {

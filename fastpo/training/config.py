@@ -128,6 +128,7 @@ class TrainConfig:
     Args:
         model: causal language model to train: a folder, a .gguf file or a name on the hub.
         reference: what the policy is measured against, if not the model as it is before training.
+        aux: a further model that some methods ask; of rto the one trained by DPO.
         data: preferences in TRL's format for the algorithm, .jsonl or .parquet.
         eval_data: more of them, to measure on and not to train on.
         output: folder of the run, if not runs/ALGORITHM (with a number where that holds one).
@@ -150,6 +151,7 @@ class TrainConfig:
 
     model: str | None = None
     reference: str | None = None
+    aux: str | None = None
     data: str | None = None
     eval_data: str | None = None
     output: str | None = None
@@ -179,8 +181,8 @@ class TrainConfig:
         if (self.model is None) != (self.data is None):
             given, missing = ("model", "data") if self.data is None else ("data", "model")
             raise UserError(f"--{given} needs --{missing}; without both, the built-in task is trained")
-        if self.built_in and (self.reference or self.eval_data):
-            raise UserError("--reference and --eval_data need --model and --data")
+        if self.built_in and (self.reference or self.aux or self.eval_data):
+            raise UserError("--reference, --aux and --eval_data need --model and --data")
         if self.parallel == "fsdp2" and self.precision == "fp16":
             raise UserError("--precision fp16 scales gradients, and --parallel fsdp2 shards them: take bf16")
         for name, value, low in (
@@ -225,7 +227,7 @@ class TrainConfig:
 _TWICE = {"rollout.epochs": 2}
 
 # what the built-in task takes for some methods in place of β = 1 and the rate of the others
-_BUILT_IN: Mapping[str, Mapping[str, float | str]] = {
+_BUILT_IN: Mapping[str, Mapping[str, Any]] = {
     "ipo": {"algorithm.beta": 0.1},
     "hinge": {"algorithm.beta": 0.3},
     # the margin of a noisy label is log((1-ε)/ε) / β, the targets are ±1/(2β)
@@ -277,6 +279,15 @@ _BUILT_IN: Mapping[str, Mapping[str, float | str]] = {
     },
     # the scores of the pairs differ by 0.5 to 1
     "mpo": {"algorithm.samples": 8, "algorithm.dpo_beta": 1.0, "algorithm.threshold": 0.8},
+    # of 13 tokens
+    "nlpo": {"algorithm.mask_min_tokens": 1, "algorithm.mask_every": 5},
+    # a multiplier moves once a turn, of which there are few
+    "constrained_ppo": {"algorithm.multiplier_rate": 5.0, "algorithm.thresholds": "0.6,0.7"},
+    # with a smaller window its last token, which has no advantage, would be the last digit
+    "t_ppo": {"algorithm.window": 3, "rollout.max_new_tokens": 4},
+    # the model has never seen two sums in a row
+    "xrpo": {"algorithm.exemplars": 0, "algorithm.exploration": 0.1},
+    "meta_po": {"algorithm.refine_every": 2},
 }
 
 
@@ -287,7 +298,12 @@ def built_in_defaults(algorithm: str) -> dict[str, Any]:
     that suit hundreds of tokens, and reach them here by moving the mass to answers that nobody rejected.
     """
     if algorithms.kind(algorithm) == "prompts":
+        hyper = algorithms.defaults(algorithm)
         return {
+            # 32 answers tell too little of what is right, and the only reward is at the end of three tokens
+            **({"algorithm.samples": 8} if hyper.get("samples") in (1, 2) else {}),
+            **({"algorithm.lam": 1.0} if "lam" in hyper else {}),
+            **({"algorithm.value_coefficient": 0.5} if hyper.get("value_coefficient") == 0.1 else {}),
             "steps": 60,
             "eval_every": 10,
             "optim.lr": 5e-4,

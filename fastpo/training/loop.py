@@ -20,7 +20,7 @@ from fastpo.training.checkpoint import Parts
 from fastpo.training.data import Example
 from fastpo.training.model import policy_inputs
 
-# per example, a stream of each of its completions under a model that is not trained, on the CPU
+# per example, a stream of each of its completions, of what is not trained, on the CPU
 Constants = Mapping[int, tuple[Tensor, ...]]
 
 
@@ -221,16 +221,20 @@ def _streams(job: Job, indices: Sequence[int], batch: MicroBatch) -> dict[str, T
     statistics = job.algorithm.statistics["policy"]
     if statistics:
         more["statistics"] = statistics
+    if "allowed" in job.constants:
+        more["allowed"] = _constant(job.constants["allowed"], indices, batch)
     out = job.policy(*policy_inputs(batch), **more)
-    if more:
+    if isinstance(out, dict):
         found |= {f"policy_{name}": out[name] for name in statistics} | {"policy": out["logprobs"]}
         found |= {"kl": out["kl"]} if "kl" in out else {}
     else:
         found["policy"] = out
-    for name, constants in job.constants.items():
-        parts = [constants[i][k] for k in range(len(constants[indices[0]])) for i in indices]
-        found[name] = torch.cat(parts).to(batch.targets.device)
-    return found
+    return found | {name: _constant(constants, indices, batch) for name, constants in job.constants.items()}
+
+
+def _constant(constants: Constants, indices: Sequence[int], batch: MicroBatch) -> Tensor:
+    parts = [constants[i][k] for k in range(len(constants[indices[0]])) for i in indices]
+    return torch.cat(parts).to(batch.targets.device)
 
 
 class _Whole(NamedTuple):
@@ -264,7 +268,7 @@ def _all_streams(job: Job, indices: Sequence[int], seed: int) -> Batch:
         found = _streams(job, [indices[i] for i in members or [0]], batch)
         at = places(completions, len(examples), members, len(examples[0].completions)) if members else None
         for name, stream in found.items():
-            here = whole.setdefault(name, stream.new_zeros(sum(completions.lengths)))
+            here = whole.setdefault(name, stream.new_zeros(sum(completions.lengths), *stream.shape[1:]))
             if at is not None:
                 here[at] = stream
     # every place is 0 on all ranks but one

@@ -150,15 +150,17 @@ class Policy(nn.Module):
         *,
         statistics: tuple[str, ...] = (),
         reference_logits: Tensor | None = None,
+        allowed: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The log-probs (n,) of the targets; or, if more is asked for, a dictionary of them and it, each (n,).
 
         Args:
             input_ids, position_ids, predictors, targets: of a `MicroBatch`.
             statistics: of the distributions: "log_sum_p2", "entropy", or "normalised_entropy", which is over log V; and
-                "value", the critic's, of the states in which the targets are chosen.
+                "value", the critic's, of the states in which the targets are chosen; (n, heads) if it has several.
             reference_logits: (n, V) at the predictors; then "kl", KL(reference || policy), is there too. It takes the
                 policy's logits, all n at once.
+            allowed: (n, words), packed sets of tokens; all is under the distributions among these.
         """
         run = _packed if self.layout == "packed" else _padded
         stats = tuple(s.removeprefix("normalised_") for s in statistics if s != "value")
@@ -172,6 +174,7 @@ class Policy(nn.Module):
                 targets,
                 temperature=self.temperature,
                 stats=stats,  # type: ignore[arg-type]
+                allowed=allowed,
                 inplace_backward=alone,
             )
         else:
@@ -188,6 +191,7 @@ class Policy(nn.Module):
                 logit_scale=self.scale.factor,
                 softcap=self.scale.softcap,
                 stats=stats,  # type: ignore[arg-type]
+                allowed=allowed,
                 memory_budget=0,
             )
         logprobs = out if isinstance(out, Tensor) else out.logprobs
@@ -201,7 +205,8 @@ class Policy(nn.Module):
         if "value" in statistics:
             assert self.critic is not None
             states = run(self.critic.backbone, input_ids, position_ids, predictors)
-            found["value"] = self.critic.head(states)[:, 0].float()
+            values = self.critic.head(states).float()
+            found["value"] = values[:, 0] if values.shape[1] == 1 else values
         return {"logprobs": logprobs, **found}
 
     def inside(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -210,18 +215,18 @@ class Policy(nn.Module):
 
 
 class Critic(nn.Module):
-    """A value for every state of a language model: its hidden states and a number of each, 0 at the beginning.
+    """Values for every state of a language model: its hidden states and numbers of each, 0 at the beginning.
 
     Attributes:
         backbone: a copy of the model's, with weights of its own.
-        head: the number.
+        head: the numbers.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, heads: int = 1) -> None:
         super().__init__()
         self.backbone = copy.deepcopy(_backbone(model)).requires_grad_()
         weight = model.get_output_embeddings().weight
-        self.head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=weight.dtype)
+        self.head = nn.Linear(weight.shape[1], heads, device=weight.device, dtype=weight.dtype)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 

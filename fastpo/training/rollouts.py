@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastpo.kernels import top_p_allowed, unpack_allowed
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -41,11 +43,14 @@ class Rollout(NamedTuple):
         logprobs: fp32 (len(ids),) on the CPU, under the distribution that was sampled from: with its temperature, over
             its nucleus.
         ended: whether it ended itself, and was not cut.
+        allowed: int32 (len(ids), words) on the CPU, the packed set of tokens that each was sampled from, if a `Mask`
+            restricted them.
     """
 
     ids: list[int]
     logprobs: Tensor
     ended: bool
+    allowed: Tensor | None = None
 
 
 class Engine(Protocol):
@@ -105,13 +110,27 @@ class Mixture(NamedTuple):
     share: float
 
 
+class Mask(NamedTuple):
+    """The policy restricted at every token to those that another model finds likely, as by `top_p_allowed`.
+
+    Attributes:
+        model: the other, a transformers causal LM with the policy's vocabulary.
+        top_p: in (0, 1], of its distribution at the sampling's temperature.
+        min_tokens: how many of its likely tokens are in each set, whatever they have.
+    """
+
+    model: Any
+    top_p: float
+    min_tokens: int
+
+
 class _Companion:
     """The logits of another model at the tokens that the first one generates, with a cache of its own."""
 
-    def __init__(self, mixture: Mixture, mask: Tensor) -> None:
-        self.model, self.share, self.mask, self.cache = mixture.model, mixture.share, mask, None
+    def __init__(self, model: Any, mask: Tensor) -> None:
+        self.model, self.mask, self.cache = model, mask, None
 
-    def mixed(self, input_ids: Tensor, logits: Tensor) -> Tensor:
+    def logits(self, input_ids: Tensor) -> Tensor:
         new = input_ids if self.cache is None else input_ids[:, -1:]
         missing = input_ids.shape[1] - self.mask.shape[1]
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), missing)], 1)
@@ -124,8 +143,7 @@ class _Companion:
             use_cache=True,
         )
         self.cache = out.past_key_values
-        theirs = out.logits[:, -1].to(logits.dtype).log_softmax(-1)
-        return torch.lerp(logits.log_softmax(-1), theirs, self.share)
+        return out.logits[:, -1].float()
 
 
 class _Draws:
@@ -141,10 +159,13 @@ class _Draws:
         prompt: int,
         sampling: Sampling,
         decode: Callable[[list[int]], str] | None,
+        other: Mixture | Mask | None,
         companion: _Companion | None,
     ) -> None:
-        self.draws, self.prompt, self.sampling, self.decode, self.companion = draws, prompt, sampling, decode, companion
+        self.draws, self.prompt, self.sampling, self.decode = draws, prompt, sampling, decode
+        self.other, self.companion = other, companion
         self.logprobs = torch.zeros(draws.shape)
+        self.allowed: list[Tensor] = []  # of each step (rows, words)
         self.stop = torch.tensor(sampling.stop, dtype=torch.int64)
         self.length = torch.zeros(len(draws), dtype=torch.int64)  # of the rows that have ended, else 0
 
@@ -152,7 +173,7 @@ class _Draws:
         step = input_ids.shape[1] - self.prompt
         logits = scores.float()
         if self.companion is not None:
-            logits = self.companion.mixed(input_ids, logits)
+            logits = self._with(self.companion.logits(input_ids), logits)
         if self.sampling.temperature == 0:
             chosen = logits.argmax(-1, keepdim=True)
         else:
@@ -163,6 +184,21 @@ class _Draws:
             chosen = torch.searchsorted(cumulative, at, right=True).clamp(max=logits.shape[-1] - 1)
             self.logprobs[:, step] = logprobs.gather(-1, chosen)[:, 0].cpu()
         return torch.full_like(scores, float("-inf")).scatter(-1, chosen, 0.0)
+
+    def _with(self, theirs: Tensor, logits: Tensor) -> Tensor:
+        """The logits that come of both models'."""
+        if isinstance(self.other, Mixture):
+            return torch.lerp(logits.log_softmax(-1), theirs.log_softmax(-1), self.other.share)
+        assert self.other is not None
+        sampling, (_, top_p, least) = self.sampling, self.other
+        allowed = top_p_allowed(
+            theirs / (sampling.temperature or 1.0),
+            top_p,
+            min_tokens=min(least, theirs.shape[-1]),
+            always=sampling.stop or None,
+        )
+        self.allowed.append(allowed.cpu())
+        return logits.masked_fill(~unpack_allowed(allowed, logits.shape[-1]), float("-inf"))
 
     def stopped(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         new = input_ids[:, self.prompt :].cpu()
@@ -211,9 +247,9 @@ class TransformersEngine:
         sampling: Sampling,
         keys: Sequence[int] | None = None,
         *,
-        mixture: Mixture | None = None,
+        other: Mixture | Mask | None = None,
     ) -> list[list[Rollout]]:
-        """See `Engine`; with `mixture`, from that."""
+        """See `Engine`; with `other`, from a mixture or under a mask."""
         keys = range(len(prompts)) if keys is None else keys
         rows = [(i, place) for i in range(len(prompts)) for place in range(n)]
         # equal lengths beside each other need no padding
@@ -230,7 +266,7 @@ class TransformersEngine:
                     prompts=[prompts[i] for i, _ in batch],
                     keys=[(keys[i], place) for i, place in batch],
                     sampling=sampling,
-                    mixture=mixture,
+                    other=other,
                 )
             )
             for (i, place), rollout in zip(batch, found, strict=True):
@@ -257,7 +293,7 @@ class TransformersEngine:
         prompts: Sequence[Sequence[int]],
         keys: Sequence[tuple[int, int]],
         sampling: Sampling,
-        mixture: Mixture | None,
+        other: Mixture | Mask | None,
     ) -> list[Rollout]:
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
@@ -267,8 +303,8 @@ class TransformersEngine:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         draws = torch.stack([uniforms(sampling.seed, *key, sampling.max_new_tokens) for key in keys])
         decode = self.tokenizer.decode if sampling.stop_strings else None
-        companion = None if mixture is None else _Companion(mixture, mask)
-        choice = _Draws(draws, width, sampling, decode, companion)
+        companion = None if other is None else _Companion(other.model, mask)
+        choice = _Draws(draws, width, sampling, decode, other, companion)
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=False,
@@ -287,7 +323,13 @@ class TransformersEngine:
         )
         lengths = torch.where(choice.length > 0, choice.length, out.shape[1] - width).tolist()
         new = out[:, width:].tolist()
+        sets = torch.stack(choice.allowed, 1) if choice.allowed else None
         return [
-            Rollout(new[row][:length], choice.logprobs[row, :length].clone(), bool(choice.length[row] > 0))
+            Rollout(
+                new[row][:length],
+                choice.logprobs[row, :length].clone(),
+                bool(choice.length[row] > 0),
+                None if sets is None else sets[row, :length].clone(),
+            )
             for row, length in enumerate(lengths)
         ]

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,6 +82,13 @@ def run(name: str, hyper: Mapping[str, Any], config: TrainConfig, resume: Path |
         raise UserError(f"--algorithm.{error}") from error
     if config.reference is not None and "reference" not in algorithm.models:
         raise UserError(f"--reference: {name} has no reference model")
+    aux = algorithm.kind == "prompts" and "aux" in algorithm.anchors(1).values()  # type: ignore[attr-defined]
+    if config.aux is not None and not aux:
+        raise UserError(f"--aux: {name} asks no further model")
+    if config.aux is None and aux and not config.built_in:
+        raise UserError(f"{name} needs --aux, a further model")
+    if isinstance(algorithm, algorithms.Windowed) and config.rollout.stop:
+        raise UserError(f"--rollout.stop: {name} samples in windows, between which a text may be divided")
     before = checkpoint.latest(resume) if resume else None
     accelerator = parallel.start(
         mixed_precision="no" if config.precision == "fp32" else config.precision,
@@ -98,6 +106,8 @@ def run(name: str, hyper: Mapping[str, Any], config: TrainConfig, resume: Path |
         with display.bar("fitting the reference", task.FIT_STEPS) as bar:
             task.build(folder, config.seed, bar)
             task.write_data(folder, config.seed, algorithm)
+        if aux:
+            task.prefer(folder, config.seed)
     accelerator.wait_for_everyone()
 
     with parallel.together(accelerator):
@@ -162,6 +172,7 @@ class Source(NamedTuple):
     categories: Mapping[str, Mapping[str | int, int]]
     prompts: Sequence[Prompt] = ()
     eval_prompts: Sequence[Prompt] = ()
+    aux: str | None = None
 
 
 def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algorithms.Algorithm) -> Source:
@@ -172,15 +183,17 @@ def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algo
         # it gives no answers to measure
         held_out = str(folder / task.HELD_OUT)
     files = [file for file in (data, held_out) if file is not None]
-    if config.reference is not None:
-        check_same_vocabulary(model, config.reference)
+    for other in (config.reference, config.aux):
+        if other is not None:
+            check_same_vocabulary(model, other)
     if algorithm.kind == "prompts":
         given = algorithm.demonstrations  # type: ignore[attr-defined]
         encoder = Encoder(tokenizer, model, config.max_length, "pairwise" if given == 2 else "demonstrations")
         more: dict[str, Any] = {"room": config.rollout.max_new_tokens, "demonstrations": given}
         found = [load_prompts(file, encoder, **more) for file in files]
         held = found[1] if len(found) > 1 else []
-        return Source(model, config.reference, tokenizer, [], [], checkpoint.digest(data), {}, found[0], held)
+        aux = str(folder / task.PREFERRED) if config.built_in else config.aux
+        return Source(model, config.reference, tokenizer, [], [], checkpoint.digest(data), {}, found[0], held, aux)
     encoder = Encoder(tokenizer, model, config.max_length, algorithm.kind, algorithm.columns)
     loaded = []
     for file in files:
@@ -229,13 +242,18 @@ def _prepare_online(
         rounds=rollout.rounds,
         tokens=config.batch.tokens,
         seed=config.seed,
+        context=config.max_length,
     )
     turns = config.epochs * len(source.prompts) / config.batch.size
     steps = config.steps or math.ceil(turns) * plan.steps
     model = load_model(source.model)
     longest = max(len(p.ids) for p in (*source.prompts, *source.eval_prompts)) + rollout.max_new_tokens
     _check_length(model, longest, source.model)
-    critic = Critic(model) if algorithm.critic else None
+    limit = getattr(model.config, "max_position_embeddings", None)
+    plan = replace(plan, context=min(plan.context, limit or plan.context))
+    scorer, judge = _judges(accelerator, algorithm, config, source)
+    heads = 1 + len(scorer.names) if algorithm.critic == "each" else 1  # type: ignore[union-attr]
+    critic = Critic(model, heads) if algorithm.critic else None
     model = _adapted(model, config)
     trained = _trained(accelerator, Policy(model, temperature=rollout.temperature, critic=critic), steps, config)
     changes = {"policy": trained.policy}
@@ -248,19 +266,27 @@ def _prepare_online(
     elif "start" in wanted:
         frozen = Policy(load_model(source.reference or source.model), temperature=rollout.temperature)
         anchors["start"] = parallel.prepare(accelerator, frozen, config.parallel, frozen=True)
+    if "aux" in wanted:
+        assert source.aux is not None
+        frozen = Policy(load_model(source.aux), temperature=rollout.temperature)
+        anchors["aux"] = parallel.prepare(accelerator, frozen, config.parallel, frozen=True)
+    # what generates beside the policy is whole, also where the others are sharded
     if draws & {"reference", "mixture"}:
-        # whole, also where the others are sharded: it generates beside the policy
         companion = load_model(source.reference or source.model).to(accelerator.device)
-    average = None
-    if moves := (wanted | draws) & {"average", "stage"}:
-        if config.lora.rank:
-            raise UserError(f"--lora.rank: {algorithm.name} has a model that follows all weights")
-        # whole, for the same reason
+    moves = (wanted | draws) & {"average", "stage"}
+    if config.lora.rank and (moves or "masked" in draws):
+        raise UserError(f"--lora.rank: {algorithm.name} has a model that follows all weights")
+    average = lagged = None
+    if moves:
         moving = Policy(load_model(source.model), temperature=rollout.temperature)
         moving = parallel.prepare(accelerator, moving, "ddp", frozen=True)
         average = MovingReference(accelerator, moving)
         anchors |= dict.fromkeys(moves, moving)
         changes["average"] = moving
+    if "masked" in draws:
+        copied = accelerator.prepare_model(load_model(source.model), evaluation_mode=True)
+        lagged = MovingReference(accelerator, copied)
+        changes["lagged"] = copied
     sampling = Sampling(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
@@ -280,7 +306,6 @@ def _prepare_online(
         if others:
             raise UserError(f"--rollout.engine vllm: {algorithm.name} also samples from the {others[0]}")
         engine = VLLMEngine(source.model, max_length=longest)
-    scorer, judge = _judges(accelerator, algorithm, config, source)
     taught = Turns(
         accelerator,
         algorithm,
@@ -294,6 +319,7 @@ def _prepare_online(
         anchors=anchors,
         companion=companion,
         average=average,
+        lagged=lagged,
     )
     remembers = {"schedule": trained.schedule, "turns": taught}
     job = Job(
@@ -329,7 +355,7 @@ def _judges(
     """What the algorithm's completions are judged by."""
     given = config.reward
     options: dict[str, Any] = {"device": accelerator.device, "tokens": config.batch.tokens}
-    scorer: Scorer | None = task.verify if config.built_in else None
+    scorer: Scorer | None = task.scorer(algorithm) if config.built_in else None
     judge: Judge | None = task.judge() if config.built_in else None
     if given.of:
         specs = [given.of] if isinstance(given.of, str) else given.of

@@ -419,6 +419,11 @@ class Combined:
         self.process_group, self.device = process_group, device
         self.means: dict[str, float] = {}
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the rewards."""
+        return tuple(part.name for part in self.parts)
+
     def each(self, samples: Sequence[Sample]) -> dict[str, list[float]]:
         """Every reward of every sample, by name."""
         return {part.name: part.scorer(samples) for part in self.parts}

@@ -20,10 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpo.algorithms import Algorithm, RewardModel, Sample
-from fastpo.training.data import write_rows
-from fastpo.training.model import load_model
-from fastpo.training.scorers import BradleyTerryJudge
+from fastpo import losses
+from fastpo.algorithms import Algorithm, Online, Refining, RewardModel, Sample
+from fastpo.reference.sequence import sequence_sum
+from fastpo.rewards import rubric_score
+from fastpo.training.batches import collate
+from fastpo.training.data import Example, write_rows
+from fastpo.training.model import Policy, load_model, policy_inputs
+from fastpo.training.scorers import BradleyTerryJudge, Combined, Part
 
 LARGEST = 19
 WRONG_SHARE = 0.6
@@ -34,6 +38,7 @@ IGNORE = -100
 
 # in the run's folder
 REFERENCE = "task/reference"
+PREFERRED = "task/preferred"
 DATA = {
     "pairwise": "task/pairs.jsonl",
     "unpaired": "task/completions.jsonl",
@@ -50,6 +55,10 @@ Progress = Callable[[int, dict[str, float]], None]
 # what the two numbers of `evaluate` are
 ACCURACY = "(answers sampled at temperature 1 for held-out prompts)"
 KL = "(of the policy to the reference, exact over the vocabulary, on those answers)"
+
+PREFER_STEPS = 30
+PREFER_BATCH = 64
+PREFER_LR = 5e-4
 
 FIT_STEPS = 800
 CLEAN_STEPS = 600  # of them on right answers only
@@ -232,6 +241,82 @@ def verify(samples: Sequence[Sample]) -> list[float]:
     return [float(sample.completion == answer(sample.prompt)) for sample in samples]
 
 
+def near(samples: Sequence[Sample]) -> list[float]:
+    """A graded reward: 1 for the right sum, the less the farther from it."""
+    return [score(sample.prompt, sample.completion) for sample in samples]
+
+
+class Rubric:
+    """A judge with a rubric that a meta-judge makes stricter, in the place of two language models.
+
+    The judge writes down a score of 0 or 1 for each item of the rubric, which are read from its text. The meta-judge
+    adds an item when the answers that it is shown have most of the score, and so are no longer told apart.
+
+    Attributes:
+        version: how often the rubric was rewritten.
+        items: how many of ITEMS are in it.
+    """
+
+    ITEMS: tuple[Callable[[str, str], bool], ...] = (
+        lambda right, given: given.isdigit(),
+        lambda right, given: len(given) == len(right),
+        lambda right, given: given[-1:] == right[-1:],
+        lambda right, given: given == right,
+    )
+    ENOUGH = 0.6
+
+    def __init__(self) -> None:
+        self.version, self.items = 0, 2
+
+    def judgement(self, sample: Sample) -> str:
+        right = answer(sample.prompt)
+        scores = (int(item(right, sample.completion)) for item in self.ITEMS[: self.items])
+        return "\n".join(f"<score>{score}</score>" for score in scores)
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        return [float(rubric_score(self.judgement(sample))) for sample in samples]
+
+    def refine(self, samples: Sequence[Sample], rewards: Sequence[float]) -> None:
+        if self.items < len(self.ITEMS) and sum(rewards) >= self.ENOUGH * self.items * len(samples):
+            self.items += 1
+            self.version += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"version": self.version, "items": self.items}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.version, self.items = state["version"], state["items"]
+
+
+def scorer(algorithm: Online) -> Any:
+    """The rewards of an algorithm that samples."""
+    if isinstance(algorithm, Refining):
+        return Rubric()
+    return Combined([Part("right", verify), Part("near", near)]) if algorithm.needs == "rewards" else verify
+
+
+def prefer(folder: Path, seed: int) -> None:
+    """Train a model by DPO on right and wrong answers of the reference, and write it into the run's folder."""
+    frozen, model = (load_model(str(folder / REFERENCE)) for _ in range(2))
+    policies = [Policy(each) for each in (model, frozen)]
+    pairs = _preferences(frozen, prompts(seed)[0], seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PREFER_LR)
+    for step in range(PREFER_STEPS):
+        rows = [pairs[(step * PREFER_BATCH + n) % len(pairs)] for n in range(PREFER_BATCH)]
+        sides = ("chosen", "rejected")
+        batch = collate(
+            [Example(_ids(r["prompt"]), tuple([*_ids(r[side]), EOS] for side in sides)) for r in rows],
+            torch.device("cpu"),
+        )
+        ends = batch.completions.cu_seqlens
+        ours, theirs = (sequence_sum(policy(*policy_inputs(batch)), None, ends)[0].view(2, -1) for policy in policies)
+        losses.dpo(*ours, *theirs.detach(), beta=1.0).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder / PREFERRED)
+    _new_tokenizer().save_pretrained(folder / PREFERRED)
+
+
 def write_data(folder: Path, seed: int, algorithm: Algorithm) -> None:
     """Sample what the algorithm eats from the reference, and write it into the run's folder."""
     if algorithm.kind == "prompts" and algorithm.demonstrations < 2:  # type: ignore[attr-defined]
@@ -248,20 +333,13 @@ def write_data(folder: Path, seed: int, algorithm: Algorithm) -> None:
     write_rows(folder / DATA[algorithm.kind], _eaten(rows, algorithm))
 
 
-class Verifier:
-    """The task's reward: 1 for the right sum, the less the farther from it."""
-
-    def __call__(self, samples: Sequence[Sample]) -> list[float]:
-        return [score(sample.prompt, sample.completion) for sample in samples]
-
-
 # σ(2) for the right sum against a neighbour
 TEMPERATURE = 0.25
 
 
 def judge() -> BradleyTerryJudge:
-    """The task's preferences: Bradley-Terry in the verifier's reward, so that the best policy is that of the reward."""
-    return BradleyTerryJudge(Verifier(), TEMPERATURE)
+    """The task's preferences: Bradley-Terry in the graded reward, so that the best policy is that of the reward."""
+    return BradleyTerryJudge(near, TEMPERATURE)
 
 
 class CyclicJudge:

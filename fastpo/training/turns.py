@@ -3,21 +3,54 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from itertools import count
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
 
-from fastpo.algorithms import Batch, Draft, Group, Online, Sample, State, Turn
+from fastpo.algorithms import Allocating, Batch, Group, Online, Refining, Sample, State, Turn, Windowed
 from fastpo.training.batches import step_indices, step_layout
 from fastpo.training.data import Example, Prompt
 from fastpo.training.loop import Constants, Job, constant_streams
 from fastpo.training.parallel import together
 from fastpo.training.references import MovingReference
-from fastpo.training.rollouts import Engine, Mixture, Rollout, Sampling, draw_seed
+from fastpo.training.rollouts import Engine, Mask, Mixture, Rollout, Sampling, draw_seed
 from fastpo.training.scorers import Judge, Scorer
+
+
+@runtime_checkable
+class Scorers(Scorer, Protocol):
+    """Several of them, for algorithms to which each counts by itself: `Combined` is one."""
+
+    def each(self, samples: Sequence[Sample]) -> dict[str, list[float]]:
+        """Every reward of every sample, by name."""
+        ...
+
+    def combine(self, each: Mapping[str, Sequence[float]]) -> list[float]:
+        """What `each` gave, in one."""
+        ...
+
+
+@runtime_checkable
+class Rubric(Scorer, Protocol):
+    """Rewards by a rubric that can be rewritten, in the main process; its state goes to the others.
+
+    Attributes:
+        version: how often it was.
+    """
+
+    version: int
+
+    def refine(self, samples: Sequence[Sample], rewards: Sequence[float]) -> None:
+        """Rewrite it, by samples and what it gave them."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -31,6 +64,7 @@ class Plan:
         rounds: how often prompts are drawn for a turn whose groups give no examples.
         tokens: most of a forward.
         seed: of order and sampling.
+        context: most tokens of a prompt, what stands before it, and its completion.
     """
 
     size: int
@@ -39,11 +73,19 @@ class Plan:
     rounds: int
     tokens: int
     seed: int
+    context: int = 1024
 
     @property
     def steps(self) -> int:
         """Of a turn."""
         return self.minibatches * self.epochs
+
+
+class _Reward(NamedTuple):
+    """Of a sample: in one, and by each of several reward functions."""
+
+    total: float = 0.0
+    each: tuple[float, ...] = ()
 
 
 class _Made(NamedTuple):
@@ -52,17 +94,19 @@ class _Made(NamedTuple):
     group: int
     prompt: str
     example: Example
-    logprobs: tuple[Tensor, ...]
-    ended: tuple[bool, ...]
+    rollouts: tuple[Rollout, ...]
+    rewards: tuple[_Reward, ...]
+    begun: int
 
 
 class _Seen(NamedTuple):
-    """What the metrics need of a sampled completion."""
+    """What the metrics need of a sampled completion, and what rewrites a rubric the sample."""
 
     group: int
     reward: float
     length: int
     ended: bool
+    sample: Sample | None
 
 
 class Turns:
@@ -91,6 +135,7 @@ class Turns:
         anchors: Mapping[str, Any] | None = None,
         companion: Any = None,
         average: MovingReference | None = None,
+        lagged: MovingReference | None = None,
     ) -> None:
         """
         Args:
@@ -106,11 +151,16 @@ class Turns:
             companion: the bare reference model, for draws from it or from mixtures with it.
             average: the moving average of the policy's weights, or the policy at a stage's beginning, if the algorithm
                 has one; also among the anchors.
+            lagged: the bare copy of the policy that says which tokens are sampled from.
         """
         self.accelerator, self.algorithm, self.prompts = accelerator, algorithm, prompts
         self.engine, self.sampling, self.plan, self.decode = engine, sampling, plan, decode
         self.scorer, self.judge, self.anchors, self.companion = scorer, judge, anchors or {}, companion
-        self.average = average
+        self.average, self.lagged = average, lagged
+        self.window = algorithm.window if isinstance(algorithm, Windowed) else 0
+        # of unfinished completions, the prompt's place in the data and what there is
+        self.begun: list[tuple[int, Rollout]] = []
+        self.names: tuple[str, ...] = ()
         self.examples: list[Example] = []
         self.constants: dict[str, Constants] = {}
         self.state: State = {}
@@ -127,8 +177,11 @@ class Turns:
             return {}
         self.engine.update(job.policy)
         self.stage = 0 if self.average is None else self._stage(job, turn)
+        if self.lagged is not None and turn % int(self._hyper("mask_every")) == 0:
+            self.lagged.move(self.accelerator.unwrap_model(job.policy).model, 1.0)
         made, seen = self._sampled(turn)
         self._fill(job, made, turn)
+        self._refine(seen, turn)
         self.turn = turn
         return self._metrics(seen, made) | {"epoch": (turn + 1) * self.plan.size / len(self.prompts)}
 
@@ -156,11 +209,16 @@ class Turns:
     def state_dict(self) -> dict[str, Any]:
         examples = [[e.prompt, [*e.completions], [*e.numbers], e.row] for e in self.examples]
         constants = {name: [list(streams[i]) for i in range(len(examples))] for name, streams in self.constants.items()}
-        return {"turn": self.turn, "examples": examples, "constants": constants, "state": dict(self.state)}
+        out = {"turn": self.turn, "examples": examples, "constants": constants, "state": dict(self.state)}
+        out["begun"] = [[number, rollout.ids, rollout.logprobs] for number, rollout in self.begun]
+        return out | ({"rubric": self.scorer.state_dict()} if isinstance(self.scorer, Rubric) else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.turn, self.state = state["turn"], dict(state["state"])
         self.examples[:] = [Example(p, tuple(c), tuple(n), row) for p, c, n, row in state["examples"]]
+        self.begun = [(number, Rollout(ids, logprobs, False)) for number, ids, logprobs in state["begun"]]
+        if isinstance(self.scorer, Rubric):
+            self.scorer.load_state_dict(state["rubric"])
         self.constants.clear()
         for name, streams in state["constants"].items():
             self.constants[name] = {i: tuple(parts) for i, parts in enumerate(streams)}
@@ -171,11 +229,20 @@ class Turns:
         if source in ("policy", "greedy"):
             how = replace(sampling, temperature=0.0) if source == "greedy" else sampling
             return self.engine.generate(texts, n, how, keys)
-        share = float(self.algorithm.hyper["mixture"]) if source == "mixture" else 1.0  # type: ignore[attr-defined]
         # another model alone is a mixture of which the policy has no share
         how = replace(sampling, seed=sampling.seed ^ 1 << 40)
-        mixture = Mixture(self._average() if source == "average" else self.companion, share)
-        return self.engine.generate(texts, n, how, keys, mixture=mixture)  # type: ignore[call-arg]
+        other: Mixture | Mask
+        if source == "masked":
+            assert self.lagged is not None
+            model = self.accelerator.unwrap_model(self.lagged.model)
+            other, how = Mask(model, self._hyper("mask_top_p"), int(self._hyper("mask_min_tokens"))), sampling
+        else:
+            model = self._average() if source == "average" else self.companion
+            other = Mixture(model, self._hyper("mixture") if source == "mixture" else 1.0)
+        return self.engine.generate(texts, n, how, keys, other=other)  # type: ignore[call-arg]
+
+    def _hyper(self, name: str) -> float:
+        return float(self.algorithm.hyper[name])  # type: ignore[attr-defined]
 
     def _average(self) -> Any:
         """The bare model of the moving average."""
@@ -187,7 +254,7 @@ class Turns:
         mine = list(enumerate(prompts))[self.accelerator.process_index :: self.accelerator.num_processes]
         rollouts = self.sampled(mine, replace(self.sampling, seed=draw_seed(self.plan.seed, -1, 0)), "policy", 1)
         samples = [self._sample(prompt, found[0]) for (_, prompt), found in zip(mine, rollouts, strict=True)]
-        given = [] if self.scorer is None else self.scorer(samples)
+        given = [] if self.scorer is None else [reward.total for reward in self._rewards(samples)]
         scores = [score for score in given if not math.isnan(score)]
         sums = torch.tensor([sum(scores), len(scores), sum(len(s.ids) for s in samples), len(samples)])
         reward, scored, length, count = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()
@@ -195,17 +262,17 @@ class Turns:
 
     def _sampled(self, turn: int) -> tuple[list[_Made], list[_Seen]]:
         """What all ranks made of the turn's prompts, in the order of the prompts."""
+        if self.window:
+            return self._grown(turn)
         made: list[_Made] = []
         seen: list[_Seen] = []
         for attempt in range(self.plan.rounds):
             number = turn * self.plan.rounds + attempt
             indices = step_indices(number, self.plan.size, len(self.prompts), self.plan.seed)
-            places = range(attempt * self.plan.size, (attempt + 1) * self.plan.size)
-            everything = [(place, self.prompts[i]) for place, i in zip(places, indices, strict=True)]
+            everything = [(attempt * self.plan.size + n, self.prompts[i]) for n, i in enumerate(indices)]
             missing = self.plan.size - len({each.group for each in made})
-            mine = everything[self.accelerator.process_index :: self.accelerator.num_processes]
             with together(self.accelerator):
-                found = self._round(mine, turn)
+                found = self._round(self._share(everything), turn)
             groups, more = self._gathered(found)
             wanted = sorted({each.group for each in groups})[:missing]
             made += [each for each in groups if each.group in wanted]
@@ -213,6 +280,25 @@ class Turns:
             if len(wanted) == missing:
                 break
         return made, seen
+
+    def _grown(self, turn: int) -> tuple[list[_Made], list[_Seen]]:
+        """The same of completions that go on from turn to turn: what is begun, and new ones in the places left."""
+        old = [i for i, _ in self.begun]
+        places = self.plan.size - -(-len(old) // self.algorithm.draws[0].times)
+        new = step_indices(turn, self.plan.size, len(self.prompts), self.plan.seed)[: max(0, places)]
+        everything = [(n, self.prompts[i]) for n, i in enumerate([*old, *new])]
+        begun = {n: rollout for n, (_, rollout) in enumerate(self.begun)}
+        made, seen = self._gathered(self._round(self._share(everything), turn, begun))
+        rest = ((each.group, each.rollouts[0]) for each in made if not self._finished(each.rollouts[0]))
+        self.begun = [([*old, *new][n], rollout) for n, rollout in rest]
+        return made, seen
+
+    def _share(self, prompts: Sequence[tuple[int, Prompt]]) -> Sequence[tuple[int, Prompt]]:
+        """This rank's."""
+        return prompts[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def _finished(self, rollout: Rollout) -> bool:
+        return rollout.ended or len(rollout.ids) >= self.sampling.max_new_tokens
 
     def _gathered(self, found: tuple[list[_Made], list[_Seen]]) -> tuple[list[_Made], list[_Seen]]:
         if self.accelerator.num_processes == 1:
@@ -223,45 +309,176 @@ class Turns:
         made = sorted((each for part, _ in parts for each in part), key=lambda each: each.group)
         return made, sorted((each for _, part in parts for each in part), key=lambda each: each.group)
 
-    def _round(self, prompts: Sequence[tuple[int, Prompt]], turn: int) -> tuple[list[_Made], list[_Seen]]:
+    def _round(
+        self, prompts: Sequence[tuple[int, Prompt]], turn: int, begun: Mapping[int, Rollout] | None = None
+    ) -> tuple[list[_Made], list[_Seen]]:
         """Sample, judge and draft: of this rank's prompts."""
         sampling = replace(self.sampling, seed=draw_seed(self.plan.seed, turn, 0))
         rollouts: list[list[Rollout]] = [[] for _ in prompts]
-        for draw in self.algorithm.draws:
-            for of, found in zip(rollouts, self.sampled(prompts, sampling, draw.source, draw.times), strict=True):
-                of += found
+        if self.window:
+            rollouts = self._windows(prompts, sampling, begun or {})
+        else:
+            for draw in self.algorithm.draws:
+                for of, found in zip(rollouts, self.sampled(prompts, sampling, draw.source, draw.times), strict=True):
+                    of += found
         if self.algorithm.demonstrations:
             for (_, prompt), of in zip(prompts, rollouts, strict=True):
                 of += [Rollout(each, torch.zeros(len(each)), True) for each in prompt.completions]
-        samples = [
-            [self._sample(prompt, each) for each in of] for (_, prompt), of in zip(prompts, rollouts, strict=True)
-        ]
-        flat = [sample for of in samples for sample in of]
-        scores = iter([] if self.scorer is None else self.scorer(flat))
-        rewards = [[] if self.scorer is None else [next(scores) for _ in of] for of in samples]
-        wins = self._wins(samples, rewards)
+        samples, rewards = self._judged(prompts, rollouts)
+        if isinstance(self.algorithm, Allocating):
+            self._allocate(self.algorithm, prompts, rollouts, samples, rewards, turn)
+        totals = [[] if self.scorer is None else [reward.total for reward in of] for of in rewards]
+        wins = self._wins(samples, totals)
         made: list[_Made] = []
         seen: list[_Seen] = []
-        for (place, prompt), of, given, score, won in zip(prompts, rollouts, samples, rewards, wins, strict=True):
+        drawn = self.algorithm.draws[0].times
+        keeps = isinstance(self.algorithm, Refining)
+        for n, ((place, prompt), of, won) in enumerate(zip(prompts, rollouts, wins, strict=True)):
             generator = torch.Generator().manual_seed(draw_seed(self.plan.seed, turn, place + 1))
             logprobs = [float(each.logprobs.double().sum()) for each in of]
-            drafts = self.algorithm.drafts(Group(given, score, won, logprobs, generator, self.stage))
-            made += [self._made(place, prompt, of, draft) for draft in drafts]
-            drawn = self.algorithm.draws[0].times
+            old = 0 if begun is None or place not in begun else len(begun[place].ids)
+            for draft in self.algorithm.drafts(Group(samples[n], totals[n], won, logprobs, generator, self.stage)):
+                chosen = [of[i] for i in draft.completions]
+                example = Example(prompt.ids, tuple(each.ids for each in chosen), draft.numbers, prompt.number)
+                scores = tuple(rewards[n][i] for i in draft.completions)
+                made.append(_Made(place, prompt.text, example, tuple(chosen), scores, old))
             seen += [
-                _Seen(place, score[i] if score else 0.0, len(each.ids), each.ended) for i, each in enumerate(of[:drawn])
+                _Seen(place, rewards[n][i].total, len(each.ids), each.ended, samples[n][i] if keeps else None)
+                for i, each in enumerate(of[:drawn])
+                if self._finished(each)
             ]
         return made, seen
 
+    def _windows(
+        self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling, begun: Mapping[int, Rollout]
+    ) -> list[list[Rollout]]:
+        """The next tokens of what is begun, and the first ones of new completions."""
+        out: list[list[Rollout]] = [[] for _ in prompts]
+        samples = self.algorithm.draws[0].times
+        by_room: dict[tuple[int, int], list[int]] = {}
+        for n, (place, _) in enumerate(prompts):
+            done = len(begun[place].ids) if place in begun else 0
+            room = min(self.window, sampling.max_new_tokens - done)
+            by_room.setdefault((room, 1 if place in begun else samples), []).append(n)
+        for (room, times), members in by_room.items():
+            none = Rollout([], torch.zeros(0), False)
+            before = [begun.get(prompts[n][0], none) for n in members]
+            texts = [prompts[n][1].ids + each.ids for n, each in zip(members, before, strict=True)]
+            how = replace(sampling, max_new_tokens=room)
+            found = self.engine.generate(texts, times, how, [prompts[n][0] for n in members])
+            for n, old, new in zip(members, before, found, strict=True):
+                out[n] = [Rollout(old.ids + r.ids, torch.cat([old.logprobs, r.logprobs]), r.ended) for r in new]
+        return out
+
+    def _judged(
+        self, prompts: Sequence[tuple[int, Prompt]], rollouts: Sequence[Sequence[Rollout]]
+    ) -> tuple[list[list[Sample]], list[list[_Reward]]]:
+        """Samples and rewards of rollouts; one that is not finished has none yet."""
+        samples = [
+            [self._sample(prompt, each) for each in of] for (_, prompt), of in zip(prompts, rollouts, strict=True)
+        ]
+        # what an algorithm does not sample in windows is never unfinished
+        done = [[not self.window or self._finished(each) for each in of] for of in rollouts]
+        flat = [
+            sample for of, ends in zip(samples, done, strict=True) for sample, end in zip(of, ends, strict=True) if end
+        ]
+        scores = iter(self._rewards(flat))
+        return samples, [[next(scores) if end else _Reward() for end in ends] for ends in done]
+
+    def _rewards(self, samples: Sequence[Sample]) -> list[_Reward]:
+        if self.scorer is None:
+            return [_Reward()] * len(samples)
+        if self.algorithm.needs != "rewards":
+            return [_Reward(score) for score in self.scorer(samples)]
+        assert isinstance(self.scorer, Scorers)
+        each = self.scorer.each(samples)
+        self.names = tuple(each)
+        rows = zip(*each.values(), strict=True)
+        return [_Reward(*of) for of in zip(self.scorer.combine(each), rows, strict=True)]
+
+    def _allocate(
+        self,
+        algorithm: Allocating,
+        prompts: Sequence[tuple[int, Prompt]],
+        rollouts: Sequence[list[Rollout]],
+        samples: Sequence[list[Sample]],
+        rewards: Sequence[list[_Reward]],
+        turn: int,
+    ) -> None:
+        """More completions of some prompts, put behind those that they have."""
+        for round in count():
+            mine = [
+                (
+                    place,
+                    [r.total for r in of],
+                    [s for s, r in zip(given, of, strict=True) if r.total >= algorithm.solved],
+                )
+                for (place, _), of, given in zip(prompts, rewards, samples, strict=True)
+            ]
+            known = sorted(self._everybodys(mine), key=lambda each: each[0])
+            more = algorithm.allocate([totals for _, totals, _ in known], round)
+            if not more:
+                return
+            counts = {place: n for (place, _, _), n in zip(known, more, strict=True)}
+            solved = [found[0] for _, _, found in known if found]
+            open_ = {place for place, _, found in known if not found}
+            sampling = replace(self.sampling, seed=draw_seed(self.plan.seed, turn, 0, round + 1))
+            for times in sorted({counts[place] for place, _ in prompts} - {0}):
+                members = [n for n, (place, _) in enumerate(prompts) if counts[place] == times]
+                texts = [
+                    self._behind(solved, prompts[n][1], algorithm.exemplars)
+                    if prompts[n][0] in open_
+                    else prompts[n][1].ids
+                    for n in members
+                ]
+                found = self.engine.generate(texts, times, sampling, [prompts[n][0] for n in members])
+                given, scores = self._judged([prompts[n] for n in members], found)
+                for i, n in enumerate(members):
+                    rollouts[n].extend(found[i])
+                    samples[n].extend(given[i])
+                    rewards[n].extend(scores[i])
+
+    def _behind(self, solved: Sequence[Sample], prompt: Prompt, count: int) -> list[int]:
+        """A prompt behind those of the turn's solved ones that have most of its tokens, while there is room."""
+        own = Counter(prompt.ids)
+
+        def overlap(sample: Sample) -> float:
+            other = Counter(sample.prompt_ids)
+            return (own & other).total() / (own | other).total()
+
+        room = self.plan.context - len(prompt.ids) - self.sampling.max_new_tokens
+        ids: list[int] = []
+        # the nearest one last; of equals the first
+        for sample in sorted(solved, key=overlap, reverse=True)[:count]:
+            if len(ids) + len(sample.prompt_ids) + len(sample.ids) <= room:
+                ids = sample.prompt_ids + sample.ids + ids
+        return ids + prompt.ids
+
+    def _everybodys(self, mine: list[Any]) -> list[Any]:
+        """What all ranks have."""
+        if self.accelerator.num_processes == 1:
+            return mine
+        from accelerate.utils import gather_object
+
+        return gather_object(mine)
+
+    def _refine(self, seen: Sequence[_Seen], turn: int) -> None:
+        """Rewrite the rubric if it is due, by the turn's first samples."""
+        algorithm, rubric = self.algorithm, self.scorer
+        if not isinstance(algorithm, Refining) or not isinstance(rubric, Rubric):
+            return
+        if (turn + 1) % algorithm.refine_every:
+            return
+        if self.accelerator.is_main_process:
+            episodes = seen[: algorithm.episodes]
+            rubric.refine([e.sample for e in episodes if e.sample is not None], [e.reward for e in episodes])
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            rubric.load_state_dict(broadcast_object_list([rubric.state_dict()])[0])
+
     def _sample(self, prompt: Prompt, rollout: Rollout) -> Sample:
         return Sample(prompt.text, self.decode(rollout.ids), prompt.ids, rollout.ids, rollout.ended, prompt.row)
-
-    def _made(self, place: int, prompt: Prompt, rollouts: Sequence[Rollout], draft: Draft) -> _Made:
-        chosen = [rollouts[i] for i in draft.completions]
-        example = Example(prompt.ids, tuple(each.ids for each in chosen), draft.numbers, prompt.number)
-        return _Made(
-            place, prompt.text, example, tuple(each.logprobs for each in chosen), tuple(each.ended for each in chosen)
-        )
 
     def _wins(
         self, samples: Sequence[Sequence[Sample]], rewards: Sequence[Sequence[float]]
@@ -290,9 +507,16 @@ class Turns:
         self.last = {}
         if not examples:
             return
-        constants: dict[str, Constants] = {"rollout": {i: each.logprobs for i, each in enumerate(made)}}
+        constants: dict[str, Constants] = {
+            "rollout": {i: tuple(of.logprobs for of in each.rollouts) for i, each in enumerate(made)}
+        }
+        if made[0].rollouts[0].allowed is not None:
+            constants["allowed"] = {i: tuple(of.allowed for of in each.rollouts) for i, each in enumerate(made)}  # type: ignore[misc]
         everything = range(len(examples))
-        for name, whose in self.algorithm.anchors(self.plan.steps).items():
+        anchors = self.algorithm.anchors(self.plan.steps)
+        for name, whose in anchors.items():
+            if whose == "rollout" or (name == "old" and self.algorithm.critic):
+                continue  # known already, or with the values
             model = job.policy if whose == "turn" else self.anchors[whose]
             constants |= constant_streams(self.accelerator, model, examples, everything, self.plan.tokens, name=name)
         if self.algorithm.critic:
@@ -305,6 +529,7 @@ class Turns:
                 self.plan.tokens,
                 **more,  # type: ignore[arg-type]
             )
+        constants |= {name: constants["rollout"] for name, whose in anchors.items() if whose == "rollout"}
         cpu = torch.device("cpu")
         completions = step_layout(examples, cpu)
         parts = range(len(examples[0].completions))
@@ -323,8 +548,19 @@ class Turns:
         names = sorted({each.group for each in made})
         prompt_of = {each.group: each.prompt for each in made}
         groups = torch.tensor([names.index(each.group) for each in made])
-        ended = torch.tensor([each.ended[k] for k in parts for each in made])
-        prepared = self.algorithm.prepare(Turn(batch, groups, [prompt_of[n] for n in names], ended), self.state)
+        turn_ = Turn(
+            batch,
+            groups,
+            [prompt_of[n] for n in names],
+            torch.tensor([each.rollouts[k].ended for k in parts for each in made]),
+            torch.tensor([each.begun for _ in parts for each in made]),
+            {
+                name: torch.tensor([each.rewards[k].each[n] for k in parts for each in made], dtype=torch.float64)
+                for n, name in enumerate(self.names)
+            },
+            self.scorer.version if isinstance(self.scorer, Rubric) else 0,
+        )
+        prepared = self.algorithm.prepare(turn_, self.state)
         self.state = dict(prepared.state)
         kept = everything if prepared.keep is None else prepared.keep.nonzero()[:, 0].tolist()
         for name, stream in prepared.streams.items():
@@ -336,13 +572,12 @@ class Turns:
         self.last = prepared.metrics
 
     def _metrics(self, seen: Sequence[_Seen], made: Sequence[_Made]) -> dict[str, float]:
-        lengths = torch.tensor([float(each.length) for each in seen])
-        out = {
-            "length": float(lengths.mean()),
-            "truncated": sum(not each.ended for each in seen) / len(seen),
-            "examples": float(len(self.examples)),
-        }
-        if self.scorer is not None:
+        out = {"examples": float(len(self.examples))}
+        if seen:
+            # in windows there may be nothing that is finished
+            out["length"] = sum(each.length for each in seen) / len(seen)
+            out["truncated"] = sum(not each.ended for each in seen) / len(seen)
+        if self.scorer is not None and seen:
             scores = torch.tensor([each.reward for each in seen], dtype=torch.float64)
             scores = scores[~scores.isnan()]
             groups: dict[int, list[float]] = {}

@@ -1,0 +1,156 @@
+"""Sampling with transformers: what is drawn, from which distribution, and its log-probs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastpo.kernels import pack_allowed, token_logprobs, unpack_allowed
+from fastpo.training.rollouts import Mask, Mixture, Sampling, TransformersEngine, nucleus, uniforms
+
+from .conftest import character_tokenizer, tiny_model
+
+pytestmark = pytest.mark.usefixtures("threads")
+VOCABULARY = 11
+PROMPTS = [[1, 2, 3, 4], [5], [6, 7, 8], [9, 1]]
+SAMPLING = Sampling(max_new_tokens=6, stop=(10, 3), seed=5)
+# fp32 log-softmax of logits of order 1, of attention over another number of tokens
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def other():
+    return tiny_model(VOCABULARY, seed=1)
+
+
+def engine_of(model, **options):
+    return TransformersEngine(lambda function: function(model), **options)
+
+
+def logits_of(model, prompt, ids):
+    """Of every token of a completion."""
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor([prompt + ids]), use_cache=False).logits[0]
+    return out[len(prompt) - 1 : -1]
+
+
+def everything(found):
+    return [(prompt, rollout) for prompt, of in zip(PROMPTS, found, strict=True) for rollout in of]
+
+
+def test_log_probs_are_a_forwards(model):
+    engine = engine_of(model, tokens=10_000)
+    found = engine.generate(PROMPTS, 5, replace(SAMPLING, temperature=0.7))
+    assert [len(of) for of in found] == [5] * len(PROMPTS)
+    for prompt, rollout in everything(found):
+        expected = token_logprobs(logits_of(model, prompt, rollout.ids) / 0.7, torch.tensor(rollout.ids))
+        torch.testing.assert_close(rollout.logprobs, expected, **CLOSE)
+        # it ends with the first token that stops, or at the longest
+        ends = [n for n, token in enumerate(rollout.ids) if token in SAMPLING.stop]
+        assert ends == ([len(rollout.ids) - 1] if rollout.ended else [])
+        assert rollout.ended or len(rollout.ids) == 6
+    assert len({tuple(rollout.ids) for _, rollout in everything(found)}) > 10
+
+
+def test_no_division_of_the_prompts_leaves_a_trace(model):
+    together = engine_of(model, tokens=10_000).generate(PROMPTS, 4, SAMPLING, keys=[7, 3, 5, 1])
+    apart = engine_of(model, tokens=1).generate(PROMPTS, 4, SAMPLING, keys=[7, 3, 5, 1])
+    assert [[r.ids for r in of] for of in together] == [[r.ids for r in of] for of in apart]
+    for one, two in zip(together, apart, strict=True):
+        for ours, theirs in zip(one, two, strict=True):
+            torch.testing.assert_close(ours.logprobs, theirs.logprobs, **CLOSE)
+    # nor does what else is asked for: half of the prompts, more samples
+    half = engine_of(model, tokens=30).generate(PROMPTS[2:], 6, SAMPLING, keys=[5, 1])
+    assert [[r.ids for r in of[:4]] for of in half] == [[r.ids for r in of] for of in together[2:]]
+    again = engine_of(model, tokens=10_000).generate(PROMPTS, 4, replace(SAMPLING, seed=6), keys=[7, 3, 5, 1])
+    assert again != together
+
+
+def test_draws_follow_the_distribution(model):
+    count = 4000
+    sampling = Sampling(max_new_tokens=1, temperature=0.8)
+    (found,) = engine_of(model, tokens=100_000).generate([PROMPTS[0]], count, sampling)
+    probabilities = (logits_of(model, PROMPTS[0], [0])[0] / 0.8).softmax(-1)
+    seen = torch.bincount(torch.tensor([r.ids[0] for r in found]), minlength=VOCABULARY) / count
+    # five standard deviations of each share
+    assert ((seen - probabilities).abs() < 5 * (probabilities * (1 - probabilities) / count).sqrt() + 1e-3).all()
+
+
+def test_greedy_takes_the_most_probable_token(model):
+    found = engine_of(model, tokens=10_000).generate(PROMPTS, 2, replace(SAMPLING, temperature=0.0))
+    for prompt, rollout in everything(found):
+        assert rollout.ids == logits_of(model, prompt, rollout.ids).argmax(-1).tolist()
+
+
+def test_the_nucleus_is_the_smallest_set_that_reaches_its_probability():
+    probabilities = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.97, 0.01, 0.01, 0.01]])
+    kept = nucleus(probabilities.log(), 0.7).isfinite()
+    assert kept.tolist() == [[False, True, False, True], [True, False, False, False]]
+    assert nucleus(probabilities.log(), 1.0).isfinite().all()
+
+
+def test_sampling_from_the_nucleus_is_renormalised(model):
+    found = engine_of(model, tokens=10_000).generate(PROMPTS, 5, replace(SAMPLING, top_p=0.6))
+    for prompt, rollout in everything(found):
+        logits = nucleus(logits_of(model, prompt, rollout.ids), 0.6)
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(rollout.ids)[:, None])[:, 0]
+        assert expected.isfinite().all()
+        torch.testing.assert_close(rollout.logprobs, expected, **CLOSE)
+
+
+def test_a_text_ends_a_completion_and_belongs_to_it():
+    tokenizer = character_tokenizer(eos_token="[E]")
+    engine = engine_of(tiny_model(len(tokenizer)), tokens=10_000, tokenizer=tokenizer)
+    free = Sampling(max_new_tokens=8)
+    (plain,) = engine.generate([[1]], 30, free)
+    text = tokenizer.decode(plain[0].ids[3:5])
+    (stopped,) = engine.generate([[1]], 30, replace(free, stop_strings=(text,)))
+    assert any(rollout.ended for rollout in stopped)
+    for whole, rollout in zip(plain, stopped, strict=True):
+        ends = [n for n in range(1, 9) if text in tokenizer.decode(whole.ids[:n])]
+        assert rollout.ids == whole.ids[: ends[0] if ends else 8] and rollout.ended == bool(ends)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_mixture_lies_between_two_models(model, other, share):
+    engine = engine_of(model, tokens=10_000)
+    found = engine.generate(PROMPTS, 3, SAMPLING, other=Mixture(other, share))
+    for prompt, rollout in everything(found):
+        ours, theirs = (logits_of(m, prompt, rollout.ids).log_softmax(-1) for m in (model, other))
+        mixed = ((1 - share) * ours + share * theirs).log_softmax(-1)
+        expected = mixed.gather(-1, torch.tensor(rollout.ids)[:, None])[:, 0]
+        torch.testing.assert_close(rollout.logprobs, expected, **CLOSE)
+    if share == 0:
+        assert [[r.ids for r in of] for of in found] == [
+            [r.ids for r in of] for of in engine.generate(PROMPTS, 3, SAMPLING)
+        ]
+
+
+def test_a_mask_allows_what_another_model_finds_likely(model, other):
+    engine = engine_of(model, tokens=10_000)
+    found = engine.generate(PROMPTS, 4, replace(SAMPLING, temperature=0.9), other=Mask(other, 0.5, 2))
+    for prompt, rollout in everything(found):
+        assert rollout.allowed is not None and rollout.allowed.shape == (len(rollout.ids), 1)
+        expected = nucleus(logits_of(other, prompt, rollout.ids) / 0.9, 0.5).isfinite()
+        best = logits_of(other, prompt, rollout.ids).topk(2).indices
+        expected = expected.scatter(-1, best, True)
+        expected[:, list(SAMPLING.stop)] = True  # what ends a completion always may
+        assert torch.equal(unpack_allowed(rollout.allowed, VOCABULARY), expected)
+        logits = logits_of(model, prompt, rollout.ids) / 0.9
+        logprobs = token_logprobs(logits, torch.tensor(rollout.ids), allowed=pack_allowed(expected))
+        torch.testing.assert_close(rollout.logprobs, logprobs, **CLOSE)
+    assert all(rollout.allowed is None for _, rollout in everything(engine.generate(PROMPTS, 1, SAMPLING)))
+
+
+def test_uniform_numbers_depend_on_seed_prompt_and_place():
+    first = uniforms(0, 1, 2, 5)
+    assert torch.equal(first, uniforms(0, 1, 2, 5)) and torch.equal(first[:3], uniforms(0, 1, 2, 3))
+    assert all(not torch.equal(first, uniforms(*key, 5)) for key in ((1, 1, 2), (0, 2, 2), (0, 1, 3), (0, 12, 2)))
+    assert first.dtype == torch.float64 and ((first >= 0) & (first < 1)).all()
