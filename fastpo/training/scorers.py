@@ -429,7 +429,10 @@ class Combined:
         return {part.name: part.scorer(samples) for part in self.parts}
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
-        each = self.each(samples)
+        return self.combine(self.each(samples))
+
+    def combine(self, each: Mapping[str, Sequence[float]]) -> list[float]:
+        """What `each` gave, in one."""
         rewards = torch.tensor([*each.values()], dtype=torch.float64).view(len(each), -1).T.to(self.device)
         there = ~rewards.isnan()
         sums = torch.stack([torch.where(there, rewards, 0).sum(0), there.sum(0)])

@@ -18,20 +18,7 @@ from fastpo.training.loop import Constants, Job, constant_streams
 from fastpo.training.parallel import together
 from fastpo.training.references import MovingReference
 from fastpo.training.rollouts import Engine, Mask, Mixture, Rollout, Sampling, draw_seed
-from fastpo.training.scorers import Judge, Scorer
-
-
-@runtime_checkable
-class Scorers(Scorer, Protocol):
-    """Several of them, for algorithms to which each counts by itself: `Combined` is one."""
-
-    def each(self, samples: Sequence[Sample]) -> dict[str, list[float]]:
-        """Every reward of every sample, by name."""
-        ...
-
-    def combine(self, each: Mapping[str, Sequence[float]]) -> list[float]:
-        """What `each` gave, in one."""
-        ...
+from fastpo.training.scorers import Combined, Judge, Scorer
 
 
 @runtime_checkable
@@ -390,7 +377,7 @@ class Turns:
             return [_Reward()] * len(samples)
         if self.algorithm.needs != "rewards":
             return [_Reward(score) for score in self.scorer(samples)]
-        assert isinstance(self.scorer, Scorers)
+        assert isinstance(self.scorer, Combined)
         each = self.scorer.each(samples)
         self.names = tuple(each)
         rows = zip(*each.values(), strict=True)

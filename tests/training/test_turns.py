@@ -24,7 +24,7 @@ accelerate = pytest.importorskip("accelerate")
 pytestmark = pytest.mark.usefixtures("threads")
 VOCABULARY = 12
 STOP = 11
-PROMPTS = [Prompt(f"{n}:", [n, (3 * n) % 9, 9][: 1 + n % 3], None, "", {}, n + 1) for n in range(10)]
+PROMPTS = [Prompt(f"{n}:", [n, (3 * n) % 9, 9][: 1 + n % 3], (), {}, n + 1) for n in range(10)]
 
 
 def even(samples):
