@@ -34,7 +34,7 @@ class BatchConfig:
     """How much goes into a step and into one forward.
 
     Args:
-        size: examples (pairs, or single completions) per optimiser step, over all processes.
+        size: examples (pairs, lists, or single completions) per optimiser step, over all processes.
         tokens: most tokens that one forward holds; examples are packed into this budget.
     """
 
@@ -65,7 +65,7 @@ class TrainConfig:
     Args:
         model: causal language model to train: a folder, a .gguf file or a name on the hub.
         reference: what the policy is measured against, if not the model as it is before training.
-        data: preferences in TRL's format for the algorithm, .jsonl or .parquet.
+        data: what the algorithm trains on, in TRL's formats, .jsonl or .parquet.
         eval_data: more of them, to measure on and not to train on.
         output: folder of the run, if not runs/ALGORITHM (with a number where that holds one).
         max_length: most tokens of prompt and completion; longer completions are cut, longer prompts refused.
@@ -137,7 +137,7 @@ class TrainConfig:
 
 
 # what the built-in task takes for some methods in place of β = 1 and the rate of the others
-_BUILT_IN: Mapping[str, Mapping[str, float]] = {
+_BUILT_IN: Mapping[str, Mapping[str, float | str]] = {
     "ipo": {"algorithm.beta": 0.1},
     "hinge": {"algorithm.beta": 0.3},
     # the margin of a noisy label is log((1-ε)/ε) / β, the targets are ±1/(2β)
@@ -159,6 +159,31 @@ _BUILT_IN: Mapping[str, Mapping[str, float]] = {
     "discopop": {"algorithm.tau": 1.0},
     # nothing but the size of the step keeps what is not to be unlearned
     "npo": {"algorithm.beta": 3.0, "optim.lr": 4e-5},
+    # labels about 1/2 for all: as scores to be reached they leave no contrast, as probabilities they do
+    "lipo_point": {"algorithm.loss": "sigmoid", "algorithm.beta": 0.3},
+    # the labels, win rates among four, are the targets: ψ^{1/β} tells them apart
+    "lipo_softmax": {"algorithm.beta": 0.1},
+    # scores are in [0, 1], and half of that tells a right sum from one beside it
+    "info_nca": {"algorithm.alpha": 0.2},
+    "nca": {"algorithm.alpha": 0.2},
+    "exo": {"algorithm.beta_r": 0.2},
+    "brain": {"algorithm.beta": 0.2},
+    "rwr": {"algorithm.beta": 0.2},
+    "awr": {"algorithm.beta": 0.2},
+    # two thirds of the answers are bad; the paper's where that is so
+    "unlikelihood": {"algorithm.alpha": 0.01},
+    # characters that the model knows, but not in this place: more is to be learnt
+    "conditional_training": {
+        "algorithm.aligned": "=",
+        "algorithm.misaligned": "+",
+        "batch.size": 128,
+        "optim.lr": 4e-4,
+    },
+    "chain_of_hindsight": {"algorithm.good": "=", "algorithm.bad": "+", "batch.size": 128, "optim.lr": 4e-4},
+    # no answer has four tokens
+    "sequence_unlikelihood": {"algorithm.n": 1},
+    # with the other, which is plain SFT, nothing is implied
+    "implicit_reward_sft": {"algorithm.divergence": "pearson_chi2"},
 }
 
 
@@ -173,7 +198,8 @@ def built_in_defaults(algorithm: str) -> dict[str, Any]:
         "eval_every": 25,
         **({"algorithm.beta": 1.0} if "beta" in algorithms.defaults(algorithm) else {}),
         "optim.lr": 2e-4,
-        "batch.size": 64,
+        # four completions each, as many as 64 pairs have
+        "batch.size": 32 if algorithms.kind(algorithm) in ("lists", "decisions") else 64,
         "batch.tokens": 256,
         **_BUILT_IN.get(algorithm, {}),
     }

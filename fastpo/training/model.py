@@ -84,9 +84,16 @@ class Policy(nn.Module):
     unless the model makes something else of its hidden states than `head_scale` finds: then by the model itself.
     """
 
-    def __init__(self, model: Any, layout: Layout | None = None) -> None:
+    def __init__(self, model: Any, layout: Layout | None = None, own: nn.Module | None = None) -> None:
+        """
+        Args:
+            model: the language model.
+            layout: how sequences share a forward; None: packed, if the model can tell them apart.
+            own: what the algorithm learns beside the model (`Algorithm.module`): from hidden states to numbers.
+        """
         super().__init__()
         self.model = model
+        self.own = own
         self.layout: Layout = layout or ("packed" if _separates_packed(model) else "padded")
         self.scale = head_scale(model)
 
@@ -99,17 +106,21 @@ class Policy(nn.Module):
         *,
         statistics: tuple[str, ...] = (),
         reference_logits: Tensor | None = None,
+        values: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The log-probs (n,) of the targets; or, if more is asked for, a dictionary of them and it, each (n,).
 
         Args:
-            input_ids, position_ids, predictors, targets: of a `MicroBatch`.
+            input_ids, position_ids, predictors, targets: of a `MicroBatch`; targets may be (n, K), and so are then the
+                log-probs.
             statistics: of the distributions: "log_sum_p2", or "normalised_entropy", the entropy over log V.
             reference_logits: (n, V) at the predictors; then "kl", KL(reference || policy), is there too. It takes the
                 policy's logits, all n at once.
+            values: what `own` answers is there too.
         """
         run = _packed if self.layout == "packed" else _padded
         stats = tuple(s.removeprefix("normalised_") for s in statistics)
+        hidden = None
         if self.scale is None or reference_logits is not None:
             logits = run(self.model, input_ids, position_ids, predictors)
             size = logits.shape[-1]
@@ -132,13 +143,18 @@ class Policy(nn.Module):
                 memory_budget=0,
             )
         logprobs = out if isinstance(out, Tensor) else out.logprobs
-        if not statistics and reference_logits is None:
+        if not statistics and reference_logits is None and not values:
             return logprobs
         found = {name: getattr(out, stat) for name, stat in zip(statistics, stats, strict=True)}
         if "normalised_entropy" in found:
             found["normalised_entropy"] = found["normalised_entropy"] / math.log(size)
         if reference_logits is not None:
             found["kl"] = token_kl(logits, reference_logits.to(logits.dtype))
+        if values:
+            assert self.own is not None
+            if hidden is None:
+                hidden = run(_backbone(self.model), input_ids, position_ids, predictors)
+            found["values"] = self.own(hidden)
         return {"logprobs": logprobs, **found}
 
 

@@ -128,7 +128,7 @@ class Source(NamedTuple):
 def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algorithms.Algorithm) -> Source:
     model, data = config.model or str(folder / task.REFERENCE), config.data or str(folder / task.DATA[algorithm.kind])
     tokenizer = load_tokenizer(model)
-    encoder = Encoder(tokenizer, model, config.max_length, algorithm.kind, algorithm.columns)
+    encoder = Encoder(tokenizer, model, config.max_length, algorithm.kind, algorithm.columns, algorithm.control)
     files = [file for file in (data, config.eval_data) if file is not None]
     loaded = []
     for file in files:
@@ -148,7 +148,7 @@ def _prepare(
     """Models, optimiser and the log-probs of the reference."""
     model = load_model(source.model)
     _check_positions(model, source)
-    policy = Policy(model)
+    policy = Policy(model, own=algorithm.module(model.config.get_text_config().hidden_size))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay)
     policy, optimizer = accelerator.prepare(policy, optimizer)
     steps = config.steps or math.ceil(config.epochs * len(source.examples) / config.batch.size)
@@ -209,7 +209,8 @@ def _prepare(
     if config.built_in:
         reference = load_model(source.model).to(accelerator.device)
         plain = accelerator.unwrap_model(policy).model
-        return job, lambda: task.evaluate(plain, reference, config.seed)
+        asked = "" if algorithm.control is None else algorithm.control.good
+        return job, lambda: task.evaluate(plain, reference, config.seed, asked=asked)
     if not source.eval_examples:
         return job, dict
     if follows is None:
@@ -286,7 +287,8 @@ def _export(job: Job, tokenizer: Any, folder: Path) -> None:
     state = job.accelerator.get_state_dict(job.policy)
     if job.accelerator.is_main_process:
         model = job.accelerator.unwrap_model(job.policy).model
-        weights = {key.removeprefix("model."): value for key, value in state.items()}
+        # without what the algorithm learnt beside it
+        weights = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
         model.save_pretrained(folder / MODEL, state_dict=weights)
         tokenizer.save_pretrained(folder / MODEL)
 
@@ -315,7 +317,7 @@ def _report(job: Job, config: TrainConfig, folder: Path, display: Display, secon
             # single completions may all have one label, and then there is no margin
             if not set(ends) <= set(found):
                 continue
-            data = "pairs" if job.algorithm.kind == "pairwise" else "completions"
+            data = {"pairwise": "pairs", "lists": "lists"}.get(job.algorithm.kind, "completions")
             where = (
                 f"held-out {data}"
                 if ends[0].endswith("before")
