@@ -276,12 +276,14 @@ def _list_row(row: Any) -> dict[str, Any]:
 def _method_row(row: Any) -> dict[str, Any]:
     """What is known of a method on other given data, in the same words."""
     data = {"hindsight": "pairs or lists", "tools": "tool calls"}
+    columns = [column.name for column in algorithms.columns(row.name)]
     return {
         "name": row.name,
         "title": row.title,
         "kind": row.kind,
         "data": data.get(row.kind, row.kind),
-        "columns": [column.name for column in algorithms.columns(row.name)],
+        # which tokens are key tokens is found by the names of the tools
+        "columns": ["tools" if name == "key" else name for name in columns],
         "trainable": True,
         "inputs": dict(row.phrases),
         "options": {name: list(values) for name, values in row.options.items()},

@@ -419,7 +419,7 @@ class Encoder:
             numbers,
             number,
             each,
-            tuple(of[:room] for of in marks) if self.marks else (),
+            tuple(self._cut(of, room) for of in marks) if self.marks else (),
             () if whole else tuple(flags[:room] for flags in learnt),
         )
 
@@ -455,6 +455,15 @@ class Encoder:
             marks = [(float(key),) for key in self._keys(pieces, side[1].among)]
         learnt = [segment.learnt for segment, ids in zip(side, pieces, strict=True) for _ in ids]
         return [token for ids in pieces for token in ids], tuple(marks), tuple(learnt)
+
+    def _cut(self, marks: tuple[tuple[float, ...], ...], room: int) -> tuple[tuple[float, ...], ...]:
+        """The numbers of the first so many tokens; those of segments that are cut off go to the last of them."""
+        kept, lost = marks[:room], marks[room:]
+        if not lost:
+            return kept
+        levels = [column.level for column in self.marks]
+        more = [sum(numbers[n] for numbers in lost) if level == "segment" else 0.0 for n, level in enumerate(levels)]
+        return (*kept[:-1], tuple(value + rest for value, rest in zip(kept[-1], more, strict=True)))
 
     def _keys(self, pieces: list[list[int]], names: Sequence[str]) -> list[bool]:
         """Which tokens decide on the tool whose name is the middle one of three pieces.

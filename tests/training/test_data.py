@@ -516,6 +516,14 @@ def test_a_cut_completion_must_leave_something_to_learn(encoder):
     assert len(found.completions[0]) == len(found.learnt[0]) == 4 and given.cut == 2
 
 
+def test_a_cut_completion_keeps_its_rewards(encoder):
+    for name, expected in (("rwr", [0.5, 0.5, -1.0]), ("trajectory_balance", [0.0, 0.5, -1.0])):
+        given, _ = reader_of(encoder, name)
+        given.max_length = 6
+        found = given.example(SEGMENTS, "row 1")
+        assert [value for (value,) in found.marks[0]] == expected and given.cut == 1
+
+
 def test_control_phrases_are_tokens(encoder):
     algorithm = algorithms.build("conditional_training", {})
     given = Encoder(encoder.tokenizer, "tiny", 64, algorithm.kind, algorithm.columns, algorithm.control)
