@@ -73,7 +73,7 @@ def _train(argv: list[str]) -> int:
         print("\n".join(f"  {name:<{width}}  {algorithms.title(name)}" for name in names))
         print("\nfastpo train ALGORITHM --help lists the options; with none it trains on a built-in task.")
         return 0 if argv else 2
-    name, *rest = argv
+    name, *rest = algorithms.ALIASES.get(argv[0], argv[0]), *argv[1:]
     if name not in names:
         raise UserError(f"there is no algorithm {name!r}{_nearest(name, names)} (there are: {', '.join(names)})")
     _need(TRAIN_PACKAGES, "train")
@@ -194,12 +194,14 @@ def _algorithms(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="fastpo algorithms", description="The registry of objectives.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     given = parser.parse_args(argv)
+    from fastpo.algorithms.given import ROWS
     from fastpo.reference import objectives
     from fastpo.reference.listwise import list_objectives
     from fastpo.reference.policy import policies
 
     objects = (*objectives(), *algorithms.composed())
     rows = [*map(_row, objects), *map(_policy_row, policies()), *map(_list_row, list_objectives())]
+    rows += map(_method_row, ROWS.values())
     if given.json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return 0
@@ -214,7 +216,9 @@ def _algorithms(argv: list[str]) -> int:
         table.add_column(column)
     for row in rows:
         options = [f"{name}={values[0]}" for name, values in row["options"].items()]
-        hyper = [f"{name}={float(value):g} in {row['domains'][name]}" for name, value in row["defaults"].items()]
+        numbers = {name: value for name, value in row["defaults"].items() if name in row["domains"]}
+        hyper = [f"{name}={float(value):g} in {row['domains'][name]}" for name, value in numbers.items()]
+        hyper += [f"{name}={value!r}" for name, value in row["defaults"].items() if name not in row["domains"]]
         table.add_row(
             row["name"],
             "\n".join([row["data"], *row["columns"]]),
@@ -289,10 +293,28 @@ def _list_row(row: Any) -> dict[str, Any]:
         "title": row.title,
         "kind": "lists",
         "data": "lists",
-        "columns": [],
-        "trainable": False,
+        "columns": [column.name for column in algorithms.columns(row.name)],
+        "trainable": row.name in algorithms.names(),
         "inputs": {name: row.tensors[name] for name in row.names if name not in row.models},
         "options": options,
+        **_common(row),
+    }
+
+
+def _method_row(row: Any) -> dict[str, Any]:
+    """What is known of a method on other given data, in the same words."""
+    data = {"hindsight": "pairs or lists", "tools": "tool calls"}
+    columns = [column.name for column in algorithms.columns(row.name)]
+    return {
+        "name": row.name,
+        "title": row.title,
+        "kind": row.kind,
+        "data": data.get(row.kind, row.kind),
+        # which tokens are key tokens is found by the names of the tools
+        "columns": ["tools" if name == "key" else name for name in columns],
+        "trainable": True,
+        "inputs": dict(row.phrases),
+        "options": {name: list(values) for name, values in row.options.items()},
         **_common(row),
     }
 
@@ -304,7 +326,7 @@ def _common(row: Any) -> dict[str, Any]:
         "models": list(row.models),
         "theory": row.theory,
         # JSON has no infinity; what has no default must be given
-        "defaults": {n: v if v < float("inf") else "inf" for n, v in row.defaults.items() if v is not None},
+        "defaults": {n: "inf" if v == float("inf") else v for n, v in row.defaults.items() if v is not None},
         "domains": {name: str(domain) for name, domain in row.domains.items()},
         "aliases": dict(row.aliases),
         "description": row.doc,

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from fastpo import algorithms, cli
+from fastpo.algorithms.given import ROWS
 from fastpo.reference import objectives
 from fastpo.reference.listwise import list_objectives
 from fastpo.reference.policy import policies
@@ -80,9 +81,8 @@ def test_algorithms_prints_every_row(capsys, monkeypatch):
     table = capsys.readouterr().out
     assert cli.main(["algorithms", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["name"] for row in rows] == [
-        row.name for row in (*objectives(), *algorithms.composed(), *policies(), *list_objectives())
-    ]
+    known = (*objectives(), *algorithms.composed(), *policies(), *list_objectives(), *ROWS.values())
+    assert [row["name"] for row in rows] == [row.name for row in known]
     assert len({frozenset(row) for row in rows}) == 1
     assert all(row["name"] in table and row["paper"] in table for row in rows)
     for column in ("name", "data", "models", "defaults", "theory", "source"):
@@ -101,6 +101,10 @@ def test_algorithms_prints_every_row(capsys, monkeypatch):
     brain, pair = by_name["brain"], by_name["lipo_pair"]
     assert (brain["data"], brain["models"], brain["defaults"]) == ("lists", ["policy", "proposal", "prior"], {})
     assert pair["options"]["loss"][0] == "logistic" and list(pair["inputs"]) == ["labels"]
+    assert pair["columns"] == ["labels"] and brain["columns"] == ["rewards", "proposal_logprobs"]
+    sft, hindsight = by_name["sft"], by_name["chain_of_hindsight"]
+    assert (sft["data"], sft["models"], sft["options"]["average"][0]) == ("demonstrations", ["policy"], "token_mean")
+    assert (hindsight["data"], hindsight["defaults"]["good"]) == ("pairs or lists", " A good answer: ")
     assert by_name["value_clip"]["models"] == ["critic"] and "beta" not in by_name["value_clip"]["defaults"]
 
 

@@ -5,16 +5,17 @@ An algorithm knows nothing of models, files or optimisers; the training loop kno
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-from fastpo.algorithms import direct, recipes, reward, shaped
+from fastpo.algorithms import direct, given, lists, recipes, reward, shaped
 from fastpo.algorithms.base import (
     Algorithm,
     Allocating,
     Batch,
     Column,
     Completions,
+    Control,
     Draft,
     Draw,
     Group,
@@ -27,7 +28,9 @@ from fastpo.algorithms.base import (
     Turn,
     Windowed,
 )
+from fastpo.algorithms.given import Given
 from fastpo.algorithms.inputs import SOURCES
+from fastpo.algorithms.lists import Lists
 from fastpo.algorithms.mixed import MPO, Mixed
 from fastpo.algorithms.pairwise import Pairwise
 from fastpo.algorithms.preferences import METHODS, Method, Preference
@@ -35,24 +38,78 @@ from fastpo.algorithms.reward import MaxMin, ReactionModel, RewardModel
 from fastpo.algorithms.rollouts import PolicyGradient, Recipe
 from fastpo.algorithms.unpaired import Unpaired
 from fastpo.reference import Objective, objectives
+from fastpo.reference.listwise import ListObjective, list_objectives
 
 _CLASSES: dict[str, type[Pairwise] | type[Unpaired]] = {"pairwise": Pairwise, "unpaired": Unpaired}
 
-RECIPES = {**recipes.RECIPES, **shaped.SHAPED}
-# what samples completions itself
-_ONLINE: Mapping[str, Recipe | Method] = {**RECIPES, **METHODS, MPO.name: MPO}
+# names that methods have elsewhere
+ALIASES = {"lipo": "lipo_lambda", "gflownet": "trajectory_balance"}
+
+
+class _Entry(NamedTuple):
+    """What is known of an algorithm before it is built."""
+
+    kind: str
+    title: str
+    defaults: Mapping[str, Any]
+    choices: Mapping[str, tuple[str | None, ...]]
+    phrases: Mapping[str, str]
+    build: Callable[[Mapping[str, Any]], Algorithm]
+
+
+def _phrases(domains: Mapping[str, Any], choices: Mapping[str, tuple[str | None, ...]]) -> dict[str, str]:
+    phrases = {key: f"a number in {domain}" for key, domain in domains.items()}
+    return phrases | {key: f"one of {', '.join(map(str, values))}" for key, values in choices.items()}
 
 
 def _trainable(row: Objective) -> bool:
-    """Policies on data that are given: samples with rewards need another loop, reward models have rows of their own."""
-    given = all(each.name in SOURCES for each in row.inputs)
-    online = row.online or row.name in _ONLINE
-    return row.kind in _CLASSES and row.scores == "policy" and not online and given
+    """Policies on data that are given: what samples has entries of its own, as reward models have."""
+    found = all(each.name in SOURCES for each in row.inputs)
+    online = row.online or row.name in METHODS
+    return row.kind in _CLASSES and row.scores == "policy" and not online and found
 
 
-_ROWS = {row.name: row for row in objectives() if _trainable(row)} | {row.name: row for row in reward.ROWS}
-# the other rows' classes follow from their data
-_OWN_CLASSES: dict[str, type[RewardModel]] = {
+def _of_row(row: Objective) -> _Entry:
+    phrases = _phrases(direct.domains(row), row.options)
+    if row.length_norm:
+        phrases["length_norm"] = "use per-token averages of the log-probs instead of sums"
+    options = dict(row.options)
+    return _Entry(row.kind, row.title, direct.defaults(row), options, phrases, lambda h: _CLASSES[row.kind](row, h))
+
+
+def _of_list(row: ListObjective) -> _Entry:
+    choices = lists.choices(row)
+    phrases = _phrases(row.domains, choices)
+    if row.average_pairs is not None:
+        phrases["average_pairs"] = "the mean over the pairs of a list instead of their sum"
+    return _Entry(lists.kind(row), row.title, lists.defaults(row), choices, phrases, lambda h: Lists(row, h))
+
+
+def _of_method(row: given.Method) -> _Entry:
+    phrases = {**_phrases(row.domains, row.options), **row.phrases}
+    return _Entry(row.kind, row.title, given.defaults(row), dict(row.options), phrases, lambda h: Given(row, h))
+
+
+def _of_reward_model(row: Objective) -> _Entry:
+    return _of_row(row)._replace(build=lambda h: _REWARD_MODELS[row.name](row, h))
+
+
+def _online(row: Recipe | Method, build: Callable[[Mapping[str, Any]], Algorithm]) -> _Entry:
+    choices = dict(row.choices())
+    phrases = _phrases(row.domains(), choices)
+    phrases |= dict.fromkeys(getattr(row, "texts", ()), "numbers, one for each reward or one for all, as 1,0.5")
+    return _Entry("prompts", row.title, row.defaults(), choices, phrases, build)
+
+
+def _of_recipe(row: Recipe) -> _Entry:
+    return _online(row, lambda h: shaped.CLASSES.get(row.name, PolicyGradient)(row, h))
+
+
+def _of_preference(row: Method) -> _Entry:
+    return _online(row, lambda h: Preference(row, h))
+
+
+_REWARD_MODELS: dict[str, type[RewardModel]] = {
     "reward_model": RewardModel,
     "maxmin": MaxMin,
     "reaction_model": ReactionModel,
@@ -64,72 +121,64 @@ def composed() -> tuple[Objective, ...]:
     return reward.ROWS
 
 
+_ENTRIES: dict[str, _Entry] = {row.name: _of_row(row) for row in objectives() if _trainable(row)}
+_ENTRIES |= {row.name: _of_list(row) for row in list_objectives()}
+_ENTRIES |= {row.name: _of_method(row) for row in given.ROWS.values()}
+_ENTRIES |= {row.name: _of_reward_model(row) for row in reward.ROWS}
+_ENTRIES |= {row.name: _of_recipe(row) for row in (*recipes.RECIPES.values(), *shaped.SHAPED.values())}
+_ENTRIES |= {row.name: _of_preference(row) for row in METHODS.values()}
+_ENTRIES[MPO.name] = _online(MPO, lambda h: Mixed(MPO, h))
+
+
 def names(*kinds: str) -> list[str]:
     """The algorithms that can be trained: all, or those on these kinds of data."""
-    everything = [*_ROWS, *_ONLINE]
-    return [name for name in everything if kind(name) in kinds] if kinds else everything
+    return [name for name in _ENTRIES if not kinds or kind(name) in kinds]
 
 
 def kind(name: str) -> str:
-    """The data that an algorithm eats: "prompts" of one that samples completions itself."""
-    return "prompts" if name in _ONLINE else _ROWS[name].kind
+    """The data that an algorithm eats."""
+    return _ENTRIES[name].kind
 
 
 def title(name: str) -> str:
     """The method's name in words."""
-    return (_ONLINE.get(name) or _ROWS[name]).title
+    return _ENTRIES[name].title
 
 
 def defaults(name: str) -> dict[str, Any]:
     """The hyper-parameters of an algorithm and their default values."""
-    if name in _ONLINE:
-        return _ONLINE[name].defaults()
-    return direct.defaults(_ROWS[name])
+    return dict(_ENTRIES[name].defaults)
 
 
 def choices(name: str) -> dict[str, tuple[str | None, ...]]:
     """The hyper-parameters that are words, and their admissible values."""
-    if name in _ONLINE:
-        return dict(_ONLINE[name].choices())
-    return dict(_ROWS[name].options)
+    return dict(_ENTRIES[name].choices)
 
 
 def columns(name: str) -> tuple[Column, ...]:
     """The numbers that an algorithm reads of every example; none of one that cannot be trained."""
-    return build(name, {}).columns if name in names() else ()
+    return build(name, {}).columns if name in _ENTRIES else ()
 
 
 def describe(name: str) -> dict[str, str]:
     """One phrase per hyper-parameter, for help texts."""
-    row = _ROWS.get(name)
-    domains = _ONLINE[name].domains() if row is None else direct.domains(row)
-    phrases = {key: f"a number in {domain}" for key, domain in domains.items()}
-    phrases |= {key: f"one of {', '.join(map(str, values))}" for key, values in choices(name).items()}
-    if name in RECIPES:
-        phrases |= dict.fromkeys(RECIPES[name].texts, "numbers, one for each reward or one for all, as 1,0.5")
-    if row is not None and row.length_norm:
-        phrases["length_norm"] = "use per-token averages of the log-probs instead of sums"
-    return phrases
+    return dict(_ENTRIES[name].phrases)
 
 
 def build(name: str, hyper: Mapping[str, Any]) -> Algorithm:
     """The algorithm with these hyper-parameters; ValueError for one outside its domain."""
-    if name in RECIPES:
-        return shaped.CLASSES.get(name, PolicyGradient)(RECIPES[name], {**defaults(name), **hyper})
-    if name == MPO.name:
-        return Mixed(MPO, {**defaults(name), **hyper})
-    if name in METHODS:
-        return Preference(METHODS[name], {**defaults(name), **hyper})
-    row = _ROWS[name]
-    return _OWN_CLASSES.get(name, _CLASSES[row.kind])(row, {**defaults(name), **hyper})
+    entry = _ENTRIES[name]
+    return entry.build({**entry.defaults, **hyper})
 
 
 __all__ = [
+    "ALIASES",
     "Algorithm",
     "Allocating",
     "Batch",
     "Column",
     "Completions",
+    "Control",
     "Draft",
     "Draw",
     "Group",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastpo.reference.registry import Domain
 
@@ -18,31 +18,81 @@ State = dict[str, Tensor]
 class Completions(NamedTuple):
     """Where the completions of a batch lie in its packed log-probs.
 
-    Of a data kind with k completions per example, all the first ones come first, then all the second ones.
+    All the first ones of the examples come first, then all the second ones of those that have a second one, and so on.
 
     Attributes:
-        lengths: tokens of every completion, on the host.
+        lengths: tokens of every completion that are trained on, on the host.
         cu_seqlens: int32 (len(lengths) + 1,), their running sum, on the device.
+        counts: completions of every example.
     """
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
+    counts: tuple[int, ...]
+
+    def slots(self) -> list[list[int]]:
+        """For each example, the places of its completions among all of them."""
+        found: list[list[int]] = [[] for _ in self.counts]
+        place = 0
+        for k in range(max(self.counts, default=0)):
+            for slots, count in zip(found, self.counts, strict=True):
+                if k < count:
+                    slots.append(place)
+                    place += 1
+        return found
+
+    def by_example(self) -> tuple[Tensor, Tensor]:
+        """What brings completions together that belong to one example, on the device.
+
+        Returns:
+            int64 (len(lengths),), the places of the completions, one example behind the other; and int32
+            (examples + 1,), the boundaries of the examples among them.
+        """
+        device = self.cu_seqlens.device
+        order = torch.tensor([place for slots in self.slots() for place in slots], dtype=torch.int64)
+        bounds = torch.tensor([0, *self.counts]).cumsum(0, dtype=torch.int32)
+        return order.to(device), bounds.to(device)
+
+
+# of what there is one number: each example, each of its completions, each token of a completion; or each segment of a
+# completion, the number standing at its last token and 0 at the others
+Level = Literal["example", "completion", "token", "segment"]
 
 
 class Column(NamedTuple):
-    """A number that the data give for every example.
+    """A number that the data give for every example, or for parts of it.
 
     Attributes:
         name: of the column.
         boolean: whether it is a label.
         default: where the data have no such column; None if they must.
         category: whether it names something, by a string or an integer, whose number is its place among the names.
+        level: of what there is one.
+        domain: what is looked at when the data are read; what an algorithm refuses only together is its `problem`.
     """
 
     name: str
     boolean: bool = False
     default: float | None = None
     category: bool = False
+    level: Level = "example"
+    domain: Domain = Domain()
+
+
+class Control(NamedTuple):
+    """What becomes of completions, or segments of them, according to their rewards, before they are trained on.
+
+    Attributes:
+        good: said before those whose reward is at least the threshold; an answer is asked for with it.
+        bad: said before the others; None: completions whose mean reward is below the threshold are left out.
+        threshold: of the rewards.
+        drop: the probability that nothing is said.
+    """
+
+    good: str
+    bad: str | None
+    threshold: float = 0.0
+    drop: float = 0.0
 
 
 class Batch(NamedTuple):
@@ -50,13 +100,15 @@ class Batch(NamedTuple):
 
     Attributes:
         streams: packed (N,) numbers of all completion tokens, by name: "policy" and "reference" are log-probs, a
-            statistic of a model's distributions is MODEL_STATISTIC, "kl" is KL(reference || policy), and the others
-            are what `Algorithm.draw` gave.
+            statistic of a model's distributions is MODEL_STATISTIC, "kl" is KL(reference || policy), "values" is what
+            `Algorithm.module` answers, "ids" are the tokens themselves, "policy_candidates", (N, K), the log-probs of
+            `Algorithm.candidates`, and the others are columns of tokens and what `Algorithm.draw` gave.
         completions: where each completion lies in them.
-        numbers: (B,) numbers of the examples, by column.
+        numbers: (B,) numbers of the examples, or (completions,) of their completions in the order of `completions`, by
+            column.
         num_items: examples in the whole step, over forwards and ranks.
         seed: of what is drawn for this step.
-        num_tokens: tokens of their completions, likewise.
+        num_tokens: tokens of their completions that are trained on, likewise.
         max_length: most tokens that a completion of this run can have, if completions are sampled.
     """
 
@@ -88,7 +140,8 @@ class Algorithm(Protocol):
 
     Attributes:
         name: as on the command line.
-        kind: the data it eats, as in the registry ("pairwise": a chosen and a rejected completion; "unpaired": one).
+        kind: the data it eats, as in the registry ("pairwise": a chosen and a rejected completion; "unpaired": one), or
+            as in `fastpo.training.data` ("lists", "demonstrations" and so on).
         models: whose log-probs it needs, "policy" first.
         columns: the numbers that it needs of every example.
         statistics: by model, what it needs of the distributions beside log-probs.
@@ -96,6 +149,7 @@ class Algorithm(Protocol):
         mismatched: whether each example has, as a further completion that is not trained on, that of another prompt.
         unlearns: whether it takes all its data for undesirable.
         whole_step: whether its loss couples the examples of a step, so that it must see all of them at once.
+        control: what becomes of good and bad completions before they are trained on, None for nothing.
     """
 
     @property
@@ -124,6 +178,20 @@ class Algorithm(Protocol):
 
     @property
     def whole_step(self) -> bool: ...
+
+    @property
+    def control(self) -> Control | None: ...
+
+    def module(self, width: int) -> nn.Module | None:
+        """What it learns beside the policy: from hidden states (N, width) where tokens are predicted to numbers (N,).
+
+        It is called inside the policy's forward, trained and saved with the policy, and not exported with the model.
+        """
+        ...
+
+    def candidates(self, ids: Tensor, completions: Completions) -> Tensor | None:
+        """Tokens (N, K) beside the targets `ids` (N,) whose log-probs it needs too; -100 where there are fewer."""
+        ...
 
     def problem(self, numbers: Sequence[Sequence[float]]) -> tuple[int, str] | None:
         """The first example (one number per column) that the loss would refuse, and why."""

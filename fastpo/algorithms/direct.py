@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastpo.algorithms.base import Batch, Column, Completions, Hyper, State, check_hyper
+from fastpo.algorithms.base import Batch, Column, Completions, Control, Hyper, State, check_hyper
 from fastpo.algorithms.inputs import SOURCES, Drawn, Seen, Statistic, Stream
 from fastpo.reference import Domain, Objective, objective
 from fastpo.reference.sequence import sequence_sum
@@ -50,7 +50,7 @@ class Direct:
     hyper: Hyper
 
     def __post_init__(self) -> None:
-        check_hyper(self.row.name, self.hyper, domains(self.row), self.row.options)
+        check_hyper(self.name, self.hyper, domains(self.row), self.row.options)
 
     @property
     def name(self) -> str:
@@ -96,6 +96,16 @@ class Direct:
     @property
     def whole_step(self) -> bool:
         return self.row.coupled or self._statistic is not None
+
+    @property
+    def control(self) -> Control | None:
+        return None
+
+    def module(self, width: int) -> nn.Module | None:
+        return None
+
+    def candidates(self, ids: Tensor, completions: Completions) -> Tensor | None:
+        return None
 
     @cached_property
     def _statistic(self) -> Statistic | None:

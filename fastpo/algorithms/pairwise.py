@@ -14,7 +14,7 @@ class Pairwise(Direct):
     """Every method whose loss is a pairwise row of the registry: DPO and its relatives."""
 
     def __call__(self, batch: Batch, state: State) -> StepOutput:
-        lengths, ends = batch.completions
+        lengths, ends, _ = batch.completions
         pairs = len(lengths) // 2
         sizes = [sum(lengths[:pairs]), sum(lengths[pairs:])]
         sides = [side for model in self.models for side in batch.streams[model].split(sizes)]

@@ -16,7 +16,6 @@ from fastpo.algorithms import direct
 from fastpo.algorithms.base import (
     Batch,
     Column,
-    Completions,
     Draft,
     Draw,
     Group,
@@ -28,6 +27,7 @@ from fastpo.algorithms.base import (
 )
 from fastpo.algorithms.direct import Direct
 from fastpo.algorithms.pairwise import Pairwise
+from fastpo.algorithms.plain import Plain
 from fastpo.algorithms.rollouts import COUNT, Numbers, Options
 from fastpo.reference import Objective, objective
 from fastpo.reference.registry import NOT_NEGATIVE, PROBABILITY, Domain
@@ -173,7 +173,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Preference:
+class Preference(Plain):
     """A method of the table: samples become examples of its loss, whose fixed models are those of the turn or the run.
 
     Attributes:
@@ -185,10 +185,6 @@ class Preference:
     hyper: Options
 
     kind = "prompts"
-    divergence = False
-    mismatched = False
-    unlearns = False
-    whole_step = False
     critic = False
 
     def __post_init__(self) -> None:
@@ -206,16 +202,12 @@ class Preference:
         return self.method.learner(self.hyper)
 
     @property
-    def models(self) -> tuple[str, ...]:
+    def models(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.learner.models
 
     @property
     def columns(self) -> tuple[Column, ...]:
         return self.learner.columns
-
-    @property
-    def statistics(self) -> Mapping[str, tuple[str, ...]]:
-        return {model: () for model in self.models}
 
     @property
     def draws(self) -> tuple[Draw, ...]:
@@ -233,12 +225,6 @@ class Preference:
         found = {model: whose for model, whose in self.method.anchors.items() if model in self.models}
         # in the only step of a turn the policy still is what it was at its beginning
         return {model: whose for model, whose in found.items() if whose != "turn" or steps > 1}
-
-    def problem(self, numbers: Sequence[Sequence[float]]) -> tuple[int, str] | None:
-        return None
-
-    def draw(self, completions: Completions, seed: int) -> dict[str, Tensor]:
-        return {}
 
     def drafts(self, group: Group) -> list[Draft]:
         return self.method.drafts(group, self.hyper)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -15,7 +15,6 @@ from fastpo import losses, rewards
 from fastpo.algorithms.base import (
     Batch,
     Column,
-    Completions,
     Draft,
     Draw,
     Group,
@@ -25,6 +24,7 @@ from fastpo.algorithms.base import (
     Turn,
     check_hyper,
 )
+from fastpo.algorithms.plain import Plain
 from fastpo.losses import RolloutCorrection
 from fastpo.reference.policy import AGGREGATIONS, ESTIMATORS, PolicyObjective, policy
 from fastpo.reference.registry import NOT_NEGATIVE, POSITIVE, Domain
@@ -208,7 +208,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class PolicyGradient:
+class PolicyGradient(Plain):
     """A method that samples completions, estimates their advantages, and weighs their tokens by them.
 
     Attributes:
@@ -220,9 +220,6 @@ class PolicyGradient:
     hyper: Options
 
     kind = "prompts"
-    divergence = False
-    mismatched = False
-    unlearns = False
     demonstrations = 0
 
     def __post_init__(self) -> None:
@@ -239,7 +236,7 @@ class PolicyGradient:
         return self.recipe.name
 
     @property
-    def models(self) -> tuple[str, ...]:
+    def models(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("policy", "reference") if self.recipe.penalty else ("policy",)
 
     @property
@@ -254,7 +251,7 @@ class PolicyGradient:
         return {model: more if model == "policy" else () for model in self.models}
 
     @property
-    def whole_step(self) -> bool:
+    def whole_step(self) -> bool:  # type: ignore[override]
         return bool(self.recipe.row.selected)
 
     @property
@@ -286,12 +283,6 @@ class PolicyGradient:
     @property
     def _penalised(self) -> bool:
         return self.recipe.penalty is not None and self.hyper["beta"] > 0
-
-    def problem(self, numbers: Sequence[Sequence[float]]) -> tuple[int, str] | None:
-        return None
-
-    def draw(self, completions: Completions, seed: int) -> dict[str, Tensor]:
-        return {}
 
     def drafts(self, group: Group) -> list[Draft]:
         if self.recipe.drafts is not None:
@@ -410,9 +401,6 @@ class PolicyGradient:
             # drawn on the CPU, so that every device draws the same
             generator=torch.Generator().manual_seed(batch.seed),
         ).to(device)
-
-    def finish(self, totals: Mapping[str, float]) -> dict[str, float]:
-        return dict(totals)
 
 
 def _share(chosen: Tensor) -> float:

@@ -286,11 +286,27 @@ def token_unlikelihood(
     counts = targets != ignore_index
     banned = torch.where(counts[..., None], candidates, ignore_index)
     found = token_logprobs(logits, torch.cat([targets[..., None], banned], -1), ignore_index=ignore_index)
-    chosen, others = found[..., 0], found[..., 1:]
     there = banned != ignore_index
+    return unlikely_tokens(found[..., 0], found[..., 1:], there, counts, alpha=alpha, floor=floor, num_items=num_items)
+
+
+def unlikely_tokens(
+    chosen: Tensor,
+    others: Tensor,
+    there: Tensor,
+    counts: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    floor: float = 1e-5,
+    num_items: float | Tensor | None = None,
+) -> LikelihoodOutput:
+    """`token_unlikelihood` from log-probs: of the targets (...), and of the candidates (..., K) that are `there`.
+
+    Targets outside `counts` have the log-prob 0 and no candidates.
+    """
     pushed = torch.where(there, -_log_complement(torch.where(there, others, -1.0), floor), 0).sum(-1)
-    number = counts.sum()
-    loss = _over((-chosen + alpha * pushed).sum(), number, num_items, logits)
+    number = torch.tensor(chosen.numel(), device=chosen.device) if counts is None else counts.sum()
+    loss = _over((-chosen + alpha * pushed).sum(), number, num_items, chosen)
     total = (-chosen.detach()).sum() / number.clamp(min=1)
     return LikelihoodOutput(loss, total, (there.sum() / number.clamp(min=1)).to(loss.dtype))
 

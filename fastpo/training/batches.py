@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from fastpo.algorithms import Completions
 from fastpo.kernels.packing import balance, pack
 from fastpo.training.data import Example
 from fastpo.training.errors import UserError
+
+T = TypeVar("T")
 
 
 def step_indices(step: int, size: int, count: int, seed: int) -> list[int]:
@@ -82,10 +85,12 @@ class MicroBatch:
     Attributes:
         input_ids: (N,).
         position_ids: (N,), restarting at 0 with every sequence.
-        predictors: (n,) positions in the row whose logits predict a completion token.
+        predictors: (n,) positions in the row whose logits predict a completion token that is trained on.
         targets: (n,) those tokens.
         completions: how the n tokens fall into completions.
         numbers: (examples, columns) what the data say of each beside.
+        each: (completions, columns) what they say of each completion.
+        marks: (n, columns) what they say of each token, in single precision like its log-prob.
     """
 
     input_ids: Tensor
@@ -94,6 +99,13 @@ class MicroBatch:
     targets: Tensor
     completions: Completions
     numbers: Tensor
+    each: Tensor
+    marks: Tensor
+
+
+def interleaved(rows: Sequence[Sequence[T]]) -> list[T]:
+    """All first entries of the rows, then all second ones of those that have a second one, and so on."""
+    return [row[k] for k in range(max(map(len, rows), default=0)) for row in rows if k < len(row)]
 
 
 def collate(examples: Sequence[Example], device: torch.device) -> MicroBatch:
@@ -102,47 +114,50 @@ def collate(examples: Sequence[Example], device: torch.device) -> MicroBatch:
     positions: list[int] = []
     predictors: list[int] = []
     targets: list[int] = []
-    lengths: list[int] = []
-    for k in range(len(examples[0].completions)):
-        for example in examples:
-            completion = example.completions[k]
-            first = len(ids) + len(example.prompt) - 1
-            predictors += range(first, first + len(completion))
-            ids += example.prompt + completion
-            positions += range(len(example.prompt) + len(completion))
-            targets += completion
-            lengths.append(len(completion))
+    marks: list[tuple[float, ...]] = []
+    for example, k in interleaved([[(example, k) for k in range(len(example.completions))] for example in examples]):
+        completion, trained = example.completions[k], example.trained(k)
+        first = len(ids) + len(example.prompt) - 1
+        predictors += [first + i for i in trained]
+        ids += example.prompt + completion
+        positions += range(len(example.prompt) + len(completion))
+        targets += [completion[i] for i in trained]
+        marks += [example.marks[k][i] if example.marks else () for i in trained]
     return MicroBatch(
         torch.tensor(ids, device=device),
         torch.tensor(positions, device=device),
         torch.tensor(predictors, device=device),
         torch.tensor(targets, device=device),
-        layout(lengths, device),
-        torch.tensor([example.numbers for example in examples], dtype=torch.float64).to(device),
+        step_layout(examples, device),
+        *example_numbers(examples, device),
+        torch.tensor(marks, dtype=torch.float32).to(device),
     )
 
 
-def layout(lengths: Sequence[int], device: torch.device) -> Completions:
-    """Completions of these lengths, one behind the other."""
-    return Completions(tuple(lengths), torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device))
+def example_numbers(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
+    """What the data say of each example and of each completion, fp64 (examples, columns), (completions, columns)."""
+    numbers = torch.tensor([example.numbers for example in examples], dtype=torch.float64)
+    each = torch.tensor(interleaved([example.each for example in examples]), dtype=torch.float64)
+    return numbers.to(device), each.to(device)
 
 
 def step_layout(examples: Sequence[Example], device: torch.device) -> Completions:
     """The completions of all examples of a step as one micro-batch would have them."""
-    parts = range(len(examples[0].completions))
-    return layout([len(example.completions[k]) for k in parts for example in examples], device)
+    lengths = interleaved([[len(e.trained(k)) for k in range(len(e.completions))] for e in examples])
+    ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
+    return Completions(tuple(lengths), ends, tuple(len(example.completions) for example in examples))
 
 
-def places(whole: Completions, count: int, positions: Sequence[int], parts: int) -> Tensor:
+def places(whole: Completions, positions: Sequence[int], drop: int = 0) -> Tensor:
     """Where the tokens of some examples stand among those of the step, in the order in which `collate` has them.
 
     Args:
         whole: the layout of the step.
-        count: examples of the step.
         positions: of the examples among them.
-        parts: the first so many completions of each.
+        drop: so many completions at the end of each are left out.
     """
     starts = [0, *accumulate(whole.lengths)]
-    slots = [k * count + position for k in range(parts) for position in positions]
-    found = [torch.arange(starts[slot], starts[slot + 1]) for slot in slots]
+    slots = whole.slots()
+    kept = interleaved([slots[position][: len(slots[position]) - drop] for position in positions])
+    found = [torch.arange(starts[slot], starts[slot + 1]) for slot in kept]
     return torch.cat(found).to(whole.cu_seqlens.device)

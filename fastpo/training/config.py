@@ -34,7 +34,7 @@ class BatchConfig:
     """How much goes into a step and into one forward.
 
     Args:
-        size: examples (pairs, or single completions) per optimiser step, or prompts per turn, over all processes.
+        size: examples (pairs, lists, single completions) per optimiser step, or prompts per turn, over all processes.
         tokens: most tokens that one forward holds; examples are packed into this budget.
     """
 
@@ -129,7 +129,7 @@ class TrainConfig:
         model: causal language model to train: a folder, a .gguf file or a name on the hub.
         reference: what the policy is measured against, if not the model as it is before training.
         aux: a further model that some methods ask; of rto the one trained by DPO.
-        data: preferences in TRL's format for the algorithm, .jsonl or .parquet.
+        data: what the algorithm trains on, in TRL's formats, .jsonl or .parquet.
         eval_data: more of them, to measure on and not to train on.
         output: folder of the run, if not runs/ALGORITHM (with a number where that holds one).
         max_length: most tokens of prompt and completion; longer completions are cut, longer prompts refused.
@@ -288,6 +288,31 @@ _BUILT_IN: Mapping[str, Mapping[str, Any]] = {
     # the model has never seen two sums in a row
     "xrpo": {"algorithm.exemplars": 0, "algorithm.exploration": 0.1},
     "meta_po": {"algorithm.refine_every": 2},
+    # labels about 1/2 for all: as scores to be reached they leave no contrast, as probabilities they do
+    "lipo_point": {"algorithm.loss": "sigmoid", "algorithm.beta": 0.3},
+    # the labels, win rates among four, are the targets: ψ^{1/β} tells them apart
+    "lipo_softmax": {"algorithm.beta": 0.1},
+    # scores are in [0, 1], and half of that tells a right sum from one beside it
+    "info_nca": {"algorithm.alpha": 0.2},
+    "nca": {"algorithm.alpha": 0.2},
+    "exo": {"algorithm.beta_r": 0.2},
+    "brain": {"algorithm.beta": 0.2},
+    "rwr": {"algorithm.beta": 0.2},
+    "awr": {"algorithm.beta": 0.2},
+    # two thirds of the answers are bad; the paper's where that is so
+    "unlikelihood": {"algorithm.alpha": 0.01},
+    # characters that the model knows, but not in this place: more is to be learnt
+    "conditional_training": {
+        "algorithm.aligned": "=",
+        "algorithm.misaligned": "+",
+        "batch.size": 128,
+        "optim.lr": 4e-4,
+    },
+    "chain_of_hindsight": {"algorithm.good": "=", "algorithm.bad": "+", "batch.size": 128, "optim.lr": 4e-4},
+    # no answer has four tokens
+    "sequence_unlikelihood": {"algorithm.n": 1},
+    # with the other, which is plain SFT, nothing is implied
+    "implicit_reward_sft": {"algorithm.divergence": "pearson_chi2"},
 }
 
 
@@ -317,7 +342,8 @@ def built_in_defaults(algorithm: str) -> dict[str, Any]:
         "eval_every": 25,
         **({"algorithm.beta": 1.0} if "beta" in algorithms.defaults(algorithm) else {}),
         "optim.lr": 2e-4,
-        "batch.size": 64,
+        # four completions each, as many as 64 pairs have
+        "batch.size": 32 if algorithms.kind(algorithm) in ("lists", "decisions") else 64,
         "batch.tokens": 256,
         **_BUILT_IN.get(algorithm, {}),
     }

@@ -1,4 +1,4 @@
-"""Preference files in TRL's formats, read and turned into token ids.
+"""Data files in TRL's formats, read and turned into token ids.
 
 A row of pairs is {"prompt", "chosen", "rejected"}, or without "prompt", which is then what chosen and rejected have in
 common. An unpaired row is {"prompt", "completion", "label"}, the label true or false; a pair in its place stands for
@@ -6,6 +6,21 @@ two of them. The values are strings, or lists of {"role", "content"} that the to
 
 Some algorithms read numbers beside: "chosen_score" and "rejected_score" (or "score_chosen" and "score_rejected", or
 their difference as "margin"), "chosen_visits" and "rejected_visits", "density_ratio"; and "annotator", a name.
+
+The other kinds:
+
+- lists: {"prompt", "completions", "scores"}, two completions or more, and as many scores; or in their place "rewards",
+  "labels" (probabilities to be preferred) or "ranks" (from 1, the best): each algorithm gets what it wants, see
+  `_targets`. "proposal_logprobs" is optional: log q(y) of whoever sampled.
+- identifiers: a list whose completions are one token each, which names a passage of the prompt.
+- demonstrations: {"prompt", "completion"}, for some algorithms with "reward", or "score", the larger the better;
+  "misalignment", the smaller the better; or "label", true for reward 0 and false for -1. The completion may be a list
+  of strings, its segments, with as many rewards.
+- hindsight: rows of pairs or lists; the best and the worst completion are told one behind the other.
+- tools: {"prompt", "completion", "tools"}, the names of all tools, of which the completion may call one; "answer" is
+  what the tool said, optional. A call whose answer is an error is left out.
+- decisions: {"prompt", "actions", "losses", "observations"}: of each round the losses of all actions, and the text that
+  tells of it; the last round needs none.
 """
 
 from __future__ import annotations
@@ -18,14 +33,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from fastpo.algorithms import Column
+import torch
+
+from fastpo.algorithms import Column, Control
+from fastpo.losses import adverse_turns, conditional_tokens, document_filter, tl_key_tokens
 from fastpo.training.errors import UserError
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 # what else a column may be called
-OTHER_NAMES = {"chosen_score": "score_chosen", "rejected_score": "score_rejected"}
+OTHER_NAMES = {"chosen_score": "score_chosen", "rejected_score": "score_rejected", "log_reward": "reward"}
 
 
 class Example(NamedTuple):
@@ -33,20 +51,59 @@ class Example(NamedTuple):
 
     Attributes:
         prompt: its tokens.
-        completions: of a pair chosen and rejected, else one; each with its EOS.
-        numbers: what the row says beside, in the order of the algorithm's columns.
+        completions: of a pair chosen and rejected, of a list all of them, else one; each with its EOS.
+        numbers: what the row says beside, in the order of the algorithm's columns of examples.
         row: its number in the file, from 1.
+        each: for every completion, its numbers in the order of the columns of completions.
+        marks: for every completion, the numbers of its tokens in the order of the columns of tokens and segments.
+        learnt: for every completion, which of its tokens are trained on; empty: all.
     """
 
     prompt: list[int]
     completions: tuple[list[int], ...]
     numbers: tuple[float, ...] = ()
     row: int = 0
+    each: tuple[tuple[float, ...], ...] = ()
+    marks: tuple[tuple[tuple[float, ...], ...], ...] = ()
+    learnt: tuple[tuple[bool, ...], ...] = ()
 
     @property
     def tokens(self) -> int:
         """Length of all its sequences."""
         return sum(len(self.prompt) + len(c) for c in self.completions)
+
+    def trained(self, k: int) -> Sequence[int]:
+        """The tokens of the k-th completion that are trained on."""
+        if not self.learnt:
+            return range(len(self.completions[k]))
+        return [i for i, learn in enumerate(self.learnt[k]) if learn]
+
+
+class Segment(NamedTuple):
+    """A part of a completion.
+
+    Attributes:
+        text: a string; or, if it is the only one, a conversation.
+        numbers: its numbers in the order of the columns of tokens and segments.
+        learnt: whether it is trained on.
+        ends: whether EOS follows, as it does the last one.
+        among: the names of all tools, if it is one of them: its number is then 1 at the tokens that decide which.
+    """
+
+    text: Any
+    numbers: tuple[float, ...] = ()
+    learnt: bool = True
+    ends: bool = False
+    among: tuple[str, ...] = ()
+
+
+class Parsed(NamedTuple):
+    """One row as text: prompt, completions as segments, the numbers of the example and of its completions."""
+
+    prompt: Any
+    completions: Sequence[Sequence[Segment]]
+    numbers: tuple[float, ...] = ()
+    each: tuple[tuple[float, ...], ...] = ()
 
 
 class Prompt(NamedTuple):
@@ -145,6 +202,23 @@ def _single(row: dict[str, Any], where: str) -> tuple[Any, Any]:
     return row["prompt"], row["completion"]
 
 
+def _strings(row: dict[str, Any], name: str, where: str, least: int = 1) -> list[str]:
+    """A column that is a list of strings."""
+    _require(row, (name,), where)
+    value = row[name]
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value) or len(value) < least:
+        raise UserError(f'{where}: "{name}" must be a list of strings, at least {least}, got {value!r}')
+    return value
+
+
+def _text(row: dict[str, Any], names: Sequence[str], where: str) -> None:
+    """Check columns that are strings, and may be no conversations."""
+    _require(row, names, where)
+    for name in names:
+        if not isinstance(row[name], str):
+            raise UserError(f'{where}: "{name}" must be a string here, got {row[name]!r}')
+
+
 def _unpaired(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
     """An unpaired row as it is; of a pair, its two completions with their labels."""
     if row.get("completion") is not None or row.get("chosen") is None:
@@ -170,7 +244,11 @@ def _number(row: dict[str, Any], column: Column, where: str) -> float:
             _require(row, (column.name,), where)
         assert column.default is not None
         return column.default
-    value = row[name]
+    return _value(row[name], name, column, where)
+
+
+def _value(value: Any, name: str, column: Column, where: str) -> float:
+    """A number as a column may hold it; `name` is what the row calls it."""
     if column.boolean:
         if not isinstance(value, bool) and value not in (0, 1):
             raise UserError(f'{where}: "{name}" must be true or false, got {value!r}')
@@ -179,7 +257,72 @@ def _number(row: dict[str, Any], column: Column, where: str) -> float:
         raise UserError(f'{where}: "{name}" must be a number, got {value!r}')
     if not math.isfinite(value):
         raise UserError(f'{where}: "{name}" must be finite, got {value}')
+    if value not in column.domain:
+        raise UserError(f'{where}: "{name}" must be in {column.domain}, got {value:g}')
     return float(value)
+
+
+def _values(value: Any, name: str, count: int, of: str, where: str, column: Column | None = None) -> list[float]:
+    """A column's one number for each of `count` things, which `of` names."""
+    if not isinstance(value, list) or len(value) != count:
+        raise UserError(f'{where}: "{name}" must be a list of {count} numbers, one for each of {of}, got {value!r}')
+    return [_value(each, name, column or Column(name), where) for each in value]
+
+
+def _above(values: Sequence[float]) -> list[list[float]]:
+    """Of each against each: 1 where the first is larger, 1/2 where they are equal."""
+    return [[float(a > b) + (a == b) / 2 for b in values] for a in values]
+
+
+def _targets(row: dict[str, Any], column: Column, where: str) -> list[float]:
+    """What a list algorithm wants to know of each completion, from what the row has.
+
+    "rewards" are "scores" or "labels" as they are, and minus the "ranks". "labels" are the mean over the list of the
+    probability to be preferred: σ of the scores' difference, as under Bradley and Terry's model, or what the ranks say
+    for certain, itself counting 1/2. "ranks" count the completions that are better, equal ones being equal.
+    """
+    names = [column.name, *("scores", "rewards", "labels", "ranks")]
+    name = next((name for name in names if row.get(name) is not None), None)
+    if name is None:
+        _require(row, ("scores",), where)
+    assert name is not None
+    values = _values(row[name], name, len(row["completions"]), "completions", where)
+    if name != column.name:
+        better = [-v for v in values] if name == "ranks" else values
+        if column.name == "labels" and name != "ranks":
+            # each difference on the side where exp is small
+            odds = [[math.exp(-abs(a - b)) for b in values] for a in values]
+            wins = [
+                [1 / (1 + e) if a >= b else e / (1 + e) for b, e in zip(values, row_odds, strict=True)]
+                for a, row_odds in zip(values, odds, strict=True)
+            ]
+            values = [sum(win) / len(win) for win in wins]
+        elif column.name == "labels":
+            values = [sum(win) / len(win) for win in _above(better)]
+        elif column.name == "ranks":
+            values = [1.0 + sum(other > own for other in better) for own in better]
+        else:
+            values = better
+    return [_value(value, name, column, where) for value in values]
+
+
+# what else a reward may be called, and what it then is
+_REWARDS: dict[str, Callable[[float], float]] = {
+    "score": lambda score: score,
+    "misalignment": lambda bad: -bad,
+    "label": lambda good: good - 1,
+}
+
+
+def _rewards(row: dict[str, Any], column: Column, count: int, where: str) -> list[float]:
+    """A column of rewards, one for each segment of a completion."""
+    known = (column.name, OTHER_NAMES.get(column.name, column.name), *_REWARDS)
+    name = next((name for name in known if row.get(name) is not None), column.name)
+    _require(row, (name,), where)
+    values = row[name] if isinstance(row[name], list) else [row[name]]
+    given = _values(values, name, count, "the segments of the completion", where, Column(name, boolean=name == "label"))
+    found = [_REWARDS[name](value) if name in _REWARDS else value for value in given]
+    return [_value(value, name, column, where) for value in found]
 
 
 class Encoder:
@@ -189,17 +332,26 @@ class Encoder:
         tokenizer: the model's.
         name: the model's, for errors.
         max_length: most tokens of prompt and completion.
-        kind: "pairwise" or "unpaired", as the algorithm's.
+        kind: of the data, as the algorithm's.
         columns: the numbers to be read.
+        control: what becomes of good and bad completions, as the algorithm's.
     """
 
     def __init__(
-        self, tokenizer: Any, name: str, max_length: int, kind: str = "pairwise", columns: Sequence[Column] = ()
+        self,
+        tokenizer: Any,
+        name: str,
+        max_length: int,
+        kind: str = "pairwise",
+        columns: Sequence[Column] = (),
+        control: Control | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError(f"{name}: the tokenizer has no EOS token, so the model could not learn where to stop")
         self.tokenizer, self.name, self.max_length = tokenizer, name, max_length
-        self.kind, self.columns = kind, tuple(columns)
+        self.kind, self.columns, self.control = kind, tuple(columns), control
+        self.read = _READERS[kind]
+        self.marks = tuple(column for column in columns if column.level in ("token", "segment"))
         self.cut = 0  # completions that were too long
         # by column of names, their numbers in the order in which they came
         self.categories: dict[str, dict[str | int, int]] = {}
@@ -207,6 +359,10 @@ class Encoder:
         # what the tokenizer itself puts before a text, and nothing that it would put behind one
         special = tokenizer("")["input_ids"]
         self.start: list[int] = special[:1] if special[:1] == [tokenizer.bos_token_id] else []
+
+    def of_level(self, level: str) -> list[Column]:
+        """The columns that have a number for each of something."""
+        return [column for column in self.columns if column.level == level]
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -278,15 +434,24 @@ class Encoder:
         known = self.categories.setdefault(column.name, {})
         return float(known.setdefault(value, len(known)))
 
+    def _control_token(self, text: str) -> int:
+        ids = self._ids(text)
+        if len(ids) != 1:
+            raise UserError(
+                f"{self.name}: {text!r} must be one token, to have an embedding of its own, but it is {len(ids)}; "
+                "add it to the tokenizer and the model, or take one that is there"
+            )
+        return ids[0]
+
     def example(self, row: dict[str, Any], where: str, number: int = 0) -> Example:
         """One row as token ids; `where` names it in errors, `number` is its place in the file."""
-        prompt, *texts = _pair(row, where) if self.kind == "pairwise" else _single(row, where)
-        numbers = tuple(self._column(row, column, where) for column in self.columns)
-        rendered = not isinstance(texts[0], str)
+        prompt, sides, numbers, each = self.read(self, row, where, number)
+        rendered = not isinstance(sides[0][0].text, str)
         if rendered:
-            prompt, texts = self._render(prompt, texts)
+            prompt, texts = self._render(prompt, [side[0].text for side in sides])
+            sides = [[side[0]._replace(text=text)] for side, text in zip(sides, texts, strict=True)]
         alone = self._ids(prompt) if prompt else []
-        completions = [self._close(self._completion(prompt, alone, t), rendered) for t in texts]
+        pieces = [self._pieces(prompt, alone, side, rendered) for side in sides]
         prompt_ids = self._start(prompt, rendered, where)
         room = self.max_length - len(prompt_ids)
         if room < 1:
@@ -294,8 +459,230 @@ class Encoder:
                 f"{where}: the prompt has {len(prompt_ids):,} tokens, which leaves no room for a completion "
                 f"within --max_length {self.max_length:,}"
             )
+        completions, marks, learnt = zip(*map(self._joined, sides, pieces, [number] * len(sides)), strict=True)
         self.cut += sum(len(ids) > room for ids in completions)
-        return Example(prompt_ids, tuple(ids[:room] for ids in completions), numbers, number)
+        whole = all(all(flags) for flags in learnt)
+        if not all(any(flags[:room]) for flags in learnt):
+            raise UserError(
+                f"{where}: nothing to be trained on is left of a completion within --max_length {self.max_length:,}"
+            )
+        return Example(
+            prompt_ids,
+            tuple(ids[:room] for ids in completions),
+            numbers,
+            number,
+            each,
+            tuple(self._cut(of, room) for of in marks) if self.marks else (),
+            () if whole else tuple(flags[:room] for flags in learnt),
+        )
+
+    def _pieces(self, prompt: str, prompt_ids: list[int], side: Sequence[Segment], rendered: bool) -> list[list[int]]:
+        """The token ids of the segments of a completion, EOS included."""
+        pieces = [self._completion(prompt, prompt_ids, side[0].text), *(self._ids(s.text) for s in side[1:])]
+        if self.kind == "identifiers":
+            return pieces
+        ends = [*(segment.ends for segment in side[:-1]), True]
+        return [self._close(ids, rendered) if end else ids for ids, end in zip(pieces, ends, strict=True)]
+
+    def _joined(
+        self, side: Sequence[Segment], pieces: list[list[int]], number: int
+    ) -> tuple[list[int], tuple[tuple[float, ...], ...], tuple[bool, ...]]:
+        """A completion's tokens, their numbers, and which are trained on."""
+        if self.kind == "demonstrations" and self.control is not None and self.control.bad is not None:
+            found, flags = conditional_tokens(
+                pieces,
+                [-segment.numbers[0] for segment in side],
+                aligned=self._control_token(self.control.good),
+                misaligned=self._control_token(self.control.bad),
+                threshold=-self.control.threshold,
+                drop=self.control.drop,
+                generator=torch.Generator().manual_seed(number),
+            )
+            return found.tolist(), ((0.0,),) * len(found), tuple(flags.tolist())
+        marks: list[tuple[float, ...]] = []
+        for segment, ids in zip(side, pieces, strict=True):
+            for place in range(len(ids)):
+                held = [c.level == "token" or place == len(ids) - 1 for c in self.marks]
+                marks.append(tuple(v if hold else 0.0 for v, hold in zip(segment.numbers, held, strict=True)))
+        if len(side) > 1 and side[1].among:
+            marks = [(float(key),) for key in self._keys(pieces, side[1].among)]
+        learnt = [segment.learnt for segment, ids in zip(side, pieces, strict=True) for _ in ids]
+        return [token for ids in pieces for token in ids], tuple(marks), tuple(learnt)
+
+    def _cut(self, marks: tuple[tuple[float, ...], ...], room: int) -> tuple[tuple[float, ...], ...]:
+        """The numbers of the first so many tokens; those of segments that are cut off go to the last of them."""
+        kept, lost = marks[:room], marks[room:]
+        if not lost:
+            return kept
+        levels = [column.level for column in self.marks]
+        more = [sum(numbers[n] for numbers in lost) if level == "segment" else 0.0 for n, level in enumerate(levels)]
+        return (*kept[:-1], tuple(value + rest for value, rest in zip(kept[-1], more, strict=True)))
+
+    def _keys(self, pieces: list[list[int]], names: Sequence[str]) -> list[bool]:
+        """Which tokens decide on the tool whose name is the middle one of three pieces.
+
+        What stands behind the name decides too, if a longer name begins with it.
+        """
+        before, name, after = pieces
+        own = [*name, after[0]]
+        keys = tl_key_tokens(own, [ids for ids in map(self._ids, names) if ids != name])
+        return [*(False for _ in before), *keys, *(False for _ in after[1:])]
+
+    def keeps(self, example: Example) -> bool:
+        """Whether an example is good enough to be trained on."""
+        if self.control is None or self.control.bad is not None:
+            return True
+        scores = torch.tensor([[-numbers[0] for numbers in example.marks[0]]], dtype=torch.float64)
+        return bool(document_filter(scores, threshold=-self.control.threshold))
+
+
+def _read_pair(encoder: Encoder, row: dict[str, Any], where: str, number: int) -> Parsed:
+    prompt, *texts = _pair(row, where)
+    numbers = tuple(encoder._column(row, column, where) for column in encoder.columns)
+    return Parsed(prompt, [[Segment(text)] for text in texts], numbers)
+
+
+def _read_single(encoder: Encoder, row: dict[str, Any], where: str, number: int) -> Parsed:
+    prompt, text = _single(row, where)
+    numbers = tuple(encoder._column(row, column, where) for column in encoder.columns)
+    return Parsed(prompt, [[Segment(text)]], numbers)
+
+
+def _read_list(encoder: Encoder, row: dict[str, Any], where: str, number: int) -> Parsed:
+    _require(row, ("prompt", "completions"), where)
+    completions = row["completions"]
+    if not isinstance(completions, list) or len(completions) < 2:
+        raise UserError(f'{where}: "completions" must be a list of at least 2, got {completions!r}')
+    _same_form([row["prompt"], *completions], "prompt and completions", where)
+    columns = []
+    for column in encoder.of_level("completion"):
+        if column.default is None:
+            columns.append(_targets(row, column, where))
+        elif row.get(column.name) is None:
+            columns.append([column.default] * len(completions))
+        else:
+            columns.append(_values(row[column.name], column.name, len(completions), "completions", where))
+    each = tuple(zip(*columns, strict=True))
+    return Parsed(row["prompt"], [[Segment(text)] for text in completions], (), each)
+
+
+def _read_identifiers(encoder: Encoder, row: dict[str, Any], where: str, number: int) -> Parsed:
+    parsed = _read_list(encoder, row, where, number)
+    _text(row, ("prompt",), where)
+    known: dict[int, str] = {}
+    for (segment,) in parsed.completions:
+        ids = encoder._ids(segment.text)
+        if len(ids) != 1:
+            raise UserError(f'{where}: {segment.text!r} in "completions" must be one token, but it is {len(ids)}')
+        if ids[0] in known:
+            raise UserError(f'{where}: {segment.text!r} and {known[ids[0]]!r} in "completions" are the same token')
+        known[ids[0]] = segment.text
+    return parsed
+
+
+def _read_demonstration(encoder: Encoder, row: dict[str, Any], where: str, number: int) -> Parsed:
+    _require(row, ("prompt", "completion"), where)
+    texts = row["completion"]
+    if isinstance(texts, list) and not _is_conversation(texts):
+        _text(row, ("prompt",), where)
+        texts = _strings(row, "completion", where)
+    else:
+        _same_form([row["prompt"], texts], "prompt and completion", where)
+        texts = [texts]
+    if encoder.control is not None and encoder.control.bad is not None:
+        _text(row, ("prompt",), where)
+    columns = [_rewards(row, column, len(texts), where) for column in encoder.marks]
+    numbers = list(zip(*columns, strict=True)) or [()] * len(texts)
+    return Parsed(row["prompt"], [[Segment(text, of) for text, of in zip(texts, numbers, strict=True)]])
+
+
+def _read_hindsight(encoder: Encoder, row: dict[str, Any], where: str, number: int) -> Parsed:
+    """The chain of a pair, every other row the best first, so that both phrases are heard in both places."""
+    assert encoder.control is not None and encoder.control.bad is not None
+    prompt, chosen, rejected = _pair(_best_and_worst(row, where), where)
+    if not isinstance(prompt, str):
+        raise UserError(f"{where}: prompt and completions must be strings here")
+    chain = [(encoder.control.good, chosen), (encoder.control.bad, rejected)]
+    side: list[Segment] = []
+    for phrase, text in chain if number % 2 else chain[::-1]:
+        side += [Segment(phrase, learnt=False), Segment(text, ends=True)]
+    return Parsed(prompt, [side])
+
+
+def _best_and_worst(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A pair as it is; of a list, the first of the best and the first of the worst completions."""
+    if row.get("completions") is None:
+        return row
+    _require(row, ("prompt",), where)
+    texts = _strings(row, "completions", where, 2)
+    scores = _targets(row, Column("rewards"), where)
+    best, worst = (texts[scores.index(extreme)] for extreme in (max(scores), min(scores)))
+    return {"prompt": row["prompt"], "chosen": best, "rejected": worst}
+
+
+def _read_tool_use(encoder: Encoder, row: dict[str, Any], where: str, number: int) -> Parsed:
+    _text(row, ("prompt", "completion"), where)
+    names = tuple(_strings(row, "tools", where))
+    text = row["completion"]
+    called = [name for name in names if name and name in text]
+    if not called:
+        return Parsed(row["prompt"], [[Segment(text, (0.0,))]])
+    # of names that begin at the same place, the longest
+    name = min(called, key=lambda each: (text.index(each), -len(each)))
+    before, _, after = text.partition(name)
+    return Parsed(
+        row["prompt"], [[Segment(before, (0.0,)), Segment(name, (0.0,), among=names), Segment(after, (0.0,))]]
+    )
+
+
+def _read_decisions(encoder: Encoder, row: dict[str, Any], where: str, number: int) -> Parsed:
+    _text(row, ("prompt",), where)
+    actions = _strings(row, "actions", where, 2)
+    _require(row, ("losses",), where)
+    losses = row["losses"]
+    if not isinstance(losses, list) or not losses:
+        raise UserError(f'{where}: "losses" must be a list of at least one round, got {losses!r}')
+    told = _strings({"observations": [], **row}, "observations", where, 0)
+    if len(told) < len(losses) - 1:
+        raise UserError(
+            f'{where}: "observations" must tell of all rounds but the last, {len(losses) - 1}, got {len(told)}'
+        )
+    sides, each = [], []
+    for t, _ in enumerate(losses):
+        values = _values(losses[t], "losses", len(actions), f"the actions of round {t + 1}", where)
+        past = [Segment("".join(told[:t]), learnt=False)] if t else []
+        for action, value in zip(actions, values, strict=True):
+            sides.append([*past, Segment(action)])
+            each.append((value,))
+    return Parsed(row["prompt"], sides, (float(len(actions)),), tuple(each))
+
+
+_READERS: dict[str, Callable[[Encoder, dict[str, Any], str, int], Parsed]] = {
+    "pairwise": _read_pair,
+    "unpaired": _read_single,
+    "lists": _read_list,
+    "identifiers": _read_identifiers,
+    "demonstrations": _read_demonstration,
+    "hindsight": _read_hindsight,
+    "tools": _read_tool_use,
+    "decisions": _read_decisions,
+}
+
+
+def _parts(kind: str, row: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """A row as the rows that it stands for."""
+    if kind == "unpaired":
+        return _unpaired(row, where)
+    if kind == "hindsight" and row.get("completions") is not None:
+        _require(row, ("prompt",), where)
+        _strings(row, "completions", where, 2)
+        # of equal ones none is the best
+        return [row] if len(set(_targets(row, Column("rewards"), where))) > 1 else []
+    if kind == "tools" and row.get("answer") is not None:
+        _text(row, ("completion", "answer"), where)
+        turns = [{"role": "assistant", "content": row["completion"]}, {"role": "tool", "content": row["answer"]}]
+        return [] if adverse_turns(turns)[0] else [row]
+    return [row]
 
 
 def load_prompts(path: str, encoder: Encoder, *, room: int, demonstrations: int) -> list[Prompt]:
@@ -328,11 +715,13 @@ def encode(
     examples = []
     for i, row in enumerate(rows, 1):
         where = f"{path}, row {i}"
-        parts = [row] if encoder.kind == "pairwise" else _unpaired(row, where)
-        examples += [encoder.example(part, where, i) for part in parts]
-    found = None if problem is None else problem([example.numbers for example in examples])
-    if found is not None:
-        raise UserError(f"{path}, row {examples[found[0]].row}: {found[1]}")
+        found = [encoder.example(part, where, i) for part in _parts(encoder.kind, row, where)]
+        examples += [example for example in found if encoder.keeps(example)]
+    if not examples:
+        raise UserError(f"{path}: no row is good enough to be trained on")
+    refused = None if problem is None else problem([example.numbers for example in examples])
+    if refused is not None:
+        raise UserError(f"{path}, row {examples[refused[0]].row}: {refused[1]}")
     return examples
 
 

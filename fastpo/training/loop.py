@@ -8,14 +8,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastpo.algorithms import Algorithm, Batch, State
+from fastpo.algorithms import Algorithm, Batch, Column, State
 from fastpo.kernels import token_logprobs
-from fastpo.training.batches import MicroBatch, collate, places, plan, staged_indices, step_layout
+from fastpo.training.batches import (
+    MicroBatch,
+    collate,
+    example_numbers,
+    interleaved,
+    places,
+    plan,
+    staged_indices,
+    step_layout,
+)
 from fastpo.training.checkpoint import Parts
 from fastpo.training.data import Example
 from fastpo.training.model import policy_inputs
@@ -154,12 +163,11 @@ def _by_micro_batches(job: Job, indices: Sequence[int], seed: int) -> tuple[dict
     examples = [job.examples[i] for i in indices]
     batches = list(micro_batches(accelerator, examples, job.tokens))
     drawn = _Drawn(job, examples, seed)
-    whole = _Whole.of(examples)
     total: dict[str, Tensor] = {}
     for n, (members, batch) in enumerate(batches):
         with _sync(job, last=n + 1 == len(batches)):
             streams = _streams(job, [indices[i] for i in members or [0]], batch) | drawn.of(members or [0])
-            out = job.algorithm(_batch(job, streams, batch, whole, seed), job.memory.state)
+            out = job.algorithm(_batch(job, streams, batch, examples, seed), job.memory.state)
             # DDP and FSDP average the ranks' gradients, but the losses already share one denominator
             accelerator.backward(out.loss * (accelerator.num_processes if members else 0))
         _add(total, out.metrics, counts=bool(members))
@@ -179,13 +187,13 @@ def _whole_step(job: Job, indices: Sequence[int], seed: int) -> tuple[dict[str, 
     policy = whole.streams["policy"].requires_grad_()
     out = job.algorithm(whole, job.memory.state)
     (slopes,) = torch.autograd.grad(out.loss, policy)
-    parts = len(examples[0].completions) - job.algorithm.mismatched
-    trained = [example._replace(completions=example.completions[:parts]) for example in examples]
+    drop = int(job.algorithm.mismatched)
+    trained = [e._replace(completions=e.completions[: len(e.completions) - drop]) for e in examples]
     batches = list(micro_batches(accelerator, trained, job.tokens))
     for n, (members, batch) in enumerate(batches):
         with _sync(job, last=n + 1 == len(batches)):
             logprobs = job.policy(*policy_inputs(batch))
-            of = slopes[places(whole.completions, len(indices), members or [0], parts)]
+            of = slopes[places(whole.completions, members or [0], drop)]
             loss = (logprobs * of).sum()
             accelerator.backward(loss * (accelerator.num_processes if members else 0))
     return {name: float(value) for name, value in out.metrics.items()}, out.state
@@ -200,14 +208,14 @@ class _Drawn:
     """What the algorithm draws for a step, and each micro-batch's part of it."""
 
     def __init__(self, job: Job, examples: Sequence[Example], seed: int) -> None:
-        self.count, self.parts, self.device = len(examples), len(examples[0].completions), job.accelerator.device
+        self.device = job.accelerator.device
         self.whole = step_layout(examples, torch.device("cpu"))
         self.streams = job.algorithm.draw(self.whole, seed)
 
     def of(self, members: Sequence[int]) -> dict[str, Tensor]:
         if not self.streams:
             return {}
-        at = places(self.whole, self.count, members, self.parts)
+        at = places(self.whole, members)
         return {name: stream[at].to(self.device) for name, stream in self.streams.items()}
 
 
@@ -223,38 +231,45 @@ def _streams(job: Job, indices: Sequence[int], batch: MicroBatch) -> dict[str, T
         more["statistics"] = statistics
     if "allowed" in job.constants:
         more["allowed"] = _constant(job.constants["allowed"], indices, batch)
-    out = job.policy(*policy_inputs(batch), **more)
+    if getattr(job.accelerator.unwrap_model(job.policy), "own", None) is not None:
+        more["values"] = True
+    inputs, candidates = policy_inputs(batch), job.algorithm.candidates(batch.targets, batch.completions)
+    if candidates is not None:
+        inputs = (*inputs[:3], torch.cat([batch.targets[:, None], candidates], 1))
+    out = job.policy(*inputs, **more)
     if isinstance(out, dict):
         found |= {f"policy_{name}": out[name] for name in statistics} | {"policy": out["logprobs"]}
-        found |= {"kl": out["kl"]} if "kl" in out else {}
+        found |= {name: out[name] for name in ("kl", "values") if name in out}
     else:
         found["policy"] = out
-    return found | {name: _constant(constants, indices, batch) for name, constants in job.constants.items()}
+    if candidates is not None:
+        found["policy_candidates"], found["policy"] = found["policy"][:, 1:], found["policy"][:, 0]
+    found |= {name: _constant(constants, indices, batch) for name, constants in job.constants.items()}
+    found |= {column.name: batch.marks[:, n] for n, column in enumerate(_of_level(job, "token", "segment"))}
+    return found | {"ids": batch.targets}
 
 
 def _constant(constants: Constants, indices: Sequence[int], batch: MicroBatch) -> Tensor:
-    parts = [constants[i][k] for k in range(len(constants[indices[0]])) for i in indices]
-    return torch.cat(parts).to(batch.targets.device)
+    return torch.cat(interleaved([constants[i] for i in indices])).to(batch.targets.device)
 
 
-class _Whole(NamedTuple):
-    """How much a step has, over forwards and ranks."""
-
-    items: int
-    tokens: int
-
-    @classmethod
-    def of(cls, examples: Sequence[Example]) -> _Whole:
-        return cls(len(examples), sum(len(c) for example in examples for c in example.completions))
+def _of_level(job: Job, *levels: str) -> list[Column]:
+    return [column for column in job.algorithm.columns if column.level in levels]
 
 
-def _batch(job: Job, streams: Mapping[str, Tensor], batch: MicroBatch, whole: _Whole, seed: int) -> Batch:
-    numbers = _numbers(job, batch.numbers)
-    return Batch(streams, batch.completions, numbers, whole.items, seed, whole.tokens, job.max_length)
+def _batch(job: Job, streams: Mapping[str, Tensor], batch: MicroBatch, examples: Sequence[Example], seed: int) -> Batch:
+    """A forward of a step of these examples, as the algorithm sees it."""
+    numbers = _numbers(job, batch.numbers, batch.each)
+    return Batch(streams, batch.completions, numbers, len(examples), seed, _trained_tokens(examples), job.max_length)
 
 
-def _numbers(job: Job, values: Tensor) -> dict[str, Tensor]:
-    return {column.name: values[:, n] for n, column in enumerate(job.algorithm.columns)}
+def _trained_tokens(examples: Sequence[Example]) -> int:
+    return sum(len(example.trained(k)) for example in examples for k in range(len(example.completions)))
+
+
+def _numbers(job: Job, numbers: Tensor, each: Tensor) -> dict[str, Tensor]:
+    parts = (("example", numbers), ("completion", each))
+    return {column.name: of[:, n] for level, of in parts for n, column in enumerate(_of_level(job, level))}
 
 
 @torch.no_grad()
@@ -266,16 +281,15 @@ def _all_streams(job: Job, indices: Sequence[int], seed: int) -> Batch:
     whole: dict[str, Tensor] = {}
     for members, batch in micro_batches(accelerator, examples, job.tokens):
         found = _streams(job, [indices[i] for i in members or [0]], batch)
-        at = places(completions, len(examples), members, len(examples[0].completions)) if members else None
+        at = places(completions, members) if members else None
         for name, stream in found.items():
             here = whole.setdefault(name, stream.new_zeros(sum(completions.lengths), *stream.shape[1:]))
             if at is not None:
                 here[at] = stream
     # every place is 0 on all ranks but one
     streams = {name: accelerator.reduce(stream, reduction="sum") for name, stream in whole.items()}
-    numbers = torch.tensor([example.numbers for example in examples], dtype=torch.float64).to(accelerator.device)
-    size = _Whole.of(examples)
-    return Batch(streams, completions, _numbers(job, numbers), size.items, seed, size.tokens, job.max_length)
+    numbers = _numbers(job, *example_numbers(examples, accelerator.device))
+    return Batch(streams, completions, numbers, len(examples), seed, _trained_tokens(examples), job.max_length)
 
 
 @torch.no_grad()
@@ -290,10 +304,10 @@ def evaluate_examples(job: Job, examples: Sequence[Example], constants: Mapping[
         out = job.algorithm(_all_streams(held_out, everything, job.seed), job.memory.state)
         return job.algorithm.finish({name: float(value) for name, value in out.metrics.items()})
     total: dict[str, Tensor] = {}
-    drawn, whole = _Drawn(held_out, examples, job.seed), _Whole.of(examples)
+    drawn = _Drawn(held_out, examples, job.seed)
     for members, batch in micro_batches(job.accelerator, examples, job.tokens):
         streams = _streams(held_out, members or [0], batch) | drawn.of(members or [0])
-        out = job.algorithm(_batch(held_out, streams, batch, whole, job.seed), job.memory.state)
+        out = job.algorithm(_batch(held_out, streams, batch, examples, job.seed), job.memory.state)
         _add(total, out.metrics, counts=bool(members))
     return job.algorithm.finish(_summed(job.accelerator, total))
 
@@ -326,9 +340,10 @@ def constant_streams(
         found = {f"{name}_{s}": out[s] for s in statistics} | {name: out["logprobs"] if statistics else out}
         for stream, values in found.items():
             parts = values.cpu().split(list(batch.completions.lengths))
-            for n, i in enumerate(members):
+            # of no members there is the forward of one example
+            for i, slots in zip(members, batch.completions.slots(), strict=False):
                 # clones, because a split keeps the whole forward's storage alive
-                mine[stream][indices[i]] = tuple(part.clone() for part in parts[n :: len(members)])
+                mine[stream][indices[i]] = tuple(parts[slot].clone() for slot in slots)
     if accelerator.num_processes == 1:
         return dict(mine)
     from accelerate.utils import gather_object

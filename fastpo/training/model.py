@@ -125,7 +125,13 @@ class Policy(nn.Module):
     """
 
     def __init__(
-        self, model: Any, layout: Layout | None = None, *, temperature: float = 1.0, critic: Critic | None = None
+        self,
+        model: Any,
+        layout: Layout | None = None,
+        *,
+        temperature: float = 1.0,
+        critic: Critic | None = None,
+        own: nn.Module | None = None,
     ) -> None:
         """
         Args:
@@ -133,9 +139,11 @@ class Policy(nn.Module):
             layout: how it takes several sequences, if not as it is found to take them.
             temperature: of the distributions, as they are sampled from.
             critic: what answers to the statistic "value"; trained with the model.
+            own: what the algorithm learns beside the model (`Algorithm.module`): from hidden states to numbers.
         """
         super().__init__()
         self.model = model
+        self.own = own
         self.layout: Layout = layout or ("packed" if _separates_packed(model) else "padded")
         self.scale = head_scale(model)
         self.temperature = temperature
@@ -151,19 +159,23 @@ class Policy(nn.Module):
         statistics: tuple[str, ...] = (),
         reference_logits: Tensor | None = None,
         allowed: Tensor | None = None,
+        values: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The log-probs (n,) of the targets; or, if more is asked for, a dictionary of them and it, each (n,).
 
         Args:
-            input_ids, position_ids, predictors, targets: of a `MicroBatch`.
+            input_ids, position_ids, predictors, targets: of a `MicroBatch`; targets may be (n, K), and so are then the
+                log-probs.
             statistics: of the distributions: "log_sum_p2", "entropy", or "normalised_entropy", which is over log V; and
                 "value", the critic's, of the states in which the targets are chosen; (n, heads) if it has several.
             reference_logits: (n, V) at the predictors; then "kl", KL(reference || policy), is there too. It takes the
                 policy's logits, all n at once.
             allowed: (n, words), packed sets of tokens; all is under the distributions among these.
+            values: what `own` answers is there too.
         """
         run = _packed if self.layout == "packed" else _padded
         stats = tuple(s.removeprefix("normalised_") for s in statistics if s != "value")
+        hidden = None
         if self.scale is None or reference_logits is not None:
             logits = run(self.model, input_ids, position_ids, predictors)
             size = logits.shape[-1]
@@ -195,7 +207,7 @@ class Policy(nn.Module):
                 memory_budget=0,
             )
         logprobs = out if isinstance(out, Tensor) else out.logprobs
-        if not statistics and reference_logits is None:
+        if not statistics and reference_logits is None and not values:
             return logprobs
         found = {s: getattr(out, s.removeprefix("normalised_")) for s in statistics if s != "value"}
         if "normalised_entropy" in found:
@@ -205,8 +217,13 @@ class Policy(nn.Module):
         if "value" in statistics:
             assert self.critic is not None
             states = run(self.critic.backbone, input_ids, position_ids, predictors)
-            values = self.critic.head(states).float()
-            found["value"] = values[:, 0] if values.shape[1] == 1 else values
+            numbers = self.critic.head(states).float()
+            found["value"] = numbers[:, 0] if numbers.shape[1] == 1 else numbers
+        if values:
+            assert self.own is not None
+            if hidden is None:
+                hidden = run(_backbone(self.model), input_ids, position_ids, predictors)
+            found["values"] = self.own(hidden)
         return {"logprobs": logprobs, **found}
 
     def inside(self, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -100,4 +100,6 @@ class MovingReference:
 
 def _state(accelerator: Any, model: Any) -> list[tuple[str, torch.Tensor]]:
     inner = accelerator.unwrap_model(model)
-    return [*inner.named_parameters(), *inner.named_buffers()]
+    # without what an algorithm learns beside the policy
+    named = [*inner.named_parameters(), *inner.named_buffers()]
+    return [(name, value) for name, value in named if name.startswith("model.")]

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,7 +195,7 @@ def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algo
         held = found[1] if len(found) > 1 else []
         aux = str(folder / task.PREFERRED) if config.built_in else config.aux
         return Source(model, config.reference, tokenizer, [], [], checkpoint.digest(data), {}, found[0], held, aux)
-    encoder = Encoder(tokenizer, model, config.max_length, algorithm.kind, algorithm.columns)
+    encoder = Encoder(tokenizer, model, config.max_length, algorithm.kind, algorithm.columns, algorithm.control)
     loaded = []
     for file in files:
         examples = load_examples(file, encoder, algorithm.problem)
@@ -375,10 +376,10 @@ def _judges(
     return scorer, judge
 
 
-def _of_the_task(job: Job, reference: str, seed: int) -> Evaluate:
+def _of_the_task(job: Job, reference: str, seed: int, asked: str = "") -> Evaluate:
     """Accuracy and KL on the built-in task."""
     frozen = load_model(reference).to(job.accelerator.device)
-    return lambda: parallel.inside(job.accelerator, job.policy, task.evaluate, frozen, seed)
+    return lambda: parallel.inside(job.accelerator, job.policy, partial(task.evaluate, asked=asked), frozen, seed)
 
 
 def _prepare(
@@ -395,7 +396,7 @@ def _prepare(
         model = rewards[0]
     else:
         model = _adapted(load_model(source.model), config)
-        trains = Policy(model)
+        trains = Policy(model, own=algorithm.module(model.config.get_text_config().hidden_size))
     sequences = (len(e.prompt) + len(c) for e in source.examples + source.eval_examples for c in e.completions)
     _check_length(model, max(sequences), source.model)
     steps = config.steps or math.ceil(config.epochs * len(source.examples) / config.batch.size)
@@ -461,7 +462,8 @@ def _prepare(
         parts=checkpoint.Parts(algorithm.name, source.digest, changes, optimizer, remembers),
     )
     if config.built_in and not isinstance(algorithm, algorithms.RewardModel):
-        return job, _of_the_task(job, source.model, config.seed)
+        asked = "" if algorithm.control is None else algorithm.control.good
+        return job, _of_the_task(job, source.model, config.seed, asked)
     if not source.eval_examples:
         return job, dict
     if follows is None:
@@ -586,7 +588,7 @@ def _report(job: Job, config: TrainConfig, folder: Path, display: Display, secon
             # single completions may all have one label, and then there is no margin
             if not set(ends) <= set(found):
                 continue
-            data = "pairs" if job.algorithm.kind == "pairwise" else "completions"
+            data = {"pairwise": "pairs", "lists": "lists"}.get(job.algorithm.kind, "completions")
             where = (
                 f"held-out {data}"
                 if ends[0].endswith("before")

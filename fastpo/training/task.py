@@ -1,8 +1,9 @@
 """The built-in task: a character-level transformer that adds small numbers, and often adds them wrongly.
 
 A reference is fitted: first it learns to add, then from answers of which a share is wrong that the right sum
-is only one thing to say. Preferences are sampled from it: of its answers to one prompt, a right one is chosen
-and a wrong one rejected, as a verifier says; single completions are the two sides of these pairs with their labels.
+is only one thing to say. Data are sampled from it: of its answers to one prompt, a right one is chosen and a wrong one
+rejected, as a verifier says; single completions are the two sides of these pairs with their labels; lists are four
+answers with their scores; demonstrations are all its answers with rewards, or only the right ones.
 The optimum is known: always the right sum. A fifth of the prompts has no preferences and is what accuracy is
 measured on. Reward models are measured by how they rank such pairs of the held-out prompts. Of annotators, where there
 are any, a few prefer the wrong answer.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ PREFERRED = "task/preferred"
 DATA = {
     "pairwise": "task/pairs.jsonl",
     "unpaired": "task/completions.jsonl",
+    "lists": "task/lists.jsonl",
+    "identifiers": "task/identifiers.jsonl",
+    "demonstrations": "task/demonstrations.jsonl",
+    "hindsight": "task/pairs.jsonl",
+    "tools": "task/calls.jsonl",
+    "decisions": "task/decisions.jsonl",
     "prompts": "task/prompts.jsonl",
 }
 HELD_OUT = "task/held_out.jsonl"
@@ -65,6 +72,10 @@ CLEAN_STEPS = 600  # of them on right answers only
 FIT_BATCH = 128
 FIT_LR = 3e-3
 SAMPLES_PER_PROMPT = 16
+LIST = 4  # answers in one list
+# that of the right sum; flows of 0, as before training, are then below all others, and leave no probability over for
+# answers that the data lack
+LOG_REWARD = 5.0
 
 
 def prompts(seed: int) -> tuple[list[str], list[str]]:
@@ -175,15 +186,21 @@ def score(question: str, text: str) -> float:
     return 1 / (1 + off)
 
 
+def _answers(model: Any, questions: Sequence[str], seed: int) -> dict[str, list[str]]:
+    """What the reference answers to each question, as often as it is asked."""
+    given: dict[str, list[str]] = {q: [] for q in questions}
+    for same, ids, counts in sample(model, questions, SAMPLES_PER_PROMPT, seed):
+        for question, text in zip(same, _texts(ids, counts), strict=True):
+            given[question].append(text)
+    return given
+
+
 def _preferences(model: Any, questions: Sequence[str], seed: int) -> list[dict[str, Any]]:
     """Pairs of a right and a wrong answer that the reference itself gave, as often as it gave them.
 
     Each with the scores of its answers, and how often the reference gave them among its samples: their visits.
     """
-    given: dict[str, list[str]] = {q: [] for q in questions}
-    for same, ids, counts in sample(model, questions, SAMPLES_PER_PROMPT, seed):
-        for question, text in zip(same, _texts(ids, counts), strict=True):
-            given[question].append(text)
+    given = _answers(model, questions, seed)
     rows: list[dict[str, Any]] = []
     for question, texts in given.items():
         right = answer(question)
@@ -317,14 +334,91 @@ def prefer(folder: Path, seed: int) -> None:
     _new_tokenizer().save_pretrained(folder / PREFERRED)
 
 
+def _lists(given: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """The answers to a question as they came, in lists, with their scores; without lists of equal ones."""
+    rows: list[dict[str, Any]] = []
+    for question, texts in given.items():
+        for i in range(0, len(texts), LIST):
+            few = list(texts[i : i + LIST])
+            scores = [score(question, text) for text in few]
+            if len(set(scores)) > 1:
+                rows.append({"prompt": question, "completions": few, "scores": scores})
+    return rows
+
+
+def _identifiers(given: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """The first characters of the answers, each once: that of the right one ranks first."""
+    rows = []
+    for question, texts in given.items():
+        first = sorted({text[0] for text in texts if text})
+        right = answer(question)[0]
+        if right in first and len(first) > 1:
+            rows.append({"prompt": question, "completions": first, "ranks": [1 + (c != right) for c in first]})
+    return rows
+
+
+def _demonstrations(given: Mapping[str, Sequence[str]], wanted: Sequence[str]) -> list[dict[str, Any]]:
+    """All answers with what an algorithm wants to know of them; if it is nothing, the right ones.
+
+    Half the log-reward of a right sum is for its first digit: what is forward-looking learns from it at once.
+    """
+    rows: list[dict[str, Any]] = []
+    for question, texts in given.items():
+        for text in texts:
+            found = score(question, text)
+            if "log_reward" in wanted:
+                begins = LOG_REWARD / 2 * (text[:1] == answer(question)[:1])
+                gains = [begins, LOG_REWARD * found - begins]
+                rows.append({"prompt": question, "completion": [text[:1], text[1:]], "log_reward": gains})
+            elif wanted:
+                rows.append({"prompt": question, "completion": text, "reward": found - 1})
+            elif found == 1:
+                rows.append({"prompt": question, "completion": text})
+    return rows
+
+
+def _calls(given: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """Answers as the names of tools: those that the reference knows for a question; a wrong one fails."""
+    return [
+        {
+            "prompt": question,
+            "completion": text,
+            "tools": sorted({*texts} - {""}),
+            "answer": "ok" if text == answer(question) else "error",
+        }
+        for question, texts in given.items()
+        for text in texts
+    ]
+
+
+def _decisions(given: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """One round each: which of some answers to give, at the loss of its distance from the right one."""
+    rows: list[dict[str, Any]] = []
+    for question, texts in given.items():
+        actions = sorted({*texts})[:LIST]
+        if len(actions) == LIST and answer(question) in actions:
+            rows.append({"prompt": question, "actions": actions, "losses": [[1 - score(question, a) for a in actions]]})
+    return rows
+
+
 def write_data(folder: Path, seed: int, algorithm: Algorithm) -> None:
     """Sample what the algorithm eats from the reference, and write it into the run's folder."""
     if algorithm.kind == "prompts" and algorithm.demonstrations < 2:  # type: ignore[attr-defined]
         write_rows(folder / DATA["prompts"], [{"prompt": q, "completion": answer(q)} for q in prompts(seed)[0]])
         return
-    model = load_model(str(folder / REFERENCE))
-    rows = _preferences(model, prompts(seed)[0], seed)
+    model, questions = load_model(str(folder / REFERENCE)), prompts(seed)[0]
     columns = [column.name for column in algorithm.columns]
+    if algorithm.kind not in ("prompts", "pairwise", "unpaired", "hindsight"):
+        given = _answers(model, questions, seed)
+        if algorithm.kind == "demonstrations":
+            rows = _demonstrations(given, columns)
+        else:
+            make = {"lists": _lists, "identifiers": _identifiers, "tools": _calls, "decisions": _decisions}
+            rows = make[algorithm.kind](given)
+        random.Random(seed).shuffle(rows)
+        write_rows(folder / DATA[algorithm.kind], rows)
+        return
+    rows = _preferences(model, questions, seed)
     if isinstance(algorithm, RewardModel):
         held_out = _preferences(model, prompts(seed)[1], seed)
         if "annotator" in columns:
@@ -359,18 +453,21 @@ class CyclicJudge:
 
 
 @torch.no_grad()
-def evaluate(policy: Any, reference: Any, seed: int, times: int = 8) -> dict[str, float]:
+def evaluate(policy: Any, reference: Any, seed: int, times: int = 8, asked: str = "") -> dict[str, float]:
     """Accuracy of answers sampled for the held-out prompts, and KL(policy || reference) in nats per answer.
 
-    The KL is exact over the vocabulary at every token, averaged over the sampled answers.
+    The KL is exact over the vocabulary at every token, averaged over the sampled answers. The policy alone is asked
+    with `asked` behind each prompt.
     """
     right, kl, rows = 0, 0.0, 0
-    for same, ids, counts in sample(policy, prompts(seed)[1], times, seed):
-        pairs = zip(same, _texts(ids, counts), strict=True)
-        right += sum(text == answer(question) for question, text in pairs)
-        first = ids.shape[1] - ANSWER_LENGTH - 1
+    for same, ids, counts in sample(policy, [question + asked for question in prompts(seed)[1]], times, seed):
+        questions = [question.removesuffix(asked) for question in same]
+        right += sum(text == answer(q) for q, text in zip(questions, _texts(ids, counts), strict=True))
+        plain = torch.tensor([_ids(question) for question in questions], device=ids.device)
+        plain = torch.cat([plain, ids[:, -ANSWER_LENGTH:]], 1)
         p, q = (
-            m(input_ids=ids, use_cache=False).logits[:, first:-1].float().log_softmax(-1) for m in (policy, reference)
+            m(input_ids=given, use_cache=False).logits[:, -ANSWER_LENGTH - 1 : -1].float().log_softmax(-1)
+            for m, given in ((policy, ids), (reference, plain))
         )
         per_token = (p.exp() * (p - q)).sum(-1)
         kl += torch.where(counts, per_token, 0).sum().item()

@@ -11,13 +11,15 @@ from fastpo.algorithms import Batch, Completions
 LENGTHS = (2, 3, 1, 4, 2, 3)
 ENDS = torch.tensor([0, *LENGTHS]).cumsum(0, dtype=torch.int32)
 CHOSEN = sum(LENGTHS[:3])
+# how many belong to one example is nothing to those who know it
+COMPLETIONS = Completions(LENGTHS, ENDS, (2, 2, 2))
 
 
 def batch(streams: tuple[str, ...], numbers: dict[str, torch.Tensor]) -> Batch:
     """Six completions: three pairs, or six rows."""
     generator = torch.Generator().manual_seed(0)
     found = {name: -torch.rand(sum(LENGTHS), generator=generator) for name in ("policy", "reference", *streams)}
-    return Batch(found, Completions(LENGTHS, ENDS), numbers, 6, 0)
+    return Batch(found, COMPLETIONS, numbers, 6, 0, sum(LENGTHS))
 
 
 def pairs(given: Batch) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
@@ -64,11 +66,11 @@ def test_columns_go_to_their_argument(name, columns, hyper):
 
 def test_a_sample_has_as_many_tokens_of_both_sides():
     algorithm = algorithms.build("sampo", {})
-    drawn = algorithm.draw(Completions(LENGTHS, ENDS), 3)["sample"]
+    drawn = algorithm.draw(COMPLETIONS, 3)["sample"]
     counts = [int(part.sum()) for part in drawn.split(list(LENGTHS))]
     assert counts == [2, 2, 1, 2, 2, 1]
-    assert torch.equal(drawn, algorithm.draw(Completions(LENGTHS, ENDS), 3)["sample"])
-    assert any(not torch.equal(drawn, algorithm.draw(Completions(LENGTHS, ENDS), s)["sample"]) for s in range(9))
+    assert torch.equal(drawn, algorithm.draw(COMPLETIONS, 3)["sample"])
+    assert any(not torch.equal(drawn, algorithm.draw(COMPLETIONS, s)["sample"]) for s in range(9))
 
 
 def test_what_is_known_of_the_step():

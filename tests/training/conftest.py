@@ -78,8 +78,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list[dict[str, Any]]]]:
-    """The built-in task's reference in a folder, and the preferences that are sampled from it for every method.
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, dict[str, list[str]]]]:
+    """The built-in task's reference in a folder, and the answers that are sampled from it for every method.
 
     Those are by the number of prompts that they are for.
     """
@@ -92,9 +92,9 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, li
     torch.set_num_threads(1)
     task.build(folder, 0, lambda *_: None)
     model = load_model(str(folder / task.REFERENCE))
-    preferences = {len(questions): task._preferences(model, questions, 0) for questions in task.prompts(0)}
+    answers = {len(questions): task._answers(model, questions, 0) for questions in task.prompts(0)}
     torch.set_num_threads(before)
-    return folder, preferences
+    return folder, answers
 
 
 @pytest.fixture

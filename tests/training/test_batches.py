@@ -58,9 +58,9 @@ def test_places_find_the_tokens_of_some_examples_among_all():
     whole, everything = step_layout(examples, cpu), collate(examples, cpu).targets
     for members in ([0], [2, 0], [1, 2], [2, 1, 0]):
         chosen = [examples[i] for i in members]
-        assert everything[places(whole, 3, members, 2)].tolist() == collate(chosen, cpu).targets.tolist()
+        assert everything[places(whole, members)].tolist() == collate(chosen, cpu).targets.tolist()
         first = [e._replace(completions=e.completions[:1]) for e in chosen]
-        assert everything[places(whole, 3, members, 1)].tolist() == collate(first, cpu).targets.tolist()
+        assert everything[places(whole, members, 1)].tolist() == collate(first, cpu).targets.tolist()
 
 
 def test_an_example_above_the_budget_is_named():
@@ -68,3 +68,41 @@ def test_an_example_above_the_budget_is_named():
     check_budget(examples, 12, "data")
     with pytest.raises(UserError, match=r"data, row 2: the example has 12 tokens, .* --batch.tokens 11"):
         check_budget(examples, 11, "data")
+
+
+def ragged():
+    """A pair, a list of three and a single completion, parts of which are not trained on."""
+    return [
+        Example([1], ([2, 3], [4]), each=((0.1,), (0.2,)), marks=(((1.0,), (2.0,)), ((3.0,),))),
+        Example(
+            [5, 6],
+            ([7], [8, 9], [10]),
+            each=((0.3,), (0.4,), (0.5,)),
+            marks=(((4.0,),), ((5.0,), (6.0,)), ((7.0,),)),
+            learnt=((True,), (False, True), (True,)),
+        ),
+        Example([11], ([12, 13, 14],), each=((0.6,),), marks=(((8.0,), (9.0,), (10.0,)),)),
+    ]
+
+
+def test_collate_lays_out_lists_of_different_lengths():
+    batch = collate(ragged(), torch.device("cpu"))
+    assert batch.targets.tolist() == [2, 3, 7, 12, 13, 14, 4, 9, 10]
+    assert batch.input_ids[batch.predictors].tolist() == [1, 2, 6, 11, 12, 13, 1, 8, 6]
+    assert batch.input_ids[batch.predictors + 1].tolist() == batch.targets.tolist()
+    assert batch.completions.lengths == (2, 1, 3, 1, 1, 1)
+    assert batch.completions.counts == (2, 3, 1)
+    assert batch.completions.slots() == [[0, 3], [1, 4, 5], [2]]
+    assert batch.each[:, 0].tolist() == [0.1, 0.3, 0.6, 0.2, 0.4, 0.5]
+    assert batch.marks[:, 0].tolist() == [1, 2, 4, 8, 9, 10, 3, 6, 7]
+    assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 0, 1, 2]
+
+
+def test_places_in_lists_of_different_lengths():
+    cpu, examples = torch.device("cpu"), ragged()
+    whole, everything = step_layout(examples, cpu), collate(examples, cpu).targets
+    for members in ([1], [2, 0], [0, 1], [2, 1, 0]):
+        chosen = [examples[i] for i in members]
+        assert everything[places(whole, members)].tolist() == collate(chosen, cpu).targets.tolist()
+    # the last completion of each left out
+    assert everything[places(whole, [1, 0], 1)].tolist() == [7, 2, 3, 9]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
 
 from fastpo import algorithms
+from fastpo.algorithms import Batch
 from fastpo.reference import objectives
-from fastpo.training.batches import collate
+from fastpo.training.batches import collate, interleaved
 from fastpo.training.data import Encoder, Example, encode, with_mismatched
 from fastpo.training.loop import (
     Job,
     Memory,
+    _numbers,
+    _whole_step,
     constant_streams,
     evaluate_examples,
     optimizer_step,
@@ -27,8 +31,49 @@ pytestmark = pytest.mark.usefixtures("threads")
 LOG2 = math.log(2)
 
 
+def texts(rng, count):
+    """Different texts; letters repeat in them."""
+    return ["".join(rng.choice("abcde") for _ in range(rng.randint(2, 9))) + str(i) for i in range(count)]
+
+
+def given_rows(algorithm, count=24):
+    """Data of the kinds that are no pairs and no single completions with labels."""
+    rng, rows = random.Random(1), []
+    for i in range(count):
+        prompt, some = f"{rng.choice('abc')}{i} ", texts(rng, rng.randint(2, 4))
+        numbers = [rng.random() for _ in some]
+        rows.append(
+            {
+                "lists": {"completions": some, "scores": numbers, "labels": numbers},
+                "identifiers": {"completions": [*"abcd"][: len(some)], "ranks": rng.sample(range(1, 9), len(some))},
+                "demonstrations": {"completion": some, "reward": [-n for n in numbers]},
+                "hindsight": {"chosen": some[0], "rejected": some[1]},
+                "tools": {"completion": "".join(some), "tools": [some[1], some[1][:1] + "x"]},
+                "decisions": {
+                    "actions": ["a", "bc"],
+                    "losses": [[rng.random(), rng.random()] for _ in some[2:]] + [[rng.random(), 0.0]],
+                    "observations": [text[:2] for text in some],
+                },
+            }[algorithm.kind]
+            | {"prompt": prompt}
+        )
+    return rows
+
+
+# single tokens of the test's tokenizer
+PHRASES = {
+    "conditional_training": {"aligned": "<", "misaligned": ">"},
+    "chain_of_hindsight": {"good": " <", "bad": " > "},
+    "filtering": {"threshold": 0.6},
+    "sequence_unlikelihood": {"n": 1},
+    "implicit_reward_sft": {"divergence": "pearson_chi2"},
+}
+
+
 def rows_for(algorithm, count=24):
     """Data of the algorithm's kind, numbers included."""
+    if algorithm.kind not in ("pairwise", "unpaired"):
+        return given_rows(algorithm, count)
     rows = [
         {**row, "chosen_score": 3 + i % 5, "rejected_score": i % 3, "chosen_visits": 2 + i % 4, "rejected_visits": 1}
         | {"margin": i % 3 / 2, "annotator": i % 4}
@@ -40,19 +85,20 @@ def rows_for(algorithm, count=24):
 
 
 def make_job(name="dpo", tokens=4096, reference_seed=0, max_norm=1e9, **hyper):
-    algorithm = algorithms.build(name, hyper)
+    algorithm = algorithms.build(name, {**PHRASES.get(name, {}), **hyper})
     tokenizer = character_tokenizer(eos_token="[E]")
-    encoder = Encoder(tokenizer, "tiny", 64, algorithm.kind, algorithm.columns)
+    encoder = Encoder(tokenizer, "tiny", 64, algorithm.kind, algorithm.columns, algorithm.control)
     examples = encode(rows_for(algorithm), "", encoder, algorithm.problem)
     if algorithm.mismatched:
         examples = with_mismatched(examples, 64)
     accelerator = accelerate.Accelerator(cpu=True)
     memory = Memory()
+    torch.manual_seed(3)
     if isinstance(algorithm, algorithms.RewardModel):
         policy = Scores([tiny_reward_model(len(tokenizer), seed) for seed in range(algorithm.groups)])
         memory.state = {"models": torch.tensor([0, 1, 1, 0])} if algorithm.groups > 1 else {}
     else:
-        policy = Policy(tiny_model(len(tokenizer)))
+        policy = Policy(tiny_model(len(tokenizer)), own=algorithm.module(16))
     frozen = tiny_model(len(tokenizer), reference_seed)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
     constants = {}
@@ -91,7 +137,7 @@ FIRST_LOSS = {
     "apo_zero_unpaired": 0.5,
     "npo": 20 * LOG2,
 }
-GIVEN = algorithms.names("pairwise", "unpaired")
+GIVEN = [name for name in algorithms.names() if algorithms.kind(name) != "prompts"]
 WITH_REFERENCE = [row.name for row in objectives() if row.reference_model and row.name in GIVEN]
 
 
@@ -126,19 +172,15 @@ COUPLED = [name for name in GIVEN if algorithms.build(name, {}).whole_step]
 @pytest.mark.parametrize("name", COUPLED)
 def test_a_whole_steps_gradient_is_that_of_one_graph(name):
     """The loss of all examples, differentiated through one forward."""
-    from fastpo.algorithms import Batch
-
     job, plain = make_job(name, tokens=61, reference_seed=1), make_job(name, reference_seed=1)
     indices = list(range(len(job.examples)))
     batch = collate(plain.examples, torch.device("cpu"))
-    constants = plain.constants["reference"]
-    reference = torch.cat([constants[i][k] for k in range(len(constants[0])) for i in indices])
-    numbers = {column.name: batch.numbers[:, n] for n, column in enumerate(plain.algorithm.columns)}
-    streams = {"policy": plain.policy(*policy_inputs(batch)), "reference": reference}
-    out = plain.algorithm(Batch(streams, batch.completions, numbers, len(indices), 7), {})
+    streams = {"policy": plain.policy(*policy_inputs(batch))}
+    if "reference" in plain.constants:
+        streams["reference"] = torch.cat(interleaved([plain.constants["reference"][i] for i in indices]))
+    numbers = _numbers(plain, batch.numbers, batch.each)
+    out = plain.algorithm(Batch(streams, batch.completions, numbers, len(indices), 7, len(batch.targets)), {})
     out.loss.backward()
-
-    from fastpo.training.loop import _whole_step
 
     totals, state = _whole_step(job, indices, 7)
     assert totals["loss"] == pytest.approx(out.loss.item(), rel=1e-5)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,11 +24,14 @@ pytestmark = pytest.mark.usefixtures("threads")
 @pytest.fixture
 def trained(fitted, tmp_path, monkeypatch):
     """A short run; returns its summary and its folder."""
-    folder, preferences = fitted
+    folder, answers = fitted
 
-    def trained(name: str, *more: str) -> tuple[dict[str, float], Path]:
+    def trained(name: str, *more: str, shuffle: bool = False) -> tuple[dict[str, float], Path]:
         monkeypatch.setattr(task, "build", lambda to, *_: shutil.copytree(folder, to, dirs_exist_ok=True))
-        monkeypatch.setattr(task, "_preferences", lambda _, questions, __: preferences[len(questions)])
+        monkeypatch.setattr(task, "_answers", lambda _, questions, __: answers[len(questions)])
+        if shuffle:
+            write = task.write_rows
+            monkeypatch.setattr(task, "write_rows", lambda path, rows: write(path, shuffled(rows)))
         run = tmp_path / "run"
         # a fifth of the steps at five times the rate
         rate = 5 * built_in_defaults(name)["optim.lr"]
@@ -37,17 +42,40 @@ def trained(fitted, tmp_path, monkeypatch):
     return trained
 
 
+def shuffled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same answers, of which other ones are called good; demonstrations without a word are those of others."""
+    rng, told = random.Random(5), {"reward", "log_reward", "answer"} & rows[0].keys()
+    for column in told or {"completion"} & rows[0].keys():
+        for row, other in zip(rows, rng.sample([row[column] for row in rows], len(rows)), strict=True):
+            row[column] = other
+    for row in rows:
+        for values in (row.get("scores", []), row.get("ranks", []), *row.get("losses", [])):
+            rng.shuffle(values)
+        if "chosen" in row and rng.random() < 0.5:
+            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    return rows
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """Of the steps."""
+    return [record for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if record["step"]]
+
+
 # it knows nothing of right answers
 UNLEARNS = {"npo"}
 # its minimum is where both answers are impossible: for data whose chosen answers are worse than the policy's
 LOWERS_BOTH = {"apo_down"}
+# flows learn from the end of an answer to its beginning, a token at a time: right answers come later
+BALANCES = {"detailed_balance", "fl_detailed_balance"}
+# it ranks first characters
+RANKS = {"first_ranknet"}
 
 
 REWARD_MODELS = {row.name for row in algorithms.composed()} | {"autoregressive_reward"}
-GIVEN = {*algorithms.names("pairwise", "unpaired")}
+GIVEN = {name for name in algorithms.names() if algorithms.kind(name) != "prompts"}
 
 
-@pytest.mark.parametrize("name", sorted(GIVEN - LOWERS_BOTH - UNLEARNS - REWARD_MODELS))
+@pytest.mark.parametrize("name", sorted(GIVEN - LOWERS_BOTH - UNLEARNS - REWARD_MODELS - BALANCES - RANKS))
 def test_accuracy_improves(name, trained):
     summary, _ = trained(name)
     assert summary["accuracy_after"] > summary["accuracy_before"] + 0.15
@@ -131,3 +159,31 @@ def test_an_autoregressive_reward_ranks_held_out_answers(trained):
     scorer = load_scorer([str(run / "model")], load_tokenizer(str(run / "model")))
     better = [r > w for r, w in zip(scorer(right), scorer(wrong), strict=True)]
     assert sum(better) / len(better) > 0.8
+
+
+@pytest.mark.parametrize("name", sorted(BALANCES))
+def test_flows_come_into_balance(name, trained):
+    """log Z grows towards the logarithm of the mean of e^5 for a right answer and of less for the others, about 3."""
+    summary, run = trained(name)
+    assert summary["loss_last"] < 0.75 * summary["loss_first"]
+    assert metrics(run)[0]["log_z"] == 0 and 1.5 < metrics(run)[-1]["log_z"] < 3.5
+
+
+def test_identifiers_are_ranked(trained):
+    """The first character of the right answer is more and more likely beside the others; not so if any may be first."""
+    _, run = trained("first_ranknet")
+    first, last = metrics(run)[0], metrics(run)[-1]
+    assert last["reward_margin"] > first["reward_margin"] + 3 and last["reward_accuracy"] > 0.95
+
+
+# one method for each kind of data and of what they are told
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("lipo_lambda", "first_ranknet", "sft", "rwr", "conditional_training", "chain_of_hindsight", "tl_training"),
+        *("regret", "trajectory_balance"),
+    ],
+)
+def test_nothing_is_learnt_from_data_that_say_nothing(name, trained):
+    summary, _ = trained(name, shuffle=True)
+    assert summary["accuracy_after"] < summary["accuracy_before"] + 0.1

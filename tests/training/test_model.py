@@ -178,3 +178,33 @@ def test_adapters(target):
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=target, init_lora_weights=False)
     check_policy(get_peft_model(tiny_model(20), config), (1.0, None))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_values_and_several_tokens(known):
+    """A head of the algorithm's own on the hidden states, and log-probs of K tokens at each place."""
+    model = tiny_model(20)
+    own = torch.nn.Sequential(torch.nn.Linear(16, 1), torch.nn.Flatten(0))
+    policy = Policy(model, own=own)
+    if not known:
+        policy.scale = None
+    batch = policy_inputs(collate(EXAMPLES, torch.device("cpu")))
+    more = torch.stack([batch[3], batch[3].flip(0), torch.full_like(batch[3], -100)], 1)
+    found = policy(*batch[:3], more, values=True)
+    torch.testing.assert_close(found["logprobs"][:, 0], one_by_one(model, EXAMPLES), rtol=1e-5, atol=1e-5)
+    out = model(input_ids=batch[0][None], position_ids=batch[1][None], use_cache=False, output_hidden_states=True)
+    p = out.logits[0, batch[2]].log_softmax(-1)
+    torch.testing.assert_close(found["logprobs"][:, 1], p.gather(1, more[:, 1:2])[:, 0], rtol=1e-5, atol=1e-5)
+    assert found["logprobs"][:, 2].eq(0).all()
+    values = own(out.hidden_states[-1][0, batch[2]])
+    torch.testing.assert_close(found["values"], values, rtol=1e-5, atol=1e-5)
+    weights, parameters = torch.linspace(-1, 2, len(values)), list(policy.parameters())
+    ours, theirs = (
+        torch.autograd.grad(value @ weights + logprobs @ weights, parameters, retain_graph=True)
+        for value, logprobs in (
+            (found["values"], found["logprobs"][:, 1]),
+            (values, p.gather(1, more[:, 1:2])[:, 0]),
+        )
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))

@@ -21,11 +21,11 @@ pytestmark = pytest.mark.usefixtures("threads")
 @pytest.fixture
 def trained(fitted, tmp_path, monkeypatch):
     """A short run; returns its summary and its steps' metrics."""
-    folder, preferences = fitted
+    folder, answers = fitted
 
     def trained(name: str, *more: str):
         monkeypatch.setattr(task, "build", lambda to, *_: shutil.copytree(folder, to, dirs_exist_ok=True))
-        monkeypatch.setattr(task, "_preferences", lambda _, questions, __: preferences[len(questions)])
+        monkeypatch.setattr(task, "_answers", lambda _, questions, __: answers[len(questions)])
         run = tmp_path / "run"
         command = ["train", name, "--output", str(run), "--steps", "14", "--optim.lr", "1.5e-3", "--eval_every", "0"]
         assert main([*command, "--batch.tokens", "256", *more]) == 0

@@ -384,9 +384,9 @@ def test_opponents_are_of_the_average():
 @pytest.fixture
 def trained(fitted, threads, tmp_path, monkeypatch):
     """A short run on the built-in task; returns its summary."""
-    folder, preferences = fitted
+    folder, answers = fitted
     monkeypatch.setattr(task, "build", lambda to, *_: shutil.copytree(folder, to, dirs_exist_ok=True))
-    monkeypatch.setattr(task, "_preferences", lambda _, questions, __: preferences[len(questions)])
+    monkeypatch.setattr(task, "_answers", lambda _, questions, __: answers[len(questions)])
     monkeypatch.setattr(run, "plot", lambda *_: None)  # as long as a few steps
 
     def trained(name: str, *more: str, output: str = "run", steps: int = 20) -> dict[str, float]:

@@ -223,3 +223,11 @@ def test_resuming_is_bitwise_the_straight_run(sync, model_folder, data, tmp_path
 def test_bad_options(more, message, model_folder, data, tmp_path, capsys):
     assert main(options(model_folder, data, tmp_path / "run", *more)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_an_algorithm_learns_beside_the_policy_is_not_the_references():
+    job, follows = following(every=1)
+    own = torch.nn.Linear(16, 1)
+    follows.move(Policy(tiny_model(job.policy.model.config.vocab_size, 5), own=own), 1.0)
+    expected = tiny_model(job.policy.model.config.vocab_size, 5).parameters()
+    assert all(torch.equal(a, b) for a, b in zip(follows.model.parameters(), expected, strict=True))
