@@ -6,7 +6,7 @@ An algorithm knows nothing of models, files or optimisers; the training loop kno
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from fastpo.algorithms import direct
 from fastpo.algorithms.base import (
@@ -20,16 +20,18 @@ from fastpo.algorithms.base import (
     Online,
     Prepared,
     Sample,
+    Search,
     State,
     StepOutput,
     Turn,
 )
 from fastpo.algorithms.inputs import SOURCES
+from fastpo.algorithms.matching import TARGETS
 from fastpo.algorithms.pairwise import Pairwise
 from fastpo.algorithms.recipes import RECIPES
-from fastpo.algorithms.rollouts import PolicyGradient
+from fastpo.algorithms.search import SEARCHES
 from fastpo.algorithms.unpaired import Unpaired
-from fastpo.reference import Objective, objectives
+from fastpo.reference import Domain, Objective, objectives
 
 _CLASSES: dict[str, type[Pairwise] | type[Unpaired]] = {"pairwise": Pairwise, "unpaired": Unpaired}
 
@@ -43,33 +45,52 @@ def _trainable(row: Objective) -> bool:
 _ROWS = {row.name: row for row in objectives() if _trainable(row)}
 
 
+class _Method(Protocol):
+    """A row of a table of methods that sample completions."""
+
+    @property
+    def title(self) -> str: ...
+
+    def defaults(self) -> dict[str, Any]: ...
+
+    def domains(self) -> dict[str, Domain]: ...
+
+    def choices(self) -> Mapping[str, tuple[str | None, ...]]: ...
+
+    def build(self, hyper: Mapping[str, Any]) -> Algorithm: ...
+
+
+# what samples completions itself
+_ONLINE: Mapping[str, _Method] = {**RECIPES, **SEARCHES, **TARGETS}
+
+
 def names(*kinds: str) -> list[str]:
     """The algorithms that can be trained: all, or those on these kinds of data."""
-    everything = [*_ROWS, *RECIPES]
+    everything = [*_ROWS, *_ONLINE]
     return [name for name in everything if kind(name) in kinds] if kinds else everything
 
 
 def kind(name: str) -> str:
     """The data that an algorithm eats: "prompts" of one that samples completions itself."""
-    return "prompts" if name in RECIPES else _ROWS[name].kind
+    return "prompts" if name in _ONLINE else _ROWS[name].kind
 
 
 def title(name: str) -> str:
     """The method's name in words."""
-    return (RECIPES.get(name) or _ROWS[name]).title
+    return (_ONLINE.get(name) or _ROWS[name]).title
 
 
 def defaults(name: str) -> dict[str, Any]:
     """The hyper-parameters of an algorithm and their default values."""
-    if name in RECIPES:
-        return RECIPES[name].defaults()
+    if name in _ONLINE:
+        return _ONLINE[name].defaults()
     return direct.defaults(_ROWS[name])
 
 
 def choices(name: str) -> dict[str, tuple[str | None, ...]]:
     """The hyper-parameters that are words, and their admissible values."""
-    if name in RECIPES:
-        return dict(RECIPES[name].choices())
+    if name in _ONLINE:
+        return dict(_ONLINE[name].choices())
     return dict(_ROWS[name].options)
 
 
@@ -81,7 +102,7 @@ def columns(name: str) -> tuple[Column, ...]:
 def describe(name: str) -> dict[str, str]:
     """One phrase per hyper-parameter, for help texts."""
     row = _ROWS.get(name)
-    domains = RECIPES[name].domains() if row is None else direct.domains(row)
+    domains = _ONLINE[name].domains() if row is None else direct.domains(row)
     phrases = {key: f"a number in {domain}" for key, domain in domains.items()}
     phrases |= {key: f"one of {', '.join(map(str, values))}" for key, values in choices(name).items()}
     if row is not None and row.length_norm:
@@ -91,8 +112,8 @@ def describe(name: str) -> dict[str, str]:
 
 def build(name: str, hyper: Mapping[str, Any]) -> Algorithm:
     """The algorithm with these hyper-parameters; ValueError for one outside its domain."""
-    if name in RECIPES:
-        return PolicyGradient(RECIPES[name], {**defaults(name), **hyper})
+    if name in _ONLINE:
+        return _ONLINE[name].build({**defaults(name), **hyper})
     row = _ROWS[name]
     return _CLASSES[row.kind](row, {**defaults(name), **hyper})
 
@@ -108,6 +129,7 @@ __all__ = [
     "Online",
     "Prepared",
     "Sample",
+    "Search",
     "State",
     "StepOutput",
     "Turn",

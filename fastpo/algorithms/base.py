@@ -158,28 +158,46 @@ class Sample(NamedTuple):
     row: Mapping[str, Any]
 
 
+class Search(NamedTuple):
+    """How a tree of segments is grown behind each prompt: `fastpo.training.tree`.
+
+    Attributes:
+        width: segments that are drawn behind a leaf.
+        segment: tokens of one.
+        exploration: what a prior weighs against a value, in units of the reward.
+    """
+
+    width: int
+    segment: int
+    exploration: float
+
+
 class Draw(NamedTuple):
     """Completions of each prompt of a turn.
 
     Attributes:
         source: "policy"; "greedy", its most probable tokens; "reference"; "mixture", of policy and reference, by the
-            hyper-parameter `mixture`, the reference's share.
-        times: how many.
+            hyper-parameter `mixture`, the reference's share; "search", the segments of a tree, the only draw then.
+        times: how many; of a search, how often a leaf is looked for.
+        search: how.
     """
 
     source: str
     times: int
+    search: Search | None = None
 
 
 class Group(NamedTuple):
     """The completions of one prompt.
 
     Attributes:
-        samples: in the order of the algorithm's draws, and behind them those that the data have.
-        rewards: of the samples; empty without reward functions.
+        samples: in the order of the algorithm's draws, and behind them those that the data have; of a search the
+            segments, each with all that stands before it as its prompt.
+        rewards: of the samples; empty without reward functions; of segments the mean reward of what went on from them.
         wins: the probability that one sample, by its place, is preferred to another.
         logprobs: of each sample under what it was drawn from, summed.
         generator: seeded for this prompt and turn.
+        visits: of segments, how many completions went on from them.
     """
 
     samples: Sequence[Sample]
@@ -187,13 +205,14 @@ class Group(NamedTuple):
     wins: Callable[[int, int], float]
     logprobs: Sequence[float]
     generator: torch.Generator
+    visits: Sequence[int] = ()
 
 
 class Draft(NamedTuple):
     """An example to be trained on.
 
     Attributes:
-        completions: places in the group's samples, as many as the algorithm's data kind has.
+        completions: places in the group's samples, as many as the algorithm's data kind has, all of one prompt.
         numbers: of it, in the order of the algorithm's columns.
     """
 

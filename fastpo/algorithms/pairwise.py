@@ -16,7 +16,7 @@ class Pairwise(Direct):
         sizes = [sum(lengths[:pairs]), sum(lengths[pairs:])]
         sides = [side for model in self.models for side in batch.streams[model].split(sizes)]
         inputs, new = self._inputs(batch, sizes, state)
-        out = getattr(losses, self.name)(
+        out = getattr(losses, self.row.name)(
             *sides,
             **inputs,
             chosen_cu_seqlens=ends[: pairs + 1],

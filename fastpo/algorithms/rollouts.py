@@ -162,6 +162,10 @@ class Recipe:
         out["correction"] = tuple(CORRECTIONS)
         return out | dict(self.options)
 
+    def build(self, hyper: Options) -> PolicyGradient:
+        """With all of `defaults()`, or others."""
+        return PolicyGradient(self, hyper)
+
 
 @dataclass(frozen=True)
 class PolicyGradient:

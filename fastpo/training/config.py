@@ -173,6 +173,8 @@ class TrainConfig:
             raise UserError(f"--optim.warmup must be in [0, 1), got {self.optim.warmup:g}")
 
 
+_TARGETS = ("online_brain", "dpg", "gdc", "gdc_plus_plus", "f_dpg", "online_gflownet")
+
 # what the built-in task takes for some methods in place of β = 1 and the rate of the others
 _BUILT_IN: Mapping[str, Mapping[str, float]] = {
     "ipo": {"algorithm.beta": 0.1},
@@ -196,6 +198,11 @@ _BUILT_IN: Mapping[str, Mapping[str, float]] = {
     "discopop": {"algorithm.tau": 1.0},
     # nothing but the size of the step keeps what is not to be unlearned
     "npo": {"algorithm.beta": 3.0, "optim.lr": 4e-5},
+    # a segment of one of an answer's three tokens
+    "online_mcts_dpo": {"algorithm.segment": 1, "algorithm.beta": 0.3},
+    "itool": {"algorithm.segment": 1, "algorithm.beta": 0.3},
+    # the target is right in 95% where the reference is in 24%
+    **{name: {"algorithm.beta": 0.25} for name in _TARGETS},
 }
 
 

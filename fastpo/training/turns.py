@@ -11,11 +11,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastpo.algorithms import Batch, Draft, Group, Online, Sample, State, Turn
-from fastpo.training.batches import step_indices, step_layout
+from fastpo.algorithms import Batch, Draft, Draw, Group, Online, Sample, State, Turn
+from fastpo.training.batches import check_budget, step_indices, step_layout
 from fastpo.training.data import Example, Prompt
 from fastpo.training.loop import Constants, Job, constant_streams
 from fastpo.training.rollouts import Engine, Mixture, Rollout, Sampling
+from fastpo.training.tree import grow
 
 
 class Scorer(Protocol):
@@ -209,6 +210,8 @@ class Turns:
     def _round(self, prompts: Sequence[tuple[int, Prompt]], turn: int) -> tuple[list[_Made], list[_Seen]]:
         """Sample, judge and draft: of this rank's prompts."""
         sampling = replace(self.sampling, seed=_seed(self.plan.seed, turn, 0))
+        if self.algorithm.draws[0].search is not None:
+            return self._searched(prompts, sampling, self.algorithm.draws[0], turn)
         rollouts: list[list[Rollout]] = [[] for _ in prompts]
         for draw in self.algorithm.draws:
             for of, found in zip(rollouts, self.sampled(prompts, sampling, draw.source, draw.times), strict=True):
@@ -227,22 +230,65 @@ class Turns:
         made: list[_Made] = []
         seen: list[_Seen] = []
         for (place, prompt), of, given, score, won in zip(prompts, rollouts, samples, rewards, wins, strict=True):
-            generator = torch.Generator().manual_seed(_seed(self.plan.seed, turn, place + 1))
-            logprobs = [float(each.logprobs.double().sum()) for each in of]
-            drafts = self.algorithm.drafts(Group(given, score, won, logprobs, generator))
-            made += [self._made(place, prompt, of, draft) for draft in drafts]
+            made += self._drafted(place, prompt, given, of, score, won, turn)
             drawn = self.algorithm.draws[0].times
             seen += [
                 _Seen(place, score[i] if score else 0.0, len(each.ids), each.ended) for i, each in enumerate(of[:drawn])
             ]
         return made, seen
 
-    def _sample(self, prompt: Prompt, rollout: Rollout) -> Sample:
-        return Sample(prompt.text, self.decode(rollout.ids), prompt.ids, rollout.ids, rollout.ended, prompt.row)
+    def _searched(
+        self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling, draw: Draw, turn: int
+    ) -> tuple[list[_Made], list[_Seen]]:
+        """The same, of the segments of a tree behind each prompt."""
+        assert draw.search is not None and self.scorer is not None
 
-    def _made(self, place: int, prompt: Prompt, rollouts: Sequence[Rollout], draft: Draft) -> _Made:
+        def score(complete: Sequence[tuple[int, Rollout]]) -> list[float]:
+            assert self.scorer is not None
+            return self.scorer([self._sample(prompts[i][1], rollout) for i, rollout in complete])
+
+        starts, keys = [prompt.ids for _, prompt in prompts], [place for place, _ in prompts]
+        made: list[_Made] = []
+        seen: list[_Seen] = []
+        trees = grow(self.engine, starts, keys, sampling, score, draw.times, draw.search)
+        for (place, prompt), tree in zip(prompts, trees, strict=True):
+            nodes = tree.nodes()
+            samples = [self._sample(prompt, node.segment, node.before.ids) for node in nodes]
+            visits = [node.visits for node in nodes]
+            rollouts, values = [node.segment for node in nodes], [node.value for node in nodes]
+            made += self._drafted(place, prompt, samples, rollouts, values, _no_judge, turn, visits)
+            seen += [_Seen(place, reward, len(each.ids), each.ended) for each, reward in tree.complete]
+        return made, seen
+
+    def _sample(self, prompt: Prompt, rollout: Rollout, before: Sequence[int] = ()) -> Sample:
+        """A completion of the prompt and some tokens of the policy's behind it."""
+        text = prompt.text + (self.decode(before) if before else "")
+        start = [*prompt.ids, *before]
+        return Sample(text, self.decode(rollout.ids), start, rollout.ids, rollout.ended, prompt.row)
+
+    def _drafted(
+        self,
+        place: int,
+        prompt: Prompt,
+        samples: Sequence[Sample],
+        rollouts: Sequence[Rollout],
+        rewards: Sequence[float],
+        wins: Callable[[int, int], float],
+        turn: int,
+        visits: Sequence[int] = (),
+    ) -> list[_Made]:
+        """The examples of a group."""
+        generator = torch.Generator().manual_seed(_seed(self.plan.seed, turn, place + 1))
+        logprobs = [float(each.logprobs.double().sum()) for each in rollouts]
+        drafts = self.algorithm.drafts(Group(samples, rewards, wins, logprobs, generator, visits))
+        return [self._made(place, prompt, samples, rollouts, draft) for draft in drafts]
+
+    def _made(
+        self, place: int, prompt: Prompt, samples: Sequence[Sample], rollouts: Sequence[Rollout], draft: Draft
+    ) -> _Made:
         chosen = [rollouts[i] for i in draft.completions]
-        example = Example(prompt.ids, tuple(each.ids for each in chosen), draft.numbers, prompt.number)
+        start = samples[draft.completions[0]].prompt_ids
+        example = Example(start, tuple(each.ids for each in chosen), draft.numbers, prompt.number)
         return _Made(
             place, prompt.text, example, tuple(each.logprobs for each in chosen), tuple(each.ended for each in chosen)
         )
@@ -274,6 +320,7 @@ class Turns:
         self.last = {}
         if not examples:
             return
+        check_budget(examples, self.plan.tokens, "what was sampled for the data")
         constants: dict[str, Constants] = {"rollout": {i: each.logprobs for i, each in enumerate(made)}}
         everything = range(len(examples))
         for name, whose in self.algorithm.anchors(self.plan.steps).items():
