@@ -276,7 +276,8 @@ class Online(Algorithm, Protocol):
         draws: the completions of each prompt.
         critic: whether there is one.
         demonstrations: whether the data have a completion for every prompt.
-        needs: "reward" or "judge", what must be given beside the prompts; None for nothing.
+        needs: "reward" or "judge", what must be given beside the prompts, or "answer", a reward of what the model
+            before training answers when it has read a completion; None for nothing.
     """
 
     @property

@@ -177,6 +177,17 @@ _ALL = (
         _group_normalised,
         numbers={**EPS, "fraction": (2e-3, PROBABILITY)},
     ),
+    # that the paper's loss is CoPG is not verified; in the only step of a turn this has its gradient
+    Recipe(
+        "preamble_rl",
+        "Reverse engineering human preferences: preambles for a frozen model",
+        "2505.15795, from memory",
+        "reinforce",
+        _rloo,
+        penalty="reward",
+        aggregation="seq_mean_token_sum",
+        answered=True,
+    ),
 )
 
 RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in _ALL}

@@ -111,6 +111,7 @@ class Recipe:
         critic: whether it has one.
         greedy: whether the most probable completion is sampled too, as a baseline.
         drafts: what a group becomes, if not an example of each sampled completion.
+        answered: whether completions are preambles, and rewards those of the first model's answers behind them.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Recipe:
     critic: bool = False
     greedy: bool = False
     drafts: Callable[[Group, Options], list[Draft]] | None = None
+    answered: bool = False
 
     @property
     def row(self) -> PolicyObjective:
@@ -184,10 +186,13 @@ class PolicyGradient:
     mismatched = False
     unlearns = False
     demonstrations = False
-    needs = "reward"
 
     def __post_init__(self) -> None:
         check_hyper(self.name, self.hyper, self.recipe.domains(), self.recipe.choices())
+
+    @property
+    def needs(self) -> str:
+        return "answer" if self.recipe.answered else "reward"
 
     @property
     def name(self) -> str:

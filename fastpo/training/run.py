@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from fastpo import algorithms
 from fastpo.training import checkpoint, task
 from fastpo.training.batches import check_budget, step_indices
+from fastpo.training.candidates import Candidate
 from fastpo.training.config import OptimConfig, TrainConfig, as_tree
 from fastpo.training.data import Encoder, Example, Prompt, load_examples, load_prompts, with_mismatched
 from fastpo.training.errors import Interrupted, UserError
@@ -34,7 +36,7 @@ from fastpo.training.model import (
 from fastpo.training.references import MovingReference
 from fastpo.training.report import Display, Journal, plot, summary, write_summary
 from fastpo.training.rollouts import Sampling, TransformersEngine
-from fastpo.training.turns import Plan, Turns
+from fastpo.training.turns import Plan, Scorer, Turns
 
 CONFIG, METRICS, CURVE, SUMMARY, MODEL = "config.yaml", "metrics.jsonl", "curve.png", "summary.json", "model"
 
@@ -195,7 +197,9 @@ def _prepare_online(
     turns = config.epochs * len(source.prompts) / config.batch.size
     steps = config.steps or math.ceil(turns) * plan.steps
     model = load_model(source.model)
-    longest = max(len(p.ids) for p in (*source.prompts, *source.eval_prompts)) + rollout.max_new_tokens
+    # what answers reads the prompt and a completion, and writes another
+    texts = 2 if algorithm.needs == "answer" else 1
+    longest = max(len(p.ids) for p in (*source.prompts, *source.eval_prompts)) + texts * rollout.max_new_tokens
     _check_length(model, longest, source.model)
     critic = Critic(model) if algorithm.critic else None
     trained = _trained(accelerator, Policy(model, temperature=rollout.temperature, critic=critic), steps, config.optim)
@@ -203,7 +207,7 @@ def _prepare_online(
     companion = None
     anchors: dict[str, Any] = {}
     draws = {draw.source for draw in algorithm.draws}
-    if "start" in wanted or draws & {"reference", "mixture"}:
+    if texts > 1 or "start" in wanted or draws & {"reference", "mixture"}:
         companion = load_model(source.reference or source.model)
         frozen = Policy(companion, temperature=rollout.temperature)
         anchors["start"] = accelerator.prepare_model(frozen, evaluation_mode=True)
@@ -215,6 +219,11 @@ def _prepare_online(
         stop=stop_tokens(model, source.tokenizer),
         stop_strings=tuple(rollout.stop),
     )
+    decode = partial(source.tokenizer.decode, skip_special_tokens=True)
+    scorer: Scorer | None = task.verify if config.built_in else None
+    if scorer is not None and algorithm.needs == "answer":
+        answers = TransformersEngine(companion, tokens=rollout.tokens, tokenizer=source.tokenizer)
+        scorer = Candidate(answers, sampling, decode, scorer, source.tokenizer.bos_token_id)
     taught = Turns(
         accelerator,
         algorithm,
@@ -222,8 +231,8 @@ def _prepare_online(
         TransformersEngine(inner, tokens=rollout.tokens, tokenizer=source.tokenizer),
         sampling,
         plan,
-        decode=lambda ids: source.tokenizer.decode(ids, skip_special_tokens=True),
-        scorer=task.verify if config.built_in else None,
+        decode=decode,
+        scorer=scorer,
         anchors=anchors,
         companion=companion,
     )
@@ -248,7 +257,13 @@ def _prepare_online(
         max_length=rollout.max_new_tokens,
     )
     if config.built_in:
-        return job, _of_the_task(job, source.model, config.seed)
+        measured = _of_the_task(job, source.model, config.seed)
+        if texts == 1:
+            return job, measured
+        # who answers is not the policy
+        ids = {text: source.tokenizer(text)["input_ids"] for text in task.prompts(config.seed)[1]}
+        held_out = [Prompt(text, ids[text], None, "", {}, 0) for text in ids]
+        return job, lambda: {**measured(), "accuracy": taught.evaluate(held_out)["reward"]}
     if not source.eval_prompts:
         return job, dict
     return job, lambda: taught.evaluate(source.eval_prompts)
