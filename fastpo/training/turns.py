@@ -280,7 +280,7 @@ class Turns:
         """The examples of a group."""
         generator = torch.Generator().manual_seed(_seed(self.plan.seed, turn, place + 1))
         logprobs = [float(each.logprobs.double().sum()) for each in rollouts]
-        drafts = self.algorithm.drafts(Group(samples, rewards, wins, logprobs, generator, visits))
+        drafts = self.algorithm.drafts(Group(samples, rewards, wins, logprobs, generator, visits=visits))
         return [self._made(place, prompt, samples, rollouts, draft) for draft in drafts]
 
     def _made(
