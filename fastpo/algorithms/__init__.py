@@ -75,6 +75,11 @@ def kind(name: str) -> str:
     return "prompts" if name in _ONLINE else _ROWS[name].kind
 
 
+def denoises(name: str) -> bool:
+    """Whether it trains masked-diffusion language models, and no causal ones."""
+    return name in RECIPES and RECIPES[name].denoises
+
+
 def title(name: str) -> str:
     """The method's name in words."""
     return (_ONLINE.get(name) or _ROWS[name]).title
@@ -137,6 +142,7 @@ __all__ = [
     "choices",
     "columns",
     "defaults",
+    "denoises",
     "describe",
     "kind",
     "names",

@@ -214,10 +214,13 @@ class Draft(NamedTuple):
     Attributes:
         completions: places in the group's samples, as many as the algorithm's data kind has, all of one prompt.
         numbers: of it, in the order of the algorithm's columns.
+        prompt: the tokens before the completions, if not those that they were sampled behind; negative where a token is
+            hidden from a masked-diffusion model.
     """
 
     completions: tuple[int, ...]
     numbers: tuple[float, ...] = ()
+    prompt: tuple[int, ...] | None = None
 
 
 class Turn(NamedTuple):

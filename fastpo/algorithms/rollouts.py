@@ -112,6 +112,7 @@ class Recipe:
         greedy: whether the most probable completion is sampled too, as a baseline.
         drafts: what a group becomes, if not an example of each sampled completion.
         answered: whether completions are preambles, and rewards those of the first model's answers behind them.
+        denoises: whether the policy is a masked-diffusion language model.
     """
 
     name: str
@@ -128,6 +129,7 @@ class Recipe:
     greedy: bool = False
     drafts: Callable[[Group, Options], list[Draft]] | None = None
     answered: bool = False
+    denoises: bool = False
 
     @property
     def row(self) -> PolicyObjective:

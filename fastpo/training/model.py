@@ -49,7 +49,8 @@ def load_tokenizer(name: str) -> Any:
 
 def stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end a completion: the tokenizer's EOS, and what the model's own settings add (chat models)."""
-    more = getattr(model.generation_config, "eos_token_id", None)
+    # a masked language model has no such settings
+    more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])}
     return tuple(sorted(token for token in found if token is not None))
 
@@ -72,6 +73,13 @@ def load_model(name: str) -> Any:
         # the weights are ordinary ones now, to be saved as such
         model.hf_quantizer.remove_quantization_config(model)
     return model
+
+
+def load_denoiser(name: str) -> Any:
+    """The same of a masked language model."""
+    import transformers
+
+    return _load(transformers.AutoModelForMaskedLM, name, dtype=torch.float32).eval()
 
 
 def check_same_vocabulary(model: str, reference: str) -> None:

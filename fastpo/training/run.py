@@ -17,11 +17,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
 from fastpo import algorithms
-from fastpo.training import checkpoint, task
+from fastpo.training import checkpoint, denoising_task, task
 from fastpo.training.batches import check_budget, step_indices
 from fastpo.training.candidates import Candidate
 from fastpo.training.config import OptimConfig, TrainConfig, as_tree
 from fastpo.training.data import Encoder, Example, Prompt, load_examples, load_prompts, with_mismatched
+from fastpo.training.denoising import Denoiser, DenoisingEngine, mask_token
 from fastpo.training.errors import Interrupted, UserError
 from fastpo.training.loop import Constants, Job, Memory, constant_streams, evaluate_examples, train
 from fastpo.training.model import (
@@ -29,13 +30,14 @@ from fastpo.training.model import (
     Logits,
     Policy,
     check_same_vocabulary,
+    load_denoiser,
     load_model,
     load_tokenizer,
     stop_tokens,
 )
 from fastpo.training.references import MovingReference
 from fastpo.training.report import Display, Journal, plot, summary, write_summary
-from fastpo.training.rollouts import Sampling, TransformersEngine
+from fastpo.training.rollouts import Engine, Sampling, TransformersEngine
 from fastpo.training.turns import Plan, Scorer, Turns
 
 CONFIG, METRICS, CURVE, SUMMARY, MODEL = "config.yaml", "metrics.jsonl", "curve.png", "summary.json", "model"
@@ -85,8 +87,9 @@ def run(name: str, hyper: Mapping[str, Any], config: TrainConfig, resume: Path |
     folder = resume or _new_folder(accelerator, name, config)
     set_seed(config.seed)
     if config.built_in and not resume and accelerator.is_main_process:
-        with display.bar("fitting the reference", task.FIT_STEPS) as bar:
-            task.build(folder, config.seed, bar)
+        built = denoising_task if algorithms.denoises(name) else task
+        with display.bar("fitting the reference", built.FIT_STEPS) as bar:
+            built.build(folder, config.seed, bar)
             task.write_data(folder, config.seed, algorithm)
     accelerator.wait_for_everyone()
 
@@ -196,20 +199,30 @@ def _prepare_online(
     )
     turns = config.epochs * len(source.prompts) / config.batch.size
     steps = config.steps or math.ceil(turns) * plan.steps
-    model = load_model(source.model)
+    denoises = algorithms.denoises(algorithm.name)
+    load = load_denoiser if denoises else load_model
+
+    def denoiser(model: Any) -> Denoiser:
+        mask = mask_token(source.tokenizer, source.model)
+        return Denoiser(model, mask, rollout.max_new_tokens, temperature=rollout.temperature)
+
+    def policy_of(model: Any, critic: Critic | None = None) -> Policy:
+        return denoiser(model) if denoises else Policy(model, temperature=rollout.temperature, critic=critic)
+
+    model = load(source.model)
     # what answers reads the prompt and a completion, and writes another
     texts = 2 if algorithm.needs == "answer" else 1
     longest = max(len(p.ids) for p in (*source.prompts, *source.eval_prompts)) + texts * rollout.max_new_tokens
     _check_length(model, longest, source.model)
     critic = Critic(model) if algorithm.critic else None
-    trained = _trained(accelerator, Policy(model, temperature=rollout.temperature, critic=critic), steps, config.optim)
+    trained = _trained(accelerator, policy_of(model, critic), steps, config.optim)
     wanted = algorithm.anchors(plan.steps).values()
     companion = None
     anchors: dict[str, Any] = {}
     draws = {draw.source for draw in algorithm.draws}
     if texts > 1 or "start" in wanted or draws & {"reference", "mixture"}:
-        companion = load_model(source.reference or source.model)
-        frozen = Policy(companion, temperature=rollout.temperature)
+        companion = load(source.reference or source.model)
+        frozen = policy_of(companion)
         anchors["start"] = accelerator.prepare_model(frozen, evaluation_mode=True)
     inner = accelerator.unwrap_model(trained.policy)
     sampling = Sampling(
@@ -219,6 +232,9 @@ def _prepare_online(
         stop=stop_tokens(model, source.tokenizer),
         stop_strings=tuple(rollout.stop),
     )
+    engine: Engine = TransformersEngine(inner, tokens=rollout.tokens, tokenizer=source.tokenizer)
+    if denoises:
+        engine = DenoisingEngine(inner, tokens=rollout.tokens)
     decode = partial(source.tokenizer.decode, skip_special_tokens=True)
     scorer: Scorer | None = task.verify if config.built_in else None
     if scorer is not None and algorithm.needs == "answer":
@@ -228,7 +244,7 @@ def _prepare_online(
         accelerator,
         algorithm,
         source.prompts,
-        TransformersEngine(inner, tokens=rollout.tokens, tokenizer=source.tokenizer),
+        engine,
         sampling,
         plan,
         decode=decode,
@@ -256,6 +272,9 @@ def _prepare_online(
         order=taught.order,
         max_length=rollout.max_new_tokens,
     )
+    if config.built_in and denoises:
+        before = denoiser(load(source.model)).to(accelerator.device)
+        return job, lambda: denoising_task.evaluate(inner, before, config.seed)
     if config.built_in:
         measured = _of_the_task(job, source.model, config.seed)
         if texts == 1:

@@ -89,7 +89,7 @@ def _new_model() -> Any:
     return LlamaForCausalLM(config)
 
 
-def _new_tokenizer() -> Any:
+def new_tokenizer() -> Any:
     """One token per character, in a form that transformers loads like any other tokenizer."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -196,7 +196,7 @@ def build(folder: Path, seed: int, progress: Progress) -> None:
     model = _new_model()
     _fit(model, seed, progress)
     model.save_pretrained(folder / REFERENCE)
-    _new_tokenizer().save_pretrained(folder / REFERENCE)
+    new_tokenizer().save_pretrained(folder / REFERENCE)
 
 
 def verify(samples: Sequence[Sample]) -> list[float]:

@@ -287,7 +287,7 @@ class Turns:
         self, place: int, prompt: Prompt, samples: Sequence[Sample], rollouts: Sequence[Rollout], draft: Draft
     ) -> _Made:
         chosen = [rollouts[i] for i in draft.completions]
-        start = samples[draft.completions[0]].prompt_ids
+        start = samples[draft.completions[0]].prompt_ids if draft.prompt is None else list(draft.prompt)
         example = Example(start, tuple(each.ids for each in chosen), draft.numbers, prompt.number)
         return _Made(
             place, prompt.text, example, tuple(each.logprobs for each in chosen), tuple(each.ended for each in chosen)
