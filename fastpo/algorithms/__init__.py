@@ -25,6 +25,7 @@ from fastpo.algorithms.base import (
     StepOutput,
     Turn,
 )
+from fastpo.algorithms.diffusion import DIFFUSION
 from fastpo.algorithms.inputs import SOURCES
 from fastpo.algorithms.matching import TARGETS
 from fastpo.algorithms.pairwise import Pairwise
@@ -61,7 +62,7 @@ class _Method(Protocol):
 
 
 # what samples completions itself
-_ONLINE: Mapping[str, _Method] = {**RECIPES, **SEARCHES, **TARGETS}
+_ONLINE: Mapping[str, _Method] = {**RECIPES, **SEARCHES, **TARGETS, **DIFFUSION}
 
 
 def names(*kinds: str) -> list[str]:
@@ -77,7 +78,7 @@ def kind(name: str) -> str:
 
 def denoises(name: str) -> bool:
     """Whether it trains masked-diffusion language models, and no causal ones."""
-    return name in RECIPES and RECIPES[name].denoises
+    return name in DIFFUSION or (name in RECIPES and RECIPES[name].denoises)
 
 
 def title(name: str) -> str:

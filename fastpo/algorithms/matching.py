@@ -43,6 +43,7 @@ class TargetMethod:
         algorithm: its class, of the method and all of `defaults()`.
         numbers: hyper-parameters beside `samples`: defaults and domains.
         options: hyper-parameters that are words: the admissible values, the default first.
+        denoises: whether the policy is a masked-diffusion language model.
     """
 
     name: str
@@ -51,6 +52,7 @@ class TargetMethod:
     algorithm: Callable[[TargetMethod, Options], Algorithm]
     numbers: Numbers = field(default_factory=dict)
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    denoises: bool = False
 
     def domains(self) -> dict[str, Domain]:
         """The numbers that a user may choose."""
@@ -71,7 +73,7 @@ class TargetMethod:
 
 
 @dataclass(frozen=True)
-class _Sampled:
+class Sampled:
     """What the algorithms here have in common: the policy's own samples, each with a reward, and the first model.
 
     What samples is the policy at the turn's begin, and its log-probs are those it sampled with.
@@ -132,7 +134,7 @@ class _Sampled:
         return dict(totals)
 
 
-class Brain(_Sampled):
+class Brain(Sampled):
     """BRAIn: the samples of a prompt are one example, so that they stay in one forward."""
 
     @cached_property
@@ -156,7 +158,7 @@ class Brain(_Sampled):
         return StepOutput(out.loss, {"loss": out.loss.detach(), **metrics}, {})
 
 
-class Matching(_Sampled):
+class Matching(Sampled):
     """Distributional policy gradients: weighted samples, with Z of each prompt estimated over all turns.
 
     The proposal is the policy at the turn's begin; it is not held back until a better one is found.
@@ -223,7 +225,7 @@ class Matching(_Sampled):
         return losses.f_dpg(*given, **common)
 
 
-class Flow(_Sampled):
+class Flow(Sampled):
     """GFlowNet objectives, text being written from left to right: log PF is the policy's log-prob of a token.
 
     The flow into x is R(x) = π_ref(x) e^(r/β), and what is learned of the others is log F(s) - log π_ref(s): by a

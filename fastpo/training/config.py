@@ -176,7 +176,7 @@ class TrainConfig:
 _TARGETS = ("online_brain", "dpg", "gdc", "gdc_plus_plus", "f_dpg", "online_gflownet")
 
 # what the built-in task takes for some methods in place of β = 1 and the rate of the others
-_BUILT_IN: Mapping[str, Mapping[str, float]] = {
+_BUILT_IN: Mapping[str, Mapping[str, Any]] = {
     "ipo": {"algorithm.beta": 0.1},
     "hinge": {"algorithm.beta": 0.3},
     # the margin of a noisy label is log((1-ε)/ε) / β, the targets are ±1/(2β)
@@ -198,6 +198,8 @@ _BUILT_IN: Mapping[str, Mapping[str, float]] = {
     "discopop": {"algorithm.tau": 1.0},
     # nothing but the size of the step keeps what is not to be unlearned
     "npo": {"algorithm.beta": 3.0, "optim.lr": 4e-5},
+    # a share of three tokens is rarely whole
+    "diffusion_gdpo": {"algorithm.rate": "count"},
     # a segment of one of an answer's three tokens
     "online_mcts_dpo": {"algorithm.segment": 1, "algorithm.beta": 0.3},
     "itool": {"algorithm.segment": 1, "algorithm.beta": 0.3},

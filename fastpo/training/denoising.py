@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastpo.kernels import token_logprobs
+from fastpo.losses import elbo_nodes, noise_tokens
 from fastpo.training.errors import UserError
 from fastpo.training.model import Policy
 from fastpo.training.rollouts import Rollout, Sampling, batches, nucleus, uniforms
@@ -21,23 +23,45 @@ def mask_token(tokenizer: Any, name: str) -> int:
     return tokenizer.mask_token_id
 
 
-class Denoiser(Policy):
-    """A masked language model that answers with the packed log-probs (n,) of completion tokens, all of them hidden.
+def _generators(prompts: Tensor, lengths: Tensor, completions: Tensor) -> Iterator[torch.Generator]:
+    """One per sequence, seeded by its tokens, whatever stands beside them."""
+    for prompt, length, completion in zip(prompts.tolist(), lengths.tolist(), completions.tolist(), strict=True):
+        digest = hashlib.blake2b(repr((prompt[:length], completion)).encode(), digest_size=8).digest()
+        yield torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
-    Behind each prompt it sees as many hidden tokens as a completion can have, and nothing of the completion: the
-    estimate of diffu-GRPO. Negative ids in a prompt are hidden too.
+
+class Denoiser(Policy):
+    """A masked language model that answers with numbers (n,) of completion tokens, packed.
+
+    Without `nodes`, their log-probs where all of them are hidden: the estimate of diffu-GRPO. With `nodes`, what each
+    adds to the bound on the log-probability of its completion: the estimate of GDPO, `fastpo.losses.elbo`. The masks of
+    a completion depend on it and its prompt alone, so that all models see the same ones.
+
+    Behind each prompt stand as many tokens as a completion can have; what is behind its end is hidden. Negative ids in
+    a prompt are hidden too.
     """
 
-    def __init__(self, model: Any, mask: int, room: int, *, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: Any,
+        mask: int,
+        room: int,
+        *,
+        temperature: float = 1.0,
+        nodes: int = 0,
+        rate: Literal["time", "count"] = "time",
+    ) -> None:
         """
         Args:
             model: a transformers masked language model.
             mask: what stands for a hidden token, and is never an answer.
             room: most tokens of a completion.
             temperature: of the distributions, as they are sampled from.
+            nodes: times at which completions are noised, 0 for none.
+            rate: of the bound, as in `fastpo.losses.elbo`.
         """
         super().__init__(model, "padded", temperature=temperature)
-        self.mask, self.room = mask, room
+        self.mask, self.room, self.nodes, self.rate = mask, room, nodes, rate
 
     def forward(  # type: ignore[override]
         self,
@@ -56,13 +80,40 @@ class Denoiser(Policy):
         lengths = sequence[given].bincount()
         prompts = input_ids.new_full((len(lengths), int(lengths.max())), self.mask)
         prompts[sequence[given], position_ids[given]] = input_ids[given]
-        logits = self.logits(prompts, lengths, prompts.new_full((len(lengths), self.room), self.mask))
-        row, place = sequence[predictors + 1], position_ids[predictors + 1]
-        rows = logits[row, place - lengths[row]]
+        row = sequence[predictors + 1]
+        place = position_ids[predictors + 1] - lengths[row]
+        if self.nodes:
+            return self._bound(prompts, lengths, targets, row, place)
+        rows = self.logits(prompts, lengths, prompts.new_full((len(lengths), self.room), self.mask))[row, place]
         if not statistics:
             return token_logprobs(rows, targets, temperature=self.temperature)
-        out = token_logprobs(rows, targets, temperature=self.temperature, stats=statistics)  # type: ignore[arg-type]
+        out: Any = token_logprobs(rows, targets, temperature=self.temperature, stats=statistics)  # type: ignore[arg-type]
         return {"logprobs": out.logprobs, **{name: getattr(out, name) for name in statistics}}
+
+    def _bound(self, prompts: Tensor, lengths: Tensor, targets: Tensor, row: Tensor, place: Tensor) -> Tensor:
+        """What the targets, which are at these rows and places, add to the bounds of their completions."""
+        nodes, count = elbo_nodes(self.nodes), len(lengths)
+        tokens = prompts.new_full((count, self.room), self.mask)
+        tokens[row, place] = targets
+        there = torch.zeros_like(tokens, dtype=torch.bool)
+        there[row, place] = True
+        noised = [
+            noise_tokens(tokens[i : i + 1].cpu(), nodes.times, self.mask, mask=there[i : i + 1].cpu(), generator=drawn)
+            for i, drawn in enumerate(_generators(prompts, lengths, tokens))
+        ]
+        written = torch.cat([each.tokens for each in noised], 1).to(tokens.device)
+        masked = torch.cat([each.masked for each in noised], 1).to(tokens.device)[:, row, place]
+        times, weights = (t.to(tokens.device) for t in nodes)
+        factor = (weights / times)[:, None]
+        if self.rate == "count":
+            sizes = there.sum(1)[row]
+            hidden = (written == self.mask).sum(2)[:, row] - (self.room - sizes)
+            factor = weights[:, None] * sizes / hidden
+        logits = self.logits(prompts.repeat(self.nodes, 1), lengths.repeat(self.nodes), written.flatten(0, 1))
+        rows = logits.view(self.nodes, count, self.room, -1)[:, row, place]
+        # what is not hidden costs nothing
+        logprobs = token_logprobs(rows, torch.where(masked, targets, -100), temperature=self.temperature)
+        return (factor.to(logprobs.dtype) * logprobs).sum(0)
 
     def logits(self, prompts: Tensor, lengths: Tensor, completions: Tensor) -> Tensor:
         """The logits (B, room, V) of the completions' places.

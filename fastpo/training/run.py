@@ -204,7 +204,10 @@ def _prepare_online(
 
     def denoiser(model: Any) -> Denoiser:
         mask = mask_token(source.tokenizer, source.model)
-        return Denoiser(model, mask, rollout.max_new_tokens, temperature=rollout.temperature)
+        hyper = algorithm.hyper  # type: ignore[attr-defined]
+        # a bound on the likelihood, or one step of unmasking
+        bound = {name: hyper[name] for name in ("nodes", "rate") if name in hyper}
+        return Denoiser(model, mask, rollout.max_new_tokens, temperature=rollout.temperature, **bound)
 
     def policy_of(model: Any, critic: Critic | None = None) -> Policy:
         return denoiser(model) if denoises else Policy(model, temperature=rollout.temperature, critic=critic)

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from fastpo import algorithms
-from fastpo.algorithms import Group, Sample
+from fastpo.algorithms import Batch, Group, Sample, Turn
+from fastpo.losses import elbo_nodes
 from fastpo.training import denoising_task
-from fastpo.training.batches import collate
+from fastpo.training.batches import collate, step_layout
 from fastpo.training.data import Example
 from fastpo.training.denoising import Denoiser, DenoisingEngine, mask_token
 from fastpo.training.errors import UserError
@@ -76,6 +77,89 @@ def test_log_probs_are_those_of_hidden_completions():
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rate", ["time", "count"])
+@torch.no_grad()
+def test_bounds_are_those_of_some_masks(rate):
+    """Of all the ways to hide as many tokens at each time, one gives the numbers found; beside others, the same one."""
+    model = denoiser(9, 4)
+    model.nodes, model.rate = 2, rate
+    examples = [Example([1, 2, 3], ([4, 5, 1],)), Example([7], ([1, 2, 3, 4],)), Example([1, -1], ([6],))]
+    together = model(*policy_inputs(collate(examples, torch.device("cpu")))).split([3, 4, 1])
+    times, weights = elbo_nodes(2)
+    for example, found in zip(examples, together, strict=True):
+        (single,) = model(*policy_inputs(collate([example], torch.device("cpu")))).split(len(found))
+        torch.testing.assert_close(single, found, rtol=1e-4, atol=1e-5)
+        ids = example.completions[0]
+        length, behind = len(ids), [model.mask] * (4 - len(ids))
+
+        def added(time, weight, hidden, ids=ids, behind=behind, prompt=example.prompt, length=length):
+            written = [model.mask if i in hidden else token for i, token in enumerate(ids)]
+            logprobs = alone(model, prompt, [*written, *behind])
+            factor = weight / time if rate == "time" else weight * length / len(hidden)
+            return torch.tensor([factor * float(logprobs[i, ids[i]]) if i in hidden else 0.0 for i in range(length)])
+
+        ways = [
+            [
+                added(float(time), float(weight), hidden)
+                for hidden in itertools.combinations(range(length), max(1, round(float(time) * length)))
+            ]
+            for time, weight in zip(times, weights, strict=True)
+        ]
+        right = [torch.allclose(found, sum(way), rtol=1e-4, atol=1e-4) for way in itertools.product(*ways)]
+        assert sum(right) == 1
+
+
+def test_gdpo_is_ppo_on_sequences():
+    """-min(r A, clip(r) A) / |y| + the penalty / |y|, mean over the sequences; any division adds up."""
+    lengths = [3, 1, 2, 4]
+    generator = torch.Generator().manual_seed(0)
+    streams = {name: -torch.rand(10, generator=generator) for name in ("policy", "old", "reference")}
+    algorithm = algorithms.build("diffusion_gdpo", {"epsilon": 0.3, "beta": 0.2})
+    assert algorithm.anchors(1) == {"reference": "start"}
+    assert algorithm.anchors(2) == {"old": "turn", "reference": "start"}
+    assert algorithms.build("diffusion_gdpo", {}).anchors(1) == {}
+
+    def batch(which):
+        examples = [Example([1], ([0] * lengths[i],)) for i in which]
+        parts = {name: stream.split(lengths) for name, stream in streams.items()}
+        return Batch(
+            streams={name: torch.cat([of[i] for i in which]) for name, of in parts.items()},
+            completions=step_layout(examples, torch.device("cpu")),
+            numbers={"reward": torch.tensor([1.0, 0.0, 0.5, 0.0], dtype=torch.float64)[list(which)]},
+            num_items=4,
+            seed=0,
+            num_tokens=10,
+            max_length=4,
+        )
+
+    everything = batch(range(4))
+    turn = Turn(everything, torch.tensor([0, 0, 1, 1]), ["a", "b"], torch.ones(4, dtype=torch.bool))
+    advantages = algorithm.prepare(turn, {}).streams["advantages"]
+    assert advantages.tolist() == [0.5] * 3 + [-0.5] + [0.25] * 2 + [-0.25] * 4
+    streams["advantages"] = advantages
+
+    def loss(which):
+        given = batch(which)
+        policy = given.streams["policy"].clone().requires_grad_()
+        out = algorithm(given._replace(streams={**given.streams, "policy": policy}), {})
+        out.loss.backward()
+        return float(out.loss.detach()), policy.grad
+
+    sums = {name: torch.stack([part.sum() for part in stream.split(lengths)]) for name, stream in streams.items()}
+    a = torch.tensor([0.5, -0.5, 0.25, -0.25])
+    ratio = (sums["policy"] - sums["old"]).exp()
+    gap = sums["reference"] - sums["policy"]
+    each = -torch.minimum(ratio * a, ratio.clamp(0.7, 1.3) * a) + 0.2 * (gap.exp() - gap - 1)
+    total, slopes = loss(range(4))
+    assert total == pytest.approx(float((each / torch.tensor(lengths)).mean()), rel=1e-4)
+    one, first = loss([0, 1])
+    two, second = loss([2, 3])
+    assert one + two == pytest.approx(total, rel=1e-5)
+    torch.testing.assert_close(torch.cat([first, second]), slopes)
+    # no token of a sequence counts more than another
+    assert all(part.eq(part[0]).all() for part in slopes.split(lengths)) and slopes.any()
 
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 1, 2], [3, 3]]
@@ -188,9 +272,10 @@ def masked_run(masked, sampled_run, monkeypatch):
     return sampled_run
 
 
-def test_accuracy_improves(masked_run):
-    """Two steps a turn, each sample with two masks of its prompt."""
-    found = masked_run("diffu_grpo", "--algorithm.masks", "2", "--rollout.minibatches", "2", "--steps", "40")
+# of two steps a turn; diffu-GRPO sees each sample with two masks of its prompt
+@pytest.mark.parametrize("name, more", [("diffu_grpo", ("--algorithm.masks", "2")), ("diffusion_gdpo", ())])
+def test_accuracy_improves(name, more, masked_run):
+    found = masked_run(name, *more, "--rollout.minibatches", "2", "--steps", "40")
     assert found["accuracy_after"] > found["accuracy_before"] + 0.15 and 0.05 < found["kl"] < 2
 
 
