@@ -161,7 +161,9 @@ class Brain(Sampled):
 class Matching(Sampled):
     """Distributional policy gradients: weighted samples, with Z of each prompt estimated over all turns.
 
-    The proposal is the policy at the turn's begin; it is not held back until a better one is found.
+    P is the reference tilted, π_ref e^(r/β), or under a constraint, π_ref where r > 0 and 0 elsewhere; f-DPG's
+    `min_reward` bounds the pseudo-rewards of what is forbidden. The proposal is the policy at the turn's begin; it is
+    not held back until a better one is found.
     """
 
     def anchors(self, steps: int) -> Mapping[str, str]:

@@ -129,7 +129,7 @@ def sampled_run(fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         if shuffled:
             monkeypatch.setattr(task, "verify", scorer)
         folder = tmp_path / "run"
-        command = ["train", name, "--output", str(folder), "--steps", "20", "--optim.lr", "1e-3", "--eval_every", "0"]
+        command = ["train", name, "--output", str(folder), "--steps", "14", "--optim.lr", "1e-3", "--eval_every", "0"]
         assert main([*command, "--batch.tokens", "4096", *more]) == 0
         return json.loads((folder / "summary.json").read_text())
 

@@ -100,6 +100,20 @@ def test_a_tree_depends_on_its_prompt_and_the_seed_alone():
     assert [described(tree) for tree in trees(seed=1)] != together
 
 
+def test_no_draw_is_made_twice():
+    """Numbers of draws are of a seed, a key and a place: those of different segments must differ."""
+    seen = []
+
+    class Noting(Scripted):
+        def generate(self, prompts, n, sampling, keys=None):
+            seen.extend((sampling.seed, key, place) for key in keys for place in range(n))
+            return super().generate(prompts, n, sampling, keys)
+
+    prompts, keys = [[7], [7], [8]], [4, 5, 6]
+    grow(Noting(), prompts, keys, Sampling(4), lambda found: [float(i) for i, _ in found], 5, Search(3, 1, 1.0))
+    assert len(seen) == len(set(seen)) > 40
+
+
 def test_the_books_of_a_tree_balance():
     model = tiny_model(12)
     for prompt, tree in zip(PROMPTS, trees(), strict=True):
@@ -239,7 +253,7 @@ def test_a_turn_learns_segments_behind_what_stands_before_them():
 
 @pytest.mark.parametrize("name", ["online_mcts_dpo", "itool"])
 def test_accuracy_improves(name, sampled_run):
-    found = sampled_run(name)
+    found = sampled_run(name, "--steps", "20")
     assert found["accuracy_after"] > found["accuracy_before"] + 0.15 and 0.05 < found["kl"] < 2
 
 
