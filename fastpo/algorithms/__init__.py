@@ -6,7 +6,7 @@ An algorithm knows nothing of models, files or optimisers; the training loop kno
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from fastpo.algorithms import direct, given, lists, recipes, reward, shaped
 from fastpo.algorithms.base import (
@@ -23,21 +23,24 @@ from fastpo.algorithms.base import (
     Prepared,
     Refining,
     Sample,
+    Search,
     State,
     StepOutput,
     Turn,
     Windowed,
 )
+from fastpo.algorithms.diffusion import DIFFUSION
 from fastpo.algorithms.given import Given
 from fastpo.algorithms.inputs import SOURCES
 from fastpo.algorithms.lists import Lists
+from fastpo.algorithms.matching import TARGETS
 from fastpo.algorithms.mixed import MPO, Mixed
 from fastpo.algorithms.pairwise import Pairwise
-from fastpo.algorithms.preferences import METHODS, Method, Preference
+from fastpo.algorithms.preferences import METHODS
 from fastpo.algorithms.reward import MaxMin, ReactionModel, RewardModel
-from fastpo.algorithms.rollouts import PolicyGradient, Recipe
+from fastpo.algorithms.search import SEARCHES
 from fastpo.algorithms.unpaired import Unpaired
-from fastpo.reference import Objective, objectives
+from fastpo.reference import Domain, Objective, objectives
 from fastpo.reference.listwise import ListObjective, list_objectives
 
 _CLASSES: dict[str, type[Pairwise] | type[Unpaired]] = {"pairwise": Pairwise, "unpaired": Unpaired}
@@ -94,19 +97,26 @@ def _of_reward_model(row: Objective) -> _Entry:
     return _of_row(row)._replace(build=lambda h: _REWARD_MODELS[row.name](row, h))
 
 
-def _online(row: Recipe | Method, build: Callable[[Mapping[str, Any]], Algorithm]) -> _Entry:
+class _Method(Protocol):
+    """A row of a table of methods that sample completions."""
+
+    @property
+    def title(self) -> str: ...
+
+    def defaults(self) -> dict[str, Any]: ...
+
+    def domains(self) -> dict[str, Domain]: ...
+
+    def choices(self) -> Mapping[str, tuple[str | None, ...]]: ...
+
+    def build(self, hyper: Mapping[str, Any]) -> Algorithm: ...
+
+
+def _of_sampling(row: _Method) -> _Entry:
     choices = dict(row.choices())
     phrases = _phrases(row.domains(), choices)
     phrases |= dict.fromkeys(getattr(row, "texts", ()), "numbers, one for each reward or one for all, as 1,0.5")
-    return _Entry("prompts", row.title, row.defaults(), choices, phrases, build)
-
-
-def _of_recipe(row: Recipe) -> _Entry:
-    return _online(row, lambda h: shaped.CLASSES.get(row.name, PolicyGradient)(row, h))
-
-
-def _of_preference(row: Method) -> _Entry:
-    return _online(row, lambda h: Preference(row, h))
+    return _Entry("prompts", row.title, row.defaults(), choices, phrases, row.build)
 
 
 _REWARD_MODELS: dict[str, type[RewardModel]] = {
@@ -125,9 +135,9 @@ _ENTRIES: dict[str, _Entry] = {row.name: _of_row(row) for row in objectives() if
 _ENTRIES |= {row.name: _of_list(row) for row in list_objectives()}
 _ENTRIES |= {row.name: _of_method(row) for row in given.ROWS.values()}
 _ENTRIES |= {row.name: _of_reward_model(row) for row in reward.ROWS}
-_ENTRIES |= {row.name: _of_recipe(row) for row in (*recipes.RECIPES.values(), *shaped.SHAPED.values())}
-_ENTRIES |= {row.name: _of_preference(row) for row in METHODS.values()}
-_ENTRIES[MPO.name] = _online(MPO, lambda h: Mixed(MPO, h))
+_SAMPLING: tuple[Mapping[str, _Method], ...] = (recipes.RECIPES, shaped.SHAPED, METHODS, SEARCHES, TARGETS, DIFFUSION)
+_ENTRIES |= {name: _of_sampling(row) for table in _SAMPLING for name, row in table.items()}
+_ENTRIES[MPO.name] = _of_sampling(MPO)._replace(build=lambda h: Mixed(MPO, h))
 
 
 def names(*kinds: str) -> list[str]:
@@ -138,6 +148,11 @@ def names(*kinds: str) -> list[str]:
 def kind(name: str) -> str:
     """The data that an algorithm eats."""
     return _ENTRIES[name].kind
+
+
+def denoises(name: str) -> bool:
+    """Whether it trains masked-diffusion language models, and no causal ones."""
+    return name in DIFFUSION or (name in recipes.RECIPES and recipes.RECIPES[name].denoises)
 
 
 def title(name: str) -> str:
@@ -188,6 +203,7 @@ __all__ = [
     "Refining",
     "RewardModel",
     "Sample",
+    "Search",
     "State",
     "StepOutput",
     "Turn",
@@ -197,6 +213,7 @@ __all__ = [
     "columns",
     "composed",
     "defaults",
+    "denoises",
     "describe",
     "kind",
     "names",

@@ -230,6 +230,20 @@ class Sample(NamedTuple):
     row: Mapping[str, Any]
 
 
+class Search(NamedTuple):
+    """How a tree of segments is grown behind each prompt: `fastpo.training.tree`.
+
+    Attributes:
+        width: segments that are drawn behind a leaf.
+        segment: tokens of one.
+        exploration: what a prior weighs against a value, in units of the reward.
+    """
+
+    width: int
+    segment: int
+    exploration: float
+
+
 class Draw(NamedTuple):
     """Completions of each prompt of a turn.
 
@@ -237,24 +251,28 @@ class Draw(NamedTuple):
         source: "policy"; "greedy", its most probable tokens; "reference"; "mixture", of policy and reference, by the
             hyper-parameter `mixture`, the reference's share; "average", as in `Online.anchors`; "masked", of the policy
             among the tokens that a copy of it allows, by `mask_top_p`, `mask_min_tokens` and `mask_every`, the turns
-            after which the copy is renewed.
-        times: how many.
+            after which the copy is renewed; "search", the segments of a tree, the only draw then.
+        times: how many; of a search, how often a leaf is looked for.
+        search: how.
     """
 
     source: str
     times: int
+    search: Search | None = None
 
 
 class Group(NamedTuple):
     """The completions of one prompt.
 
     Attributes:
-        samples: in the order of the algorithm's draws, and behind them those that the data have.
-        rewards: of the samples; empty without reward functions.
+        samples: in the order of the algorithm's draws, and behind them those that the data have; of a search the
+            segments, each with all that stands before it as its prompt.
+        rewards: of the samples; empty without reward functions; of segments the mean reward of what went on from them.
         wins: the probability that one sample, by its place, is preferred to another; of those that are compared.
         logprobs: of each sample under what it was drawn from, summed.
         generator: seeded for this prompt and turn.
         stage: the part of the run in which the turn lies, see `Online.anchors`.
+        visits: of segments, how many completions went on from them.
     """
 
     samples: Sequence[Sample]
@@ -263,18 +281,22 @@ class Group(NamedTuple):
     logprobs: Sequence[float]
     generator: torch.Generator
     stage: int = 0
+    visits: Sequence[int] = ()
 
 
 class Draft(NamedTuple):
     """An example to be trained on.
 
     Attributes:
-        completions: places in the group's samples, as many as the algorithm's data kind has.
+        completions: places in the group's samples, as many as the algorithm's data kind has, all of one prompt.
         numbers: of it, in the order of the algorithm's columns.
+        prompt: the tokens before the completions, if not those that they were sampled behind; negative where a token is
+            hidden from a masked-diffusion model.
     """
 
     completions: tuple[int, ...]
     numbers: tuple[float, ...] = ()
+    prompt: tuple[int, ...] | None = None
 
 
 class Turn(NamedTuple):
@@ -340,8 +362,9 @@ class Online(Algorithm, Protocol):
         critic: whether there is one: True of one value, "each" of one for the divergence and one for each reward.
         demonstrations: how many completions the data have for every prompt: 1, "completion"; 2, "chosen" and
             "rejected"; or 0.
-        needs: "reward", "rewards" of which each counts by itself, or "judge": what must be given beside the prompts;
-            None for nothing.
+        needs: "reward", "rewards" of which each counts by itself, "judge", or "answer", a reward of what the model
+            before training answers when it has read a completion: what must be given beside the prompts; None for
+            nothing.
     """
 
     @property

@@ -143,6 +143,10 @@ class Method:
     numbers: Numbers = field(default_factory=dict)
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
+    def build(self, hyper: Options) -> Preference:
+        """With all of `defaults()`, or others."""
+        return Preference(self, hyper)
+
     @property
     def row(self) -> Objective | None:
         """Of the default loss."""

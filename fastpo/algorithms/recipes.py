@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from fastpo import advantages, rewards
+from fastpo import advantages, losses, rewards
 from fastpo.algorithms.base import Draft, Group
-from fastpo.algorithms.rollouts import Estimate, Numbers, Options, Recipe, Seen
+from fastpo.algorithms.rollouts import COUNT, Estimate, Numbers, Options, Recipe, Seen
+from fastpo.reference.policy import EPSILON, UPPER
 from fastpo.reference.registry import NOT_NEGATIVE, POSITIVE, PROBABILITY, Domain
 
 EPS: Numbers = {"eps": (1e-4, NOT_NEGATIVE)}
@@ -99,6 +101,25 @@ def _reinforce(seen: Seen, hyper: Options) -> Estimate:
     return Estimate(seen.per_token(seen.rewards - seen.rewards.mean()))
 
 
+def _hidden_prompts(group: Group, hyper: Options) -> list[Draft]:
+    """Each completion behind its prompt of which tokens are hidden, so many times with others."""
+    prompt = torch.tensor([group.samples[0].prompt_ids])
+    everything = torch.ones_like(prompt, dtype=torch.bool)
+    out = []
+    for _ in range(int(hyper["masks"])):
+        for i, reward in enumerate(group.rewards):
+            hidden = losses.diffu_grpo_tokens(
+                prompt,
+                -1,
+                prompt_mask=everything,
+                completion_mask=~everything,
+                probability=hyper["hidden"],
+                generator=group.generator,
+            )
+            out.append(Draft((i,), (reward,), tuple(hidden[0].tolist())))
+    return out
+
+
 SCALE = {"scale": ("group", "batch", "none")}
 _COV: Numbers = {"fraction": (2e-4, PROBABILITY), "low": (1.0, Domain()), "high": (5.0, Domain())}
 
@@ -185,6 +206,38 @@ _ALL = (
         "kl_cov",
         group_normalised,
         numbers={**EPS, "fraction": (2e-3, PROBABILITY)},
+    ),
+    # that the paper's loss is CoPG is not verified; in the only step of a turn this has its gradient
+    Recipe(
+        "preamble_rl",
+        "Reverse engineering human preferences: preambles for a frozen model",
+        "2505.15795, from memory",
+        "reinforce",
+        rloo,
+        penalty="reward",
+        aggregation="seq_mean_token_sum",
+        answered=True,
+    ),
+    Recipe(
+        "diffu_grpo",
+        "diffu-GRPO, of masked-diffusion language models",
+        "2504.12216, as its official code has it",
+        "grpo",
+        _centred,
+        samples=6,
+        penalty="loss",
+        numbers={
+            "epsilon_low": (0.5, EPSILON),
+            "epsilon_high": (0.5, UPPER),
+            "beta": (0.04, NOT_NEGATIVE),
+            "masks": (1, COUNT),
+            "hidden": (0.15, PROBABILITY),
+        },
+        # what the engine says of its draws are no log-probs of the estimate
+        options={"correction": ("none",)},
+        aggregation="token_mean",
+        drafts=_hidden_prompts,
+        denoises=True,
     ),
 )
 

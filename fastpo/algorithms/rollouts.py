@@ -131,6 +131,9 @@ class Recipe:
         rewards: whether each of several reward functions counts by itself.
         aux: whether a further model says its log-probs.
         masked: whether a copy of the policy allows the tokens that are sampled from.
+        answered: whether completions are preambles, and rewards those of the first model's answers behind them.
+        denoises: whether the policy is a masked-diffusion language model.
+        algorithm: its class, if not `PolicyGradient`.
     """
 
     name: str
@@ -151,6 +154,9 @@ class Recipe:
     rewards: bool = False
     aux: bool = False
     masked: bool = False
+    answered: bool = False
+    denoises: bool = False
+    algorithm: type[PolicyGradient] | None = None
 
     @property
     def row(self) -> PolicyObjective:
@@ -206,6 +212,10 @@ class Recipe:
         out["correction"] = tuple(CORRECTIONS)
         return out | dict(self.options)
 
+    def build(self, hyper: Options) -> PolicyGradient:
+        """With all of `defaults()`, or others."""
+        return (self.algorithm or PolicyGradient)(self, hyper)
+
 
 @dataclass(frozen=True)
 class PolicyGradient(Plain):
@@ -229,7 +239,7 @@ class PolicyGradient(Plain):
 
     @property
     def needs(self) -> str:
-        return "rewards" if self.recipe.rewards else "reward"
+        return "answer" if self.recipe.answered else "rewards" if self.recipe.rewards else "reward"
 
     @property
     def name(self) -> str:

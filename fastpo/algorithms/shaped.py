@@ -359,6 +359,7 @@ _ALL = (
         numbers={**GAE, "refine_every": (10, COUNT), "episodes": (20, COUNT)},
         options={"normalize": ("no", "version")},
         critic=True,
+        algorithm=RefiningPolicyGradient,
     ),
     Recipe(
         "t_ppo",
@@ -370,6 +371,7 @@ _ALL = (
         penalty="reward",
         numbers={**GAE, "window": (8192, COUNT)},
         critic=True,
+        algorithm=WindowedPolicyGradient,
     ),
     Recipe(
         "xrpo",
@@ -389,12 +391,8 @@ _ALL = (
             "novelty": (2.5, NOT_NEGATIVE),
             "novelty_share": (0.5, NOT_NEGATIVE),
         },
+        algorithm=AllocatingPolicyGradient,
     ),
 )
 
 SHAPED: Mapping[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
-CLASSES: Mapping[str, type[PolicyGradient]] = {
-    "meta_po": RefiningPolicyGradient,
-    "t_ppo": WindowedPolicyGradient,
-    "xrpo": AllocatingPolicyGradient,
-}

@@ -225,6 +225,7 @@ class TrainConfig:
 
 # a second pass over a turn's examples leaves the last iterate
 _TWICE = {"rollout.epochs": 2}
+_TARGETS = ("online_brain", "dpg", "gdc", "gdc_plus_plus", "f_dpg", "online_gflownet")
 
 # what the built-in task takes for some methods in place of β = 1 and the rate of the others
 _BUILT_IN: Mapping[str, Mapping[str, Any]] = {
@@ -313,6 +314,13 @@ _BUILT_IN: Mapping[str, Mapping[str, Any]] = {
     "sequence_unlikelihood": {"algorithm.n": 1},
     # with the other, which is plain SFT, nothing is implied
     "implicit_reward_sft": {"algorithm.divergence": "pearson_chi2"},
+    # a share of three tokens is rarely whole
+    "diffusion_gdpo": {"algorithm.rate": "count"},
+    # a segment of one of an answer's three tokens
+    "online_mcts_dpo": {"algorithm.segment": 1, "algorithm.beta": 0.3},
+    "itool": {"algorithm.segment": 1, "algorithm.beta": 0.3},
+    # the target is right in 95% where the reference is in 24%
+    **{name: {"algorithm.beta": 0.25} for name in _TARGETS},
 }
 
 

@@ -49,7 +49,8 @@ def load_tokenizer(name: str) -> Any:
 
 def stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end a completion: the tokenizer's EOS, and what the model's own settings add (chat models)."""
-    more = getattr(model.generation_config, "eos_token_id", None)
+    # a masked language model has no such settings
+    more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])}
     return tuple(sorted(token for token in found if token is not None))
 
@@ -104,6 +105,13 @@ def load_reward_model(name: str, *, trained: bool = False) -> Any:
         tokenizer = load_tokenizer(name)
         config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return model.eval()
+
+
+def load_denoiser(name: str) -> Any:
+    """The same of a masked language model."""
+    import transformers
+
+    return _load(transformers.AutoModelForMaskedLM, name, dtype=torch.float32).eval()
 
 
 def check_same_vocabulary(model: str, reference: str) -> None:

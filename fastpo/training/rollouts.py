@@ -98,6 +98,26 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
     return logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), float("-inf"))
 
 
+def batches(prompts: Sequence[Sequence[int]], n: int, room: int, tokens: int) -> Iterator[list[tuple[int, int]]]:
+    """The places (prompt, completion) of `n` completions of each prompt, divided into batches.
+
+    Each has at most so many tokens if all prompts are as long as its longest, with `room` for a completion; but at
+    least one completion.
+    """
+    rows = [(i, place) for i in range(len(prompts)) for place in range(n)]
+    # equal lengths beside each other need no padding
+    rows.sort(key=lambda row: len(prompts[row[0]]))
+    batch: list[tuple[int, int]] = []
+    for row in rows:
+        width = len(prompts[row[0]]) + room  # rows come by length: this is the longest
+        if batch and (len(batch) + 1) * width > tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
 class Mixture(NamedTuple):
     """The policy's distribution mixed with another model's at every token: p^(1-share) q^share / Z.
 
@@ -251,15 +271,12 @@ class TransformersEngine:
     ) -> list[list[Rollout]]:
         """See `Engine`; with `other`, from a mixture or under a mask."""
         keys = range(len(prompts)) if keys is None else keys
-        rows = [(i, place) for i in range(len(prompts)) for place in range(n)]
-        # equal lengths beside each other need no padding
-        rows.sort(key=lambda row: len(prompts[row[0]]))
         out: list[list[Rollout | None]] = [[None] * n for _ in prompts]
-        batches = list(self._batches(rows, prompts, sampling))
+        parts = list(batches(prompts, n, sampling.max_new_tokens, self.tokens))
         if self.largest is not None:
             # some more of the first, for nothing
-            batches += batches[:1] * (self.largest(len(batches)) - len(batches))
-        for batch in batches:
+            parts += parts[:1] * (self.largest(len(parts)) - len(parts))
+        for batch in parts:
             found = self.inside(
                 partial(
                     self._batch,
@@ -272,19 +289,6 @@ class TransformersEngine:
             for (i, place), rollout in zip(batch, found, strict=True):
                 out[i][place] = rollout
         return out  # type: ignore[return-value]
-
-    def _batches(
-        self, rows: list[tuple[int, int]], prompts: Sequence[Sequence[int]], sampling: Sampling
-    ) -> Iterator[list[tuple[int, int]]]:
-        batch: list[tuple[int, int]] = []
-        for row in rows:
-            width = len(prompts[row[0]]) + sampling.max_new_tokens  # rows come by length: this is the longest
-            if batch and (len(batch) + 1) * width > self.tokens:
-                yield batch
-                batch = []
-            batch.append(row)
-        if batch:
-            yield batch
 
     def _batch(
         self,

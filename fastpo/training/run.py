@@ -19,11 +19,13 @@ from accelerate.utils import broadcast_object_list, set_seed
 
 from fastpo import algorithms
 from fastpo.algorithms.reward import ANNOTATOR
-from fastpo.training import checkpoint, parallel, task
+from fastpo.training import checkpoint, denoising_task, parallel, task
 from fastpo.training.annotators import Annotators
 from fastpo.training.batches import check_budget, step_indices
+from fastpo.training.candidates import Candidate
 from fastpo.training.config import OptimConfig, TrainConfig, as_tree
 from fastpo.training.data import Encoder, Example, Prompt, load_examples, load_prompts, with_mismatched
+from fastpo.training.denoising import Denoiser, DenoisingEngine, mask_token
 from fastpo.training.errors import Interrupted, UserError
 from fastpo.training.loop import Constants, Job, Memory, constant_streams, evaluate_examples, train
 from fastpo.training.model import (
@@ -33,6 +35,7 @@ from fastpo.training.model import (
     Scores,
     WithoutAdapters,
     check_same_vocabulary,
+    load_denoiser,
     load_model,
     load_reward_model,
     load_tokenizer,
@@ -104,8 +107,9 @@ def run(name: str, hyper: Mapping[str, Any], config: TrainConfig, resume: Path |
     folder = resume or _new_folder(accelerator, name, config)
     set_seed(config.seed)
     if config.built_in and not resume and accelerator.is_main_process:
-        with display.bar("fitting the reference", task.FIT_STEPS) as bar:
-            task.build(folder, config.seed, bar)
+        built = denoising_task if algorithms.denoises(name) else task
+        with display.bar("fitting the reference", built.FIT_STEPS) as bar:
+            built.build(folder, config.seed, bar)
             task.write_data(folder, config.seed, algorithm)
         if aux:
             task.prefer(folder, config.seed)
@@ -247,16 +251,30 @@ def _prepare_online(
     )
     turns = config.epochs * len(source.prompts) / config.batch.size
     steps = config.steps or math.ceil(turns) * plan.steps
-    model = load_model(source.model)
-    longest = max(len(p.ids) for p in (*source.prompts, *source.eval_prompts)) + rollout.max_new_tokens
+    denoises = algorithms.denoises(algorithm.name)
+    load = load_denoiser if denoises else load_model
+
+    def denoiser(model: Any) -> Denoiser:
+        mask = mask_token(source.tokenizer, source.model)
+        hyper = algorithm.hyper  # type: ignore[attr-defined]
+        # a bound on the likelihood, or one step of unmasking
+        bound = {name: hyper[name] for name in ("nodes", "rate") if name in hyper}
+        return Denoiser(model, mask, rollout.max_new_tokens, temperature=rollout.temperature, **bound)
+
+    def policy_of(model: Any, critic: Critic | None = None) -> Policy:
+        return denoiser(model) if denoises else Policy(model, temperature=rollout.temperature, critic=critic)
+
+    model = load(source.model)
+    # what answers reads the prompt and a completion, and writes another
+    texts = 2 if algorithm.needs == "answer" else 1
+    longest = max(len(p.ids) for p in (*source.prompts, *source.eval_prompts)) + texts * rollout.max_new_tokens
     _check_length(model, longest, source.model)
     limit = getattr(model.config, "max_position_embeddings", None)
     plan = replace(plan, context=min(plan.context, limit or plan.context))
     scorer, judge = _judges(accelerator, algorithm, config, source)
     heads = 1 + len(scorer.names) if algorithm.critic == "each" else 1  # type: ignore[union-attr]
     critic = Critic(model, heads) if algorithm.critic else None
-    model = _adapted(model, config)
-    trained = _trained(accelerator, Policy(model, temperature=rollout.temperature, critic=critic), steps, config)
+    trained = _trained(accelerator, policy_of(_adapted(model, config), critic), steps, config)
     changes = {"policy": trained.policy}
     wanted = {*algorithm.anchors(plan.steps).values()}
     companion = None
@@ -265,27 +283,25 @@ def _prepare_online(
     if "start" in wanted and config.lora.rank and source.reference is None:
         anchors["start"] = WithoutAdapters(accelerator, trained.policy)
     elif "start" in wanted:
-        frozen = Policy(load_model(source.reference or source.model), temperature=rollout.temperature)
+        frozen = policy_of(load(source.reference or source.model))
         anchors["start"] = parallel.prepare(accelerator, frozen, config.parallel, frozen=True)
     if "aux" in wanted:
         assert source.aux is not None
-        frozen = Policy(load_model(source.aux), temperature=rollout.temperature)
-        anchors["aux"] = parallel.prepare(accelerator, frozen, config.parallel, frozen=True)
+        anchors["aux"] = parallel.prepare(accelerator, policy_of(load(source.aux)), config.parallel, frozen=True)
     # what generates beside the policy is whole, also where the others are sharded
-    if draws & {"reference", "mixture"}:
-        companion = load_model(source.reference or source.model).to(accelerator.device)
+    if texts > 1 or draws & {"reference", "mixture"}:
+        companion = load(source.reference or source.model).to(accelerator.device)
     moves = (wanted | draws) & {"average", "stage"}
     if config.lora.rank and (moves or "masked" in draws):
         raise UserError(f"--lora.rank: {algorithm.name} has a model that follows all weights")
     average = lagged = None
     if moves:
-        moving = Policy(load_model(source.model), temperature=rollout.temperature)
-        moving = parallel.prepare(accelerator, moving, "ddp", frozen=True)
+        moving = parallel.prepare(accelerator, policy_of(load(source.model)), "ddp", frozen=True)
         average = MovingReference(accelerator, moving)
         anchors |= dict.fromkeys(moves, moving)
         changes["average"] = moving
     if "masked" in draws:
-        copied = accelerator.prepare_model(load_model(source.model), evaluation_mode=True)
+        copied = accelerator.prepare_model(load(source.model), evaluation_mode=True)
         lagged = MovingReference(accelerator, copied)
         changes["lagged"] = copied
     sampling = Sampling(
@@ -302,11 +318,22 @@ def _prepare_online(
         tokenizer=source.tokenizer,
         largest=parallel.largest(accelerator) if sharded else None,
     )
+    if denoises:
+        if sharded:
+            raise UserError(f"--parallel fsdp2: {algorithm.name} samples from whole weights")
+        engine = DenoisingEngine(accelerator.unwrap_model(trained.policy), tokens=rollout.tokens)
     if rollout.engine == "vllm":
-        others = sorted(draws - {"policy", "greedy"})
-        if others:
-            raise UserError(f"--rollout.engine vllm: {algorithm.name} also samples from the {others[0]}")
+        others = sorted(draws - {"policy", "greedy", "search"})
+        if others or denoises:
+            what = "is of masked-diffusion models" if denoises else f"also samples from the {others[0]}"
+            raise UserError(f"--rollout.engine vllm: {algorithm.name} {what}")
         engine = VLLMEngine(source.model, max_length=longest)
+    decode = partial(source.tokenizer.decode, skip_special_tokens=True)
+    if scorer is not None and algorithm.needs == "answer":
+        answers = TransformersEngine(
+            lambda function: function(companion), tokens=rollout.tokens, tokenizer=source.tokenizer
+        )
+        scorer = Candidate(answers, sampling, decode, scorer, source.tokenizer.bos_token_id)
     taught = Turns(
         accelerator,
         algorithm,
@@ -314,7 +341,7 @@ def _prepare_online(
         engine,
         sampling,
         plan,
-        decode=lambda ids: source.tokenizer.decode(ids, skip_special_tokens=True),
+        decode=decode,
         scorer=scorer,
         judge=judge,
         anchors=anchors,
@@ -343,8 +370,18 @@ def _prepare_online(
         max_length=rollout.max_new_tokens,
         parts=checkpoint.Parts(algorithm.name, source.digest, changes, trained.optimizer, remembers),
     )
+    if config.built_in and denoises:
+        before = denoiser(load(source.model)).to(accelerator.device)
+        inner = accelerator.unwrap_model(trained.policy)
+        return job, lambda: denoising_task.evaluate(inner, before, config.seed)
     if config.built_in:
-        return job, _of_the_task(job, source.model, config.seed)
+        measured = _of_the_task(job, source.model, config.seed)
+        if texts == 1:
+            return job, measured
+        # who answers is not the policy
+        ids = {text: source.tokenizer(text)["input_ids"] for text in task.prompts(config.seed)[1]}
+        held_out = [Prompt(text, ids[text], (), {}, 0) for text in ids]
+        return job, lambda: {**measured(), "accuracy": taught.evaluate(held_out)["reward"]}
     if not source.eval_prompts:
         return job, dict
     return job, lambda: taught.evaluate(source.eval_prompts)
@@ -367,7 +404,7 @@ def _judges(
     if given.judge:
         specs = [given.judge] if isinstance(given.judge, str) else given.judge
         judge = load_judge(specs, source.tokenizer, **options)
-    if algorithm.needs == "reward" and scorer is None:
+    if algorithm.needs in ("reward", "rewards", "answer") and scorer is None:
         raise UserError(f"--reward.of: {algorithm.name} needs a function (FILE.py:NAME) or a reward model")
     if algorithm.needs == "judge" and judge is None and given.unscored == "skip":
         raise UserError(f"--reward.unscored skip: {algorithm.name} compares completions by their rewards and needs all")

@@ -115,7 +115,7 @@ def _new_model() -> Any:
     return LlamaForCausalLM(config)
 
 
-def _new_tokenizer() -> Any:
+def new_tokenizer() -> Any:
     """One token per character, in a form that transformers loads like any other tokenizer."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -250,7 +250,7 @@ def build(folder: Path, seed: int, progress: Progress) -> None:
     model = _new_model()
     _fit(model, seed, progress)
     model.save_pretrained(folder / REFERENCE)
-    _new_tokenizer().save_pretrained(folder / REFERENCE)
+    new_tokenizer().save_pretrained(folder / REFERENCE)
 
 
 def verify(samples: Sequence[Sample]) -> list[float]:
@@ -331,7 +331,7 @@ def prefer(folder: Path, seed: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder / PREFERRED)
-    _new_tokenizer().save_pretrained(folder / PREFERRED)
+    new_tokenizer().save_pretrained(folder / PREFERRED)
 
 
 def _lists(given: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:

@@ -11,14 +11,15 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from fastpo.algorithms import Allocating, Batch, Group, Online, Refining, Sample, State, Turn, Windowed
-from fastpo.training.batches import step_indices, step_layout
+from fastpo.algorithms import Allocating, Batch, Draw, Group, Online, Refining, Sample, State, Turn, Windowed
+from fastpo.training.batches import check_budget, step_indices, step_layout
 from fastpo.training.data import Example, Prompt
 from fastpo.training.loop import Constants, Job, constant_streams
 from fastpo.training.parallel import together
 from fastpo.training.references import MovingReference
 from fastpo.training.rollouts import Engine, Mask, Mixture, Rollout, Sampling, draw_seed
 from fastpo.training.scorers import Combined, Judge, Scorer
+from fastpo.training.tree import grow
 
 
 @runtime_checkable
@@ -301,6 +302,8 @@ class Turns:
     ) -> tuple[list[_Made], list[_Seen]]:
         """Sample, judge and draft: of this rank's prompts."""
         sampling = replace(self.sampling, seed=draw_seed(self.plan.seed, turn, 0))
+        if self.algorithm.draws[0].search is not None:
+            return self._searched(prompts, sampling, self.algorithm.draws[0], turn)
         rollouts: list[list[Rollout]] = [[] for _ in prompts]
         if self.window:
             rollouts = self._windows(prompts, sampling, begun or {})
@@ -321,14 +324,8 @@ class Turns:
         drawn = self.algorithm.draws[0].times
         keeps = isinstance(self.algorithm, Refining)
         for n, ((place, prompt), of, won) in enumerate(zip(prompts, rollouts, wins, strict=True)):
-            generator = torch.Generator().manual_seed(draw_seed(self.plan.seed, turn, place + 1))
-            logprobs = [float(each.logprobs.double().sum()) for each in of]
             old = 0 if begun is None or place not in begun else len(begun[place].ids)
-            for draft in self.algorithm.drafts(Group(samples[n], totals[n], won, logprobs, generator, self.stage)):
-                chosen = [of[i] for i in draft.completions]
-                example = Example(prompt.ids, tuple(each.ids for each in chosen), draft.numbers, prompt.number)
-                scores = tuple(rewards[n][i] for i in draft.completions)
-                made.append(_Made(place, prompt.text, example, tuple(chosen), scores, old))
+            made += self._drafted(place, prompt, samples[n], of, rewards[n], won, turn, old=old)
             seen += [
                 _Seen(place, rewards[n][i].total, len(each.ids), each.ended, samples[n][i] if keeps else None)
                 for i, each in enumerate(of[:drawn])
@@ -464,8 +461,59 @@ class Turns:
 
             rubric.load_state_dict(broadcast_object_list([rubric.state_dict()])[0])
 
-    def _sample(self, prompt: Prompt, rollout: Rollout) -> Sample:
-        return Sample(prompt.text, self.decode(rollout.ids), prompt.ids, rollout.ids, rollout.ended, prompt.row)
+    def _searched(
+        self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling, draw: Draw, turn: int
+    ) -> tuple[list[_Made], list[_Seen]]:
+        """The same, of the segments of a tree behind each prompt."""
+        assert draw.search is not None and self.scorer is not None
+
+        def score(complete: Sequence[tuple[int, Rollout]]) -> list[float]:
+            assert self.scorer is not None
+            return self.scorer([self._sample(prompts[i][1], rollout) for i, rollout in complete])
+
+        starts, keys = [prompt.ids for _, prompt in prompts], [place for place, _ in prompts]
+        made: list[_Made] = []
+        seen: list[_Seen] = []
+        trees = grow(self.engine, starts, keys, sampling, score, draw.times, draw.search)
+        for (place, prompt), tree in zip(prompts, trees, strict=True):
+            nodes = tree.nodes()
+            samples = [self._sample(prompt, node.segment, node.before.ids) for node in nodes]
+            visits = [node.visits for node in nodes]
+            rollouts, values = [node.segment for node in nodes], [_Reward(node.value) for node in nodes]
+            made += self._drafted(place, prompt, samples, rollouts, values, _no_judge, turn, visits)
+            seen += [_Seen(place, reward, len(each.ids), each.ended, None) for each, reward in tree.complete]
+        return made, seen
+
+    def _sample(self, prompt: Prompt, rollout: Rollout, before: Sequence[int] = ()) -> Sample:
+        """A completion of the prompt and some tokens of the policy's behind it."""
+        text = prompt.text + (self.decode(before) if before else "")
+        start = [*prompt.ids, *before]
+        return Sample(text, self.decode(rollout.ids), start, rollout.ids, rollout.ended, prompt.row)
+
+    def _drafted(
+        self,
+        place: int,
+        prompt: Prompt,
+        samples: Sequence[Sample],
+        rollouts: Sequence[Rollout],
+        rewards: Sequence[_Reward],
+        wins: Callable[[int, int], float],
+        turn: int,
+        visits: Sequence[int] = (),
+        old: int = 0,
+    ) -> list[_Made]:
+        """The examples of a group, of whose completions the first so many tokens are older than the turn."""
+        generator = torch.Generator().manual_seed(draw_seed(self.plan.seed, turn, place + 1))
+        logprobs = [float(each.logprobs.double().sum()) for each in rollouts]
+        totals = [] if self.scorer is None else [reward.total for reward in rewards]
+        made = []
+        for draft in self.algorithm.drafts(Group(samples, totals, wins, logprobs, generator, self.stage, visits)):
+            chosen = tuple(rollouts[i] for i in draft.completions)
+            start = samples[draft.completions[0]].prompt_ids if draft.prompt is None else list(draft.prompt)
+            example = Example(start, tuple(each.ids for each in chosen), draft.numbers, prompt.number)
+            scores = tuple(rewards[i] for i in draft.completions)
+            made.append(_Made(place, prompt.text, example, chosen, scores, old))
+        return made
 
     def _wins(
         self, samples: Sequence[Sequence[Sample]], rewards: Sequence[Sequence[float]]
@@ -494,6 +542,7 @@ class Turns:
         self.last = {}
         if not examples:
             return
+        check_budget(examples, self.plan.tokens, "what was sampled for the data")
         constants: dict[str, Constants] = {
             "rollout": {i: tuple(of.logprobs for of in each.rollouts) for i, each in enumerate(made)}
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+
+from fastpo.cli import main
+from fastpo.training import task
 
 transformers = pytest.importorskip("transformers")
 
@@ -123,3 +127,26 @@ def fresh_accelerate() -> Iterator[None]:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def sampled_run(fitted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, float]]:
+    """A short run of a method that samples on the built-in task; returns its summary."""
+
+    def run(name: str, *more: str, shuffled: bool = False) -> dict[str, float]:
+        verify = task.verify
+
+        def scorer(samples: Any) -> list[float]:
+            rewards = verify(samples)
+            random.Random(0).shuffle(rewards)
+            return rewards
+
+        monkeypatch.setattr(task, "build", lambda to, *_: shutil.copytree(fitted[0], to, dirs_exist_ok=True))
+        if shuffled:
+            monkeypatch.setattr(task, "verify", scorer)
+        folder = tmp_path / "run"
+        command = ["train", name, "--output", str(folder), "--steps", "14", "--optim.lr", "1e-3", "--eval_every", "0"]
+        assert main([*command, "--batch.tokens", "4096", *more]) == 0
+        return json.loads((folder / "summary.json").read_text())
+
+    return run
