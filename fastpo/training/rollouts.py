@@ -235,9 +235,11 @@ class TransformersEngine:
         sampling: Sampling,
         keys: Sequence[int] | None = None,
         *,
-        other: Mixture | Mask | None = None,
+        mixture: Mixture | None = None,
+        mask: Mask | None = None,
     ) -> list[list[Rollout]]:
-        """See `Engine`; with `other`, from a mixture or under a mask."""
+        """See `Engine`; with `mixture`, from that, or with `mask`, under it."""
+        other = mixture if mixture is not None else mask
         keys = range(len(prompts)) if keys is None else keys
         rows = [(i, place) for i in range(len(prompts)) for place in range(n)]
         # equal lengths beside each other need no padding

@@ -220,16 +220,16 @@ class Turns:
         if source in ("policy", "greedy"):
             how = replace(sampling, temperature=0.0) if source == "greedy" else sampling
             return self.engine.generate(texts, n, how, keys)
-        # the reference alone is a mixture of which the policy has no share
-        how = replace(sampling, seed=sampling.seed ^ 1 << 40)
-        other: Mixture | Mask
         if source == "masked":
             assert self.lagged is not None
             model = self.accelerator.unwrap_model(self.lagged.model)
-            other, how = Mask(model, self._hyper("mask_top_p"), int(self._hyper("mask_min_tokens"))), sampling
-        else:
-            other = Mixture(self.companion, 1.0 if source == "reference" else self._hyper("mixture"))
-        return self.engine.generate(texts, n, how, keys, other=other)  # type: ignore[call-arg]
+            mask = Mask(model, self._hyper("mask_top_p"), int(self._hyper("mask_min_tokens")))
+            return self.engine.generate(texts, n, sampling, keys, mask=mask)  # type: ignore[call-arg]
+        share = 1.0 if source == "reference" else self._hyper("mixture")
+        # the reference alone is a mixture of which the policy has no share
+        how = replace(sampling, seed=sampling.seed ^ 1 << 40)
+        mixture = Mixture(self.companion, share)
+        return self.engine.generate(texts, n, how, keys, mixture=mixture)  # type: ignore[call-arg]
 
     def _hyper(self, name: str) -> float:
         return float(self.algorithm.hyper[name])  # type: ignore[attr-defined]
