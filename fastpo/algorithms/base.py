@@ -308,7 +308,7 @@ class Turn(NamedTuple):
         groups: int64 (B,), the number of the prompt in the turn.
         prompts: their texts.
         ended: bool, of the completions, in their order.
-        begun: int64, of each completion, its tokens that are older than the turn.
+        begun: int64, of each completion, its tokens that are older than the turn; of a `Windowed` algorithm.
         rewards: by the name of each of several reward functions, fp64 of the completions.
         version: of the rubric that rewarded them, if that is rewritten during the run.
     """
@@ -317,8 +317,8 @@ class Turn(NamedTuple):
     groups: Tensor
     prompts: Sequence[str]
     ended: Tensor
-    begun: Tensor
-    rewards: Mapping[str, Tensor]
+    begun: Tensor | None = None
+    rewards: Mapping[str, Tensor] = {}
     version: int = 0
 
 

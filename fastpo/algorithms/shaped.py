@@ -154,8 +154,8 @@ def _meta(seen: Seen, hyper: Options) -> Estimate:
 
 def _truncated(seen: Seen, hyper: Options) -> Estimate:
     """T-PPO: the policy learns from the turn's tokens, the critic from completions that are finished."""
-    assert seen.values is not None
     turn, lengths = seen.turn, seen.lengths
+    assert seen.values is not None and turn.begun is not None
     finished = turn.ended | (lengths >= turn.batch.max_length)
     shaped = seen.token_rewards(hyper)
     there = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]

@@ -267,9 +267,11 @@ class TransformersEngine:
         sampling: Sampling,
         keys: Sequence[int] | None = None,
         *,
-        other: Mixture | Mask | None = None,
+        mixture: Mixture | None = None,
+        mask: Mask | None = None,
     ) -> list[list[Rollout]]:
-        """See `Engine`; with `other`, from a mixture or under a mask."""
+        """See `Engine`; with `mixture`, from that, or with `mask`, under it."""
+        other = mixture if mixture is not None else mask
         keys = range(len(prompts)) if keys is None else keys
         out: list[list[Rollout | None]] = [[None] * n for _ in prompts]
         parts = list(batches(prompts, n, sampling.max_new_tokens, self.tokens))

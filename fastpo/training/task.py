@@ -64,7 +64,7 @@ ACCURACY = "(answers sampled at temperature 1 for held-out prompts)"
 KL = "(of the policy to the reference, exact over the vocabulary, on those answers)"
 
 PREFER_STEPS = 30
-PREFER_BATCH = 64
+PREFER_BATCH = 32
 PREFER_LR = 5e-4
 
 FIT_STEPS = 800

@@ -136,7 +136,7 @@ def grow(
         UserError: the engine's processes must generate together, while each has trees of its own; or a text ends
             completions, which may begin in one segment and end in the next.
     """
-    if getattr(engine, "synced", False):
+    if getattr(engine, "largest", None) is not None:
         raise UserError("a tree search samples as its trees grow, so that processes cannot share the policy's weights")
     if sampling.stop_strings:
         raise UserError("--rollout.stop: a tree search ends completions by tokens only")

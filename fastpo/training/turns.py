@@ -217,17 +217,16 @@ class Turns:
         if source in ("policy", "greedy"):
             how = replace(sampling, temperature=0.0) if source == "greedy" else sampling
             return self.engine.generate(texts, n, how, keys)
-        # another model alone is a mixture of which the policy has no share
-        how = replace(sampling, seed=sampling.seed ^ 1 << 40)
-        other: Mixture | Mask
         if source == "masked":
             assert self.lagged is not None
             model = self.accelerator.unwrap_model(self.lagged.model)
-            other, how = Mask(model, self._hyper("mask_top_p"), int(self._hyper("mask_min_tokens"))), sampling
-        else:
-            model = self._average() if source == "average" else self.companion
-            other = Mixture(model, self._hyper("mixture") if source == "mixture" else 1.0)
-        return self.engine.generate(texts, n, how, keys, other=other)  # type: ignore[call-arg]
+            mask = Mask(model, self._hyper("mask_top_p"), int(self._hyper("mask_min_tokens")))
+            return self.engine.generate(texts, n, sampling, keys, mask=mask)  # type: ignore[call-arg]
+        # another model alone is a mixture of which the policy has no share
+        how = replace(sampling, seed=sampling.seed ^ 1 << 40)
+        model = self._average() if source == "average" else self.companion
+        mixture = Mixture(model, self._hyper("mixture") if source == "mixture" else 1.0)
+        return self.engine.generate(texts, n, how, keys, mixture=mixture)  # type: ignore[call-arg]
 
     def _hyper(self, name: str) -> float:
         return float(self.algorithm.hyper[name])  # type: ignore[attr-defined]

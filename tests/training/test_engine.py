@@ -121,7 +121,7 @@ def test_a_text_ends_a_completion_and_belongs_to_it():
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_a_mixture_lies_between_two_models(model, other, share):
     engine = engine_of(model, tokens=10_000)
-    found = engine.generate(PROMPTS, 3, SAMPLING, other=Mixture(other, share))
+    found = engine.generate(PROMPTS, 3, SAMPLING, mixture=Mixture(other, share))
     for prompt, rollout in everything(found):
         ours, theirs = (logits_of(m, prompt, rollout.ids).log_softmax(-1) for m in (model, other))
         mixed = ((1 - share) * ours + share * theirs).log_softmax(-1)
@@ -135,7 +135,7 @@ def test_a_mixture_lies_between_two_models(model, other, share):
 
 def test_a_mask_allows_what_another_model_finds_likely(model, other):
     engine = engine_of(model, tokens=10_000)
-    found = engine.generate(PROMPTS, 4, replace(SAMPLING, temperature=0.9), other=Mask(other, 0.5, 2))
+    found = engine.generate(PROMPTS, 4, replace(SAMPLING, temperature=0.9), mask=Mask(other, 0.5, 2))
     for prompt, rollout in everything(found):
         assert rollout.allowed is not None and rollout.allowed.shape == (len(rollout.ids), 1)
         expected = nucleus(logits_of(other, prompt, rollout.ids) / 0.9, 0.5).isfinite()

@@ -27,7 +27,7 @@ def trained(fitted, tmp_path, monkeypatch):
         monkeypatch.setattr(task, "build", lambda to, *_: shutil.copytree(folder, to, dirs_exist_ok=True))
         monkeypatch.setattr(task, "_answers", lambda _, questions, __: answers[len(questions)])
         run = tmp_path / "run"
-        command = ["train", name, "--output", str(run), "--steps", "14", "--optim.lr", "1.5e-3", "--eval_every", "0"]
+        command = ["train", name, "--output", str(run), "--steps", "16", "--optim.lr", "1e-3", "--eval_every", "0"]
         assert main([*command, "--batch.tokens", "256", *more]) == 0
         steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         return json.loads((run / "summary.json").read_text()), steps[1:]

@@ -83,7 +83,7 @@ def trees(which=(0, 1, 2, 3, 4), seed=0, tokens=64):
         return [sum(rollout.ids) / 40 + which[i] / 10 for i, rollout in complete]
 
     sampling = Sampling(5, stop=(STOP,), seed=seed)
-    engine = TransformersEngine(model, tokens=tokens)
+    engine = TransformersEngine(lambda function: function(model), tokens=tokens)
     return grow(engine, [PROMPTS[i] for i in which], [10 * i for i in which], sampling, score, 6, Search(3, 2, 0.5))
 
 
@@ -139,7 +139,7 @@ def test_the_books_of_a_tree_balance():
 
 def test_what_cannot_search():
     more = ([[1]], [0], Sampling(2), lambda complete: [], 1, Search(2, 1, 1.0))
-    synced = TransformersEngine(tiny_model(5), tokens=8, synced=True)
+    synced = TransformersEngine(lambda function: function(None), tokens=8, largest=max)
     with pytest.raises(UserError, match="cannot share the policy's weights"):
         grow(synced, *more)
     with pytest.raises(UserError, match=r"--rollout\.stop"):
@@ -214,8 +214,8 @@ def test_a_turn_learns_segments_behind_what_stands_before_them():
         return Turns(
             accelerator,
             algorithms.build("online_mcts_dpo", {"segment": 2, "width": 3}),
-            [Prompt(f"p{i}", ids, None, "", {}, i + 1) for i, ids in enumerate(PROMPTS)],
-            TransformersEngine(model, tokens=64),
+            [Prompt(f"p{i}", ids, (), {}, i + 1) for i, ids in enumerate(PROMPTS)],
+            TransformersEngine(policy.inside, tokens=64),
             Sampling(5, stop=(STOP,)),
             Plan(size=4, minibatches=2, epochs=1, rounds=1, tokens=256, seed=3),
             decode=lambda ids: " ".join(map(str, ids)),
