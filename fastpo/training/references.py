@@ -80,9 +80,7 @@ class MovingReference:
     @torch.no_grad()
     def move(self, policy: nn.Module, alpha: float) -> None:
         """reference ← α policy + (1 - α) reference, parameters and buffers."""
-        # a critic has no counterpart
-        ours = [each for each in _state(self.accelerator, policy) if not each[0].startswith("critic.")]
-        pairs = zip(ours, _state(self.accelerator, self.model), strict=True)
+        pairs = zip(_state(self.accelerator, policy), _state(self.accelerator, self.model), strict=True)
         for (name, new), (known, old) in pairs:
             if name != known or new.shape != old.shape:
                 raise ValueError(
@@ -100,6 +98,6 @@ class MovingReference:
 
 def _state(accelerator: Any, model: Any) -> list[tuple[str, torch.Tensor]]:
     inner = accelerator.unwrap_model(model)
-    # without what an algorithm learns beside the policy
     named = [*inner.named_parameters(), *inner.named_buffers()]
-    return [(name, value) for name, value in named if name.startswith("model.")]
+    # what is learnt beside the policy has no counterpart
+    return [(name, value) for name, value in named if not name.startswith(("critic.", "own."))]
