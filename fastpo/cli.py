@@ -202,8 +202,9 @@ def _algorithms(argv: list[str]) -> int:
     objects = (*objectives(), *algorithms.composed())
     rows = [*map(_row, objects), *map(_policy_row, policies()), *map(_list_row, list_objectives())]
     rows += map(_method_row, ROWS.values())
+    trained = [_trained_row(name) for name in algorithms.names()]
     if given.json:
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        print(json.dumps({"objectives": rows, "algorithms": trained}, indent=2, ensure_ascii=False))
         return 0
     _need(["rich"], "train")
     from rich.console import Console
@@ -227,11 +228,28 @@ def _algorithms(argv: list[str]) -> int:
             row["theory"],
             f"{row['title']}, {row['paper']}, {row['equation']}",
         )
+    methods = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("fastpo train", "data", "loss", "method"):
+        methods.add_column(column, no_wrap=column == "fastpo train")
+    for row in trained:
+        methods.add_row(row["name"], row["data"], "\n".join(row["losses"]), row["title"])
     console = Console()
     console.print(table)
-    trained = ", ".join(algorithms.names())
-    console.print(f"\nfastpo train takes {trained}.", highlight=False)
+    console.print()
+    console.print(methods)
     return 0
+
+
+def _trained_row(name: str) -> dict[str, Any]:
+    """What is known of an algorithm: it is a loss of the registry, on its data."""
+    return {
+        "name": name,
+        "title": algorithms.title(name),
+        "data": algorithms.kind(name),
+        "losses": list(algorithms.losses(name)),
+        "defaults": {n: v if v != float("inf") else "inf" for n, v in algorithms.defaults(name).items()},
+        "options": {n: list(values) for n, values in algorithms.choices(name).items()},
+    }
 
 
 def _data(row: Any) -> str:
@@ -248,7 +266,6 @@ def _row(row: Any) -> dict[str, Any]:
         "kind": row.kind,
         "data": _data(row),
         "columns": [column.name for column in algorithms.columns(row.name)],
-        "trainable": row.name in algorithms.names(),
         "inputs": {given.name: given.about for given in row.inputs},
         "options": {name: list(values) for name, values in row.options.items()},
         **_common(row),
@@ -274,7 +291,6 @@ def _policy_row(row: Any) -> dict[str, Any]:
         "kind": "rollouts",
         "data": "rollouts",
         "columns": [],
-        "trainable": False,
         "inputs": inputs,
         "options": options,
         **found,
@@ -294,7 +310,6 @@ def _list_row(row: Any) -> dict[str, Any]:
         "kind": "lists",
         "data": "lists",
         "columns": [column.name for column in algorithms.columns(row.name)],
-        "trainable": row.name in algorithms.names(),
         "inputs": {name: row.tensors[name] for name in row.names if name not in row.models},
         "options": options,
         **_common(row),
@@ -312,7 +327,6 @@ def _method_row(row: Any) -> dict[str, Any]:
         "data": data.get(row.kind, row.kind),
         # which tokens are key tokens is found by the names of the tools
         "columns": ["tools" if name == "key" else name for name in columns],
-        "trainable": True,
         "inputs": dict(row.phrases),
         "options": {name: list(values) for name, values in row.options.items()},
         **_common(row),

@@ -9,7 +9,7 @@ import sys
 import pytest
 import yaml
 
-from fastpo import algorithms, cli
+from fastpo import algorithms, cli, losses
 from fastpo.algorithms.given import ROWS
 from fastpo.reference import objectives
 from fastpo.reference.listwise import list_objectives
@@ -80,7 +80,8 @@ def test_algorithms_prints_every_row(capsys, monkeypatch):
     assert cli.main(["algorithms"]) == 0
     table = capsys.readouterr().out
     assert cli.main(["algorithms", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)
+    rows = printed["objectives"]
     known = (*objectives(), *algorithms.composed(), *policies(), *list_objectives(), *ROWS.values())
     assert [row["name"] for row in rows] == [row.name for row in known]
     assert len({frozenset(row) for row in rows}) == 1
@@ -88,7 +89,12 @@ def test_algorithms_prints_every_row(capsys, monkeypatch):
     for column in ("name", "data", "models", "defaults", "theory", "source"):
         assert column in table.splitlines()[0]
     by_name = {row["name"]: row for row in rows}
-    assert [row["name"] for row in rows if row["trainable"]] == algorithms.names()
+    trained = {row["name"]: row for row in printed["algorithms"]}
+    assert [*trained] == algorithms.names() and all(name in table for name in trained)
+    # of what is no row of the registry, the functions themselves
+    assert all(loss in by_name or callable(getattr(losses, loss)) for row in trained.values() for loss in row["losses"])
+    assert trained["rloo"]["losses"] == ["reinforce"] and trained["dpo"]["losses"] == ["dpo"]
+    assert (trained["online_dpo"]["data"], trained["lipo_pair"]["data"]) == ("prompts", "lists")
     assert by_name["odpo"]["columns"] == ["chosen_score", "rejected_score"]
     assert (by_name["kto"]["data"], by_name["spin"]["data"]) == ("single completions", "pairs of the policy")
     assert by_name["maxmin"]["columns"] == ["margin", "annotator"] and by_name["maxmin"]["models"] == ["reward"]

@@ -50,10 +50,11 @@ ALIASES = {"lipo": "lipo_lambda", "gflownet": "trajectory_balance"}
 
 
 class _Entry(NamedTuple):
-    """What is known of an algorithm before it is built."""
+    """What is known of an algorithm before it is built; its losses are the rows of the registry, the default first."""
 
     kind: str
     title: str
+    losses: tuple[str, ...]
     defaults: Mapping[str, Any]
     choices: Mapping[str, tuple[str | None, ...]]
     phrases: Mapping[str, str]
@@ -77,7 +78,15 @@ def _of_row(row: Objective) -> _Entry:
     if row.length_norm:
         phrases["length_norm"] = "use per-token averages of the log-probs instead of sums"
     options = dict(row.options)
-    return _Entry(row.kind, row.title, direct.defaults(row), options, phrases, lambda h: _CLASSES[row.kind](row, h))
+    return _Entry(
+        row.kind,
+        row.title,
+        (row.name,),
+        direct.defaults(row),
+        options,
+        phrases,
+        lambda h: _CLASSES[row.kind](row, h),
+    )
 
 
 def _of_list(row: ListObjective) -> _Entry:
@@ -85,12 +94,16 @@ def _of_list(row: ListObjective) -> _Entry:
     phrases = _phrases(row.domains, choices)
     if row.average_pairs is not None:
         phrases["average_pairs"] = "the mean over the pairs of a list instead of their sum"
-    return _Entry(lists.kind(row), row.title, lists.defaults(row), choices, phrases, lambda h: Lists(row, h))
+    return _Entry(
+        lists.kind(row), row.title, (row.name,), lists.defaults(row), choices, phrases, lambda h: Lists(row, h)
+    )
 
 
 def _of_method(row: given.Method) -> _Entry:
     phrases = {**_phrases(row.domains, row.options), **row.phrases}
-    return _Entry(row.kind, row.title, given.defaults(row), dict(row.options), phrases, lambda h: Given(row, h))
+    return _Entry(
+        row.kind, row.title, (row.name,), given.defaults(row), dict(row.options), phrases, lambda h: Given(row, h)
+    )
 
 
 def _of_reward_model(row: Objective) -> _Entry:
@@ -102,6 +115,9 @@ class _Method(Protocol):
 
     @property
     def title(self) -> str: ...
+
+    @property
+    def losses(self) -> tuple[str, ...]: ...
 
     def defaults(self) -> dict[str, Any]: ...
 
@@ -116,7 +132,7 @@ def _of_sampling(row: _Method) -> _Entry:
     choices = dict(row.choices())
     phrases = _phrases(row.domains(), choices)
     phrases |= dict.fromkeys(getattr(row, "texts", ()), "numbers, one for each reward or one for all, as 1,0.5")
-    return _Entry("prompts", row.title, row.defaults(), choices, phrases, row.build)
+    return _Entry("prompts", row.title, row.losses, row.defaults(), choices, phrases, row.build)
 
 
 _REWARD_MODELS: dict[str, type[RewardModel]] = {
@@ -158,6 +174,11 @@ def denoises(name: str) -> bool:
 def title(name: str) -> str:
     """The method's name in words."""
     return _ENTRIES[name].title
+
+
+def losses(name: str) -> tuple[str, ...]:
+    """The rows of the registry that are its loss, the default first; its own name, if it is a row of its own."""
+    return _ENTRIES[name].losses
 
 
 def defaults(name: str) -> dict[str, Any]:
@@ -216,6 +237,7 @@ __all__ = [
     "denoises",
     "describe",
     "kind",
+    "losses",
     "names",
     "title",
 ]

@@ -44,6 +44,7 @@ class TargetMethod:
         numbers: hyper-parameters beside `samples`: defaults and domains.
         options: hyper-parameters that are words: the admissible values, the default first.
         denoises: whether the policy is a masked-diffusion language model.
+        functions: of `fastpo.losses`, the default first, if not the one of its name.
     """
 
     name: str
@@ -53,6 +54,12 @@ class TargetMethod:
     numbers: Numbers = field(default_factory=dict)
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     denoises: bool = False
+    functions: tuple[str, ...] = ()
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Of `fastpo.losses`."""
+        return self.functions or (self.name,)
 
     def domains(self) -> dict[str, Domain]:
         """The numbers that a user may choose."""
@@ -249,7 +256,7 @@ _TARGET: Numbers = {**_BETA, "decay": (1.0, Domain(0.0, 1.0, low_open=True))}
 _TARGETS = {"target": ("tilted", "constraint")}
 
 _ALL = (
-    TargetMethod("online_brain", "BRAIn", "2402.02479", Brain, _BETA),
+    TargetMethod("online_brain", "BRAIn", "2402.02479", Brain, _BETA, functions=("brain",)),
     TargetMethod("dpg", "DPG", "1912.08517, from memory", Matching, _TARGET, _TARGETS),
     TargetMethod("gdc", "GDC", "2012.11635", Matching, _TARGET, _TARGETS),
     TargetMethod("gdc_plus_plus", "GDC++", "2206.00761, from memory", Matching, _TARGET, _TARGETS),
@@ -272,6 +279,7 @@ _ALL = (
         Flow,
         {**_BETA, "lambda_": (0.9, Domain(0.0, 1.0, low_open=True))},
         {"objective": ("subtb", "tb", "db")},
+        functions=("subtrajectory_balance", "trajectory_balance", "detailed_balance"),
     ),
 )
 

@@ -143,6 +143,11 @@ class Method:
     numbers: Numbers = field(default_factory=dict)
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The rows, as those of other methods."""
+        return self.rows or ("sft",)
+
     def build(self, hyper: Options) -> Preference:
         """With all of `defaults()`, or others."""
         return Preference(self, hyper)

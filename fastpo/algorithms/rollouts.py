@@ -159,6 +159,11 @@ class Recipe:
     algorithm: type[PolicyGradient] | None = None
 
     @property
+    def losses(self) -> tuple[str, ...]:
+        """Its row, as those of other methods."""
+        return (self.loss,)
+
+    @property
     def row(self) -> PolicyObjective:
         """Of the policy loss."""
         return policy(self.loss)

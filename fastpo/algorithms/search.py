@@ -37,6 +37,11 @@ class SearchMethod:
     hardest: float | None = None
 
     @property
+    def losses(self) -> tuple[str, ...]:
+        """Its row, as those of other methods."""
+        return (self.loss,)
+
+    @property
     def row(self) -> Objective:
         """Of the loss."""
         return objective(self.loss)
