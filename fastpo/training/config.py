@@ -223,8 +223,8 @@ class TrainConfig:
             raise UserError(f"--optim.warmup must be in [0, 1), got {self.optim.warmup:g}")
 
 
-# a second pass over a turn's examples leaves the last iterate
-_TWICE = {"rollout.epochs": 2}
+# a second pass over a turn's examples leaves the last iterate; half as many turns are twice as large
+_TWICE = {"rollout.epochs": 2, "batch.size": 64}
 _TARGETS = ("online_brain", "dpg", "gdc", "gdc_plus_plus", "f_dpg", "online_gflownet")
 
 # what the built-in task takes for some methods in place of β = 1 and the rate of the others
@@ -262,7 +262,8 @@ _BUILT_IN: Mapping[str, Mapping[str, Any]] = {
     "sppo": {"algorithm.beta": 0.1, **_TWICE},
     "sppo_hard": {"algorithm.beta": 0.1, **_TWICE},
     "dno": {"algorithm.beta": 0.2, **_TWICE},
-    "dno_prct": {"algorithm.beta": 1.0, **_TWICE},
+    # all pairs of a prompt are many already
+    "dno_prct": {"algorithm.beta": 1.0, "rollout.epochs": 2},
     "inpo": {"algorithm.beta": 0.05, "algorithm.eta": 0.2, **_TWICE},
     "spin": {"algorithm.beta": 1.0, **_TWICE},
     # an average over a thousand steps would still be the start after sixty
