@@ -276,18 +276,18 @@ class TransformersEngine:
         out: list[list[Rollout | None]] = [[None] * n for _ in prompts]
         parts = list(batches(prompts, n, sampling.max_new_tokens, self.tokens))
         if self.largest is not None:
-            # some more of the first, for nothing
-            parts += parts[:1] * (self.largest(len(parts)) - len(parts))
+            # some more, for nothing
+            parts += [[]] * (self.largest(len(parts)) - len(parts))
         for batch in parts:
             found = self.inside(
                 partial(
                     self._batch,
-                    prompts=[prompts[i] for i, _ in batch],
-                    keys=[(keys[i], place) for i, place in batch],
+                    prompts=[prompts[i] for i, _ in batch] or [[0]],
+                    keys=[(keys[i], place) for i, place in batch] or [(0, 0)],
                     sampling=sampling,
                     other=other,
                 )
-            )
+            )[: len(batch)]
             for (i, place), rollout in zip(batch, found, strict=True):
                 out[i][place] = rollout
         return out  # type: ignore[return-value]

@@ -433,7 +433,8 @@ class Combined:
 
     def combine(self, each: Mapping[str, Sequence[float]]) -> list[float]:
         """What `each` gave, in one."""
-        rewards = torch.tensor([*each.values()], dtype=torch.float64).view(len(each), -1).T.to(self.device)
+        count = len(next(iter(each.values())))
+        rewards = torch.tensor([*each.values()], dtype=torch.float64).view(len(each), count).T.to(self.device)
         there = ~rewards.isnan()
         sums = torch.stack([torch.where(there, rewards, 0).sum(0), there.sum(0)])
         sums, counts = summed_over(sums, self.process_group)

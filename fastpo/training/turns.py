@@ -193,7 +193,7 @@ class Turns:
         first, last = (count * n // self.plan.minibatches for n in (part, part + 1))
         return sorted(mixed[first:last])
 
-    # of checkpoints: accelerate restores tensors, numbers and containers of them
+    # of checkpoints, which restore tensors, numbers and containers of them
     def state_dict(self) -> dict[str, Any]:
         examples = [[e.prompt, [*e.completions], [*e.numbers], e.row] for e in self.examples]
         constants = {name: [list(streams[i]) for i in range(len(examples))] for name, streams in self.constants.items()}
@@ -275,7 +275,9 @@ class Turns:
         new = step_indices(turn, self.plan.size, len(self.prompts), self.plan.seed)[: max(0, places)]
         everything = [(n, self.prompts[i]) for n, i in enumerate([*old, *new])]
         begun = {n: rollout for n, (_, rollout) in enumerate(self.begun)}
-        made, seen = self._gathered(self._round(self._share(everything), turn, begun))
+        with together(self.accelerator):
+            found = self._round(self._share(everything), turn, begun)
+        made, seen = self._gathered(found)
         rest = ((each.group, each.rollouts[0]) for each in made if not self._finished(each.rollouts[0]))
         self.begun = [([*old, *new][n], rollout) for n, rollout in rest]
         return made, seen
@@ -406,7 +408,8 @@ class Turns:
             solved = [found[0] for _, _, found in known if found]
             open_ = {place for place, _, found in known if not found}
             sampling = replace(self.sampling, seed=draw_seed(self.plan.seed, turn, 0, round + 1))
-            for times in sorted({counts[place] for place, _ in prompts} - {0}):
+            # of all ranks, as rewards may be of all of them together
+            for times in sorted({*more} - {0}):
                 members = [n for n, (place, _) in enumerate(prompts) if counts[place] == times]
                 texts = [
                     self._behind(solved, prompts[n][1], algorithm.exemplars)
@@ -523,7 +526,8 @@ class Turns:
         pairs = [(n, i, j) for n, of in enumerate(samples) for i, j in self.algorithm.compared(len(of))]
         if self.judge is None:
             # Bradley-Terry on the rewards
-            found = [1 / (1 + torch.tensor(rewards[n][j] - rewards[n][i]).double().exp().item()) for n, i, j in pairs]
+            gaps = [rewards[n][i] - rewards[n][j] for n, i, j in pairs]
+            found = torch.tensor(gaps, dtype=torch.float64).sigmoid().tolist()
         else:
             found = self.judge([samples[n][i] for n, i, _ in pairs], [samples[n][j] for n, _, j in pairs])
         table = dict(zip(pairs, found, strict=True))

@@ -154,3 +154,19 @@ def test_uniform_numbers_depend_on_seed_prompt_and_place():
     assert torch.equal(first, uniforms(0, 1, 2, 5)) and torch.equal(first[:3], uniforms(0, 1, 2, 3))
     assert all(not torch.equal(first, uniforms(*key, 5)) for key in ((1, 1, 2), (0, 2, 2), (0, 1, 3), (0, 12, 2)))
     assert first.dtype == torch.float64 and ((first >= 0) & (first < 1)).all()
+
+
+def test_processes_that_share_weights_run_equally_many_forwards(model):
+    calls = []
+
+    def inside(function):
+        calls.append(function)
+        return function(model)
+
+    alone = engine_of(model, tokens=10_000).generate(PROMPTS, 2, SAMPLING)
+    shared = TransformersEngine(inside, tokens=10_000, largest=lambda count: 3).generate(PROMPTS, 2, SAMPLING)
+    assert [[r.ids for r in of] for of in shared] == [[r.ids for r in of] for of in alone]
+    assert len(calls) == 3
+    # one that has nothing to sample
+    assert TransformersEngine(inside, tokens=10_000, largest=lambda count: 2).generate([], 2, SAMPLING) == []
+    assert len(calls) == 5
