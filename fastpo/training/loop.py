@@ -129,7 +129,8 @@ def optimizer_step(job: Job, step: int) -> dict[str, float]:
     indices = job.indices(step)
     rate = job.schedule.get_last_lr()[0]
     if not indices:
-        # a turn may have nothing to learn from
+        # a turn may have nothing to learn from; without gradients no weight moves
+        job.optimizer.step()
         job.schedule.step()
         return {"lr": rate, "tokens": 0}
     add_gradients = _whole_step if job.algorithm.whole_step else _by_micro_batches

@@ -46,8 +46,8 @@ from fastpo.training.model import (
 from fastpo.training.references import MovingReference
 from fastpo.training.report import Display, Journal, plot, replace_text, summary, write_summary
 from fastpo.training.rollouts import Engine, Sampling, TransformersEngine
-from fastpo.training.scorers import Judge, Scorer, load_judge, load_scorer
-from fastpo.training.turns import Plan, Turns
+from fastpo.training.scorers import Judge, Scorer, load_function, load_judge, load_scorer
+from fastpo.training.turns import Plan, Rubric, Turns
 from fastpo.training.vllm import VLLMEngine
 
 CONFIG, METRICS, CURVE, SUMMARY, MODEL = "config.yaml", "metrics.jsonl", "curve.png", "summary.json", "model"
@@ -397,6 +397,14 @@ def _judges(
     judge: Judge | None = task.judge() if config.built_in else None
     if given.of:
         specs = [given.of] if isinstance(given.of, str) else given.of
+        if isinstance(algorithm, algorithms.Refining):
+            rubric = load_function(specs[0])
+            if not isinstance(rubric, Rubric) or len(specs) > 1:
+                raise UserError(
+                    f"--reward.of: {algorithm.name} has its rubric rewritten: one object with version, refine, "
+                    "state_dict and load_state_dict is needed"
+                )
+            return rubric, None
         group = True if accelerator.num_processes > 1 else None
         more: dict[str, Any] = {"how": given.how, "unscored": given.unscored, "process_group": group}
         scorer = load_scorer(specs, source.tokenizer, **more, **options)

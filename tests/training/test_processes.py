@@ -36,8 +36,8 @@ pytestmark = pytest.mark.usefixtures("threads")
 
 # a sum over examples, in more and smaller forwards, and with a reference that moves; two methods that look at the whole
 # step, of which one remembers, and one that asks the reference itself at every step; reward models whose annotators are
-# assigned from all pairs; and three that sample: one with two steps a turn, one with a critic, and one that samples more
-# for some prompts only
+# assigned from all pairs; and three that sample: one with two steps a turn, one with a critic, and one that samples
+# more for some prompts only
 SAMPLING = ("--reward.of", "REWARD", "--rollout.max_new_tokens", "6", "--rollout.tokens", "200", "--max_length", "64")
 METHODS = {
     "dpo": ("dpo",),
