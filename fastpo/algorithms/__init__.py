@@ -36,8 +36,9 @@ from fastpo.algorithms.lists import Lists
 from fastpo.algorithms.matching import TARGETS
 from fastpo.algorithms.mixed import MPO, Mixed
 from fastpo.algorithms.pairwise import Pairwise
-from fastpo.algorithms.preferences import METHODS
+from fastpo.algorithms.preferences import METHODS, Method
 from fastpo.algorithms.reward import MaxMin, ReactionModel, RewardModel
+from fastpo.algorithms.rollouts import Recipe
 from fastpo.algorithms.search import SEARCHES
 from fastpo.algorithms.unpaired import Unpaired
 from fastpo.reference import Domain, Objective, objectives
@@ -156,6 +157,20 @@ _ENTRIES |= {name: _of_sampling(row) for table in _SAMPLING for name, row in tab
 _ENTRIES[MPO.name] = _of_sampling(MPO)._replace(build=lambda h: Mixed(MPO, h))
 
 
+def register(row: Recipe | Method) -> None:
+    """Make a method of the user's own one that `fastpo train` knows; `examples/new_algorithm.py` is one.
+
+    Args:
+        row: a policy gradient (`fastpo.algorithms.rollouts.Recipe`) or what compares samples (`.preferences.Method`).
+
+    Raises:
+        ValueError: there is one of this name.
+    """
+    if row.name in _ENTRIES:
+        raise ValueError(f"there is an algorithm {row.name} already")
+    _ENTRIES[row.name] = _of_sampling(row)
+
+
 def names(*kinds: str) -> list[str]:
     """The algorithms that can be trained: all, or those on these kinds of data."""
     return [name for name in _ENTRIES if not kinds or kind(name) in kinds]
@@ -239,5 +254,6 @@ __all__ = [
     "kind",
     "losses",
     "names",
+    "register",
     "title",
 ]
