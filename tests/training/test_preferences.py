@@ -207,7 +207,14 @@ def batch_of(streams, numbers, members=(0, 1, 2, 3)) -> Batch:
     ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
     some = {name: values[list(members)] for name, values in numbers.items()}
     tokens = sum(sum(each[: len(parts)]) for each in LENGTHS)
-    return Batch(packed, Completions(tuple(lengths), ends), some, len(LENGTHS), 0, tokens)
+    return Batch(
+        packed,
+        Completions(tuple(lengths), ends, (len(parts),) * len(members)),
+        some,
+        len(LENGTHS),
+        0,
+        tokens,
+    )
 
 
 INPUTS = {
