@@ -119,7 +119,7 @@ MATRIX = [[0.5, 0.4, 0.9], [0.6, 0.1, 0.2], [0.9, 0.6, 0.3]]
 
 def test_win_rates_choose_and_rate_the_pair():
     given = group(3, wins=MATRIX)
-    ((pair, rates),) = drafts("sppo", given, samples=3)
+    ((pair, rates, _),) = drafts("sppo", given, samples=3)
     assert pair == (0, 1) and rates == pytest.approx((0.6, 0.3), abs=1e-15)
     for name in ("sppo_hard", "inpo"):
         assert drafts(name, given, samples=3) == [Draft((0, 1))]
@@ -145,7 +145,7 @@ def test_pairs_with_their_rewards():
     for name in ("p3o", "copg"):
         found = drafts(name, group(4, rewards=scores), samples=4)
         assert len(found) == 2
-        assert all(numbers == tuple(scores[i] for i in pair) and numbers[0] > numbers[1] for pair, numbers in found)
+        assert all(numbers == tuple(scores[i] for i in pair) and numbers[0] > numbers[1] for pair, numbers, _ in found)
 
 
 def test_rejection_sampling_of_what_is_distinct():
