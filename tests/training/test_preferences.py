@@ -124,7 +124,7 @@ def test_win_rates_choose_and_rate_the_pair():
     for name in ("sppo_hard", "inpo"):
         assert drafts(name, given, samples=3) == [Draft((0, 1))]
     for seed in range(10):
-        ((pair, rates),) = drafts("dno", group(3, wins=MATRIX, seed=seed), samples=3)
+        ((pair, rates, _),) = drafts("dno", group(3, wins=MATRIX, seed=seed), samples=3)
         assert rates == pytest.approx([(0.6, 0.3, 0.6)[i] for i in pair], abs=1e-15) and rates[0] >= rates[1]
 
 
