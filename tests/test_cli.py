@@ -114,6 +114,15 @@ def test_algorithms_prints_every_row(capsys, monkeypatch):
     assert by_name["value_clip"]["models"] == ["critic"] and "beta" not in by_name["value_clip"]["defaults"]
 
 
+@pytest.mark.parametrize("alias", algorithms.ALIASES)
+def test_other_names_are_understood(alias, capsys):
+    assert alias not in algorithms.names() and algorithms.ALIASES[alias] in algorithms.names()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", alias, "--help"])
+    assert stop.value.code == 0
+    assert f"fastpo train {algorithms.ALIASES[alias]}" in capsys.readouterr().out
+
+
 def test_info_prints_the_report(capsys):
     assert cli.main(["info"]) == 0
     assert "token_logprobs" in capsys.readouterr().out

@@ -47,7 +47,12 @@ from fastpo.reference.listwise import ListObjective, list_objectives
 _CLASSES: dict[str, type[Pairwise] | type[Unpaired]] = {"pairwise": Pairwise, "unpaired": Unpaired}
 
 # names that methods have elsewhere
-ALIASES = {"lipo": "lipo_lambda", "gflownet": "trajectory_balance"}
+ALIASES = {
+    "lipo": "lipo_lambda",
+    "first": "first_ranknet",
+    "gflownet": "trajectory_balance",
+    "diffusion_grpo": "diffu_grpo",
+}
 
 
 class _Entry(NamedTuple):

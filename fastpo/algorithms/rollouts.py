@@ -241,6 +241,9 @@ class PolicyGradient(Plain):
         check_hyper(self.name, self.hyper, self.recipe.domains(), self.recipe.choices())
         if self._adaptive and not self.hyper["beta"]:
             raise ValueError(f"beta must be positive for {self.name} with an adaptive kl_control, got 0")
+        if self.whole_step and self.hyper["entropy_coefficient"]:
+            # of a whole step only the log-probs have slopes
+            raise ValueError(f"entropy_coefficient must be 0 for {self.name}, which looks at the whole step")
 
     @property
     def needs(self) -> str:

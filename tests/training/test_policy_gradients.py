@@ -313,3 +313,9 @@ def test_a_further_model_must_be_asked_for_and_given(model_folder, write, capsys
     assert "--aux: ppo asks no further model" in capsys.readouterr().err
     assert main(["train", "t_ppo", *given, "--rollout.stop", '["x"]']) == 2
     assert "--rollout.stop" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["clip_cov", "kl_cov"])
+def test_a_bonus_that_would_have_no_gradient_is_refused(name):
+    with pytest.raises(ValueError, match=f"entropy_coefficient must be 0 for {name}"):
+        algorithms.build(name, {"entropy_coefficient": 0.1})
