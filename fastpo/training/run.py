@@ -405,7 +405,9 @@ def _judges(
                     "state_dict and load_state_dict is needed"
                 )
             return rubric, None
-        group = True if accelerator.num_processes > 1 else None
+        # a search asks as often as its trees need, which is not equally often in all processes
+        together = accelerator.num_processes > 1 and algorithm.draws[0].search is None
+        group = True if together else None
         more: dict[str, Any] = {"how": given.how, "unscored": given.unscored, "process_group": group}
         scorer = load_scorer(specs, source.tokenizer, **more, **options)
         judge = None
