@@ -68,6 +68,24 @@ def plan(lengths: Sequence[int], budget: int, ranks: int) -> list[list[list[int]
     return [[bins[i] for i in share] for share in balance(totals, ranks, equal_size=True)]
 
 
+def together(examples: Sequence[Example], budget: int) -> list[list[int]]:
+    """The positions of the examples, those of one prompt together as far as the budget allows.
+
+    In one forward the prompt is computed once, see `fastpo.training.layouts`.
+    """
+    open_units: dict[tuple[int, ...], list[int]] = {}
+    room: dict[tuple[int, ...], int] = {}
+    out: list[list[int]] = []
+    for i, example in enumerate(examples):
+        prompt = tuple(example.prompt)
+        if prompt not in room or room[prompt] < example.tokens:
+            open_units[prompt], room[prompt] = [], budget
+            out.append(open_units[prompt])
+        open_units[prompt].append(i)
+        room[prompt] -= example.tokens
+    return out
+
+
 def check_budget(examples: Sequence[Example], budget: int, name: str) -> None:
     """Raise UserError if one example does not fit into a forward."""
     longest = max(range(len(examples)), key=lambda i: examples[i].tokens)

@@ -24,6 +24,7 @@ from fastpo.training.batches import (
     plan,
     staged_indices,
     step_layout,
+    together,
 )
 from fastpo.training.checkpoint import Parts
 from fastpo.training.data import Example
@@ -153,8 +154,10 @@ def micro_batches(accelerator: Any, examples: Sequence[Example], tokens: int) ->
 
     No examples mean a forward that is only there so that all ranks have equally many.
     """
-    lengths = [example.tokens for example in examples]
-    for members in plan(lengths, tokens, accelerator.num_processes)[accelerator.process_index]:
+    units = together(examples, tokens)
+    lengths = [sum(examples[i].tokens for i in unit) for unit in units]
+    for chosen in plan(lengths, tokens, accelerator.num_processes)[accelerator.process_index]:
+        members = [i for unit in chosen for i in units[unit]]
         yield members, collate([examples[i] for i in members or [0]], accelerator.device)
 
 

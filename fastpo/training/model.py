@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastpo.kernels import linear_logprobs, token_kl, token_logprobs
@@ -18,8 +16,7 @@ from fastpo.kernels.completions import head_of
 from fastpo.reference.vocabulary import head_logits
 from fastpo.training.batches import MicroBatch
 from fastpo.training.errors import UserError
-
-Layout = Literal["packed", "padded"]
+from fastpo.training.layouts import Layout, close, find_layout, first_layout, last, rectangle, run, sequences
 
 
 def _source(name: str) -> dict[str, str]:
@@ -152,7 +149,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.own = own
-        self.layout: Layout = layout or ("packed" if _separates_packed(model) else "padded")
+        self.layout: Layout = layout or find_layout(model)
         self.scale = head_scale(model)
         self.temperature = temperature
         self.critic = critic
@@ -181,11 +178,10 @@ class Policy(nn.Module):
             allowed: (n, words), packed sets of tokens; all is under the distributions among these.
             values: what `own` answers is there too.
         """
-        run = _packed if self.layout == "packed" else _padded
         stats = tuple(s.removeprefix("normalised_") for s in statistics if s != "value")
         hidden = None
         if self.scale is None or reference_logits is not None:
-            logits = run(self.model, input_ids, position_ids, predictors)
+            logits = run(self.layout, self.model, input_ids, position_ids, predictors)
             size = logits.shape[-1]
             # nobody else reads the logits, so their gradient may take their place; the divergence would read them
             alone = reference_logits is None and logits.requires_grad
@@ -198,7 +194,7 @@ class Policy(nn.Module):
                 inplace_backward=alone,
             )
         else:
-            hidden = run(_backbone(self.model), input_ids, position_ids, predictors)
+            hidden = run(self.layout, _backbone(self.model), input_ids, position_ids, predictors)
             weight, bias, lora = head_of(self.model.get_output_embeddings())
             size = len(weight)
             out = linear_logprobs(
@@ -224,13 +220,13 @@ class Policy(nn.Module):
             found["kl"] = token_kl(logits, reference_logits.to(logits.dtype))
         if "value" in statistics:
             assert self.critic is not None
-            states = run(self.critic.backbone, input_ids, position_ids, predictors)
+            states = run(self.layout, self.critic.backbone, input_ids, position_ids, predictors)
             numbers = self.critic.head(states).float()
             found["value"] = numbers[:, 0] if numbers.shape[1] == 1 else numbers
         if values:
             assert self.own is not None
             if hidden is None:
-                hidden = run(_backbone(self.model), input_ids, position_ids, predictors)
+                hidden = run(self.layout, _backbone(self.model), input_ids, position_ids, predictors)
             found["values"] = self.own(hidden)
         return {"logprobs": logprobs, **found}
 
@@ -297,11 +293,11 @@ class Logits(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.layout: Layout = "packed" if _separates_packed(model) else "padded"
+        self.layout: Layout = find_layout(model)
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, position_ids: Tensor, predictors: Tensor) -> Tensor:
-        return (_packed if self.layout == "packed" else _padded)(self.model, input_ids, position_ids, predictors)
+        return run(self.layout, self.model, input_ids, position_ids, predictors)
 
 
 class HeadScale(NamedTuple):
@@ -328,11 +324,11 @@ def head_scale(model: Any) -> HeadScale | None:
     ids = torch.randint(vocabulary, (1, 7), generator=torch.Generator().manual_seed(0)).to(device)
     try:
         logits = model(input_ids=ids, use_cache=False).logits
-        hidden = _last(_backbone(model)(input_ids=ids, use_cache=False))
+        hidden = last(_backbone(model)(input_ids=ids, use_cache=False))
         weight, bias, lora = head_of(model.get_output_embeddings())
         for scale in _scales(model.config.get_text_config()):
             ours = head_logits(hidden, weight, bias, logit_scale=scale.factor, softcap=scale.softcap, lora=lora)
-            if ours.shape == logits.shape and _close(ours, logits):
+            if ours.shape == logits.shape and close(ours, logits):
                 return scale
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return None
@@ -349,73 +345,9 @@ def _scales(config: Any) -> Iterator[HeadScale]:
                 yield HeadScale(float(value), cap)
 
 
-def _close(ours: Tensor, theirs: Tensor) -> bool:
-    error = F.mse_loss(ours.float(), theirs.float()).sqrt() / theirs.float().std()
-    # a model in half precision has rounded its logits
-    return bool(error < (1e-4 if theirs.dtype in (torch.float32, torch.float64) else 1e-2))
-
-
 def policy_inputs(batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `Policy.forward` takes, as plain tensors."""
     return batch.input_ids, batch.position_ids, batch.predictors, batch.targets
-
-
-def _last(out: Any) -> Tensor:
-    """The logits of a language model, or the last hidden states of what is below its head."""
-    return out.logits if hasattr(out, "logits") else out.last_hidden_state
-
-
-def _packed(model: Any, input_ids: Tensor, position_ids: Tensor, keep: Tensor) -> Tensor:
-    """Logits or hidden states (n, ...) at the positions `keep` of one row of sequences, each attending to itself alone.
-
-    transformers makes the block-diagonal mask where position ids restart and no attention mask is given.
-    """
-    row = {"input_ids": input_ids[None], "position_ids": position_ids[None], "use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return _last(model(**row, logits_to_keep=keep))[0]
-    return _last(model(**row))[0, keep]
-
-
-def _padded(model: Any, input_ids: Tensor, position_ids: Tensor, keep: Tensor) -> Tensor:
-    """The same from a rectangle (sequences, longest), for models that cannot tell packed sequences apart."""
-    padded, mask = _rectangle(input_ids, position_ids)
-    out = _last(model(input_ids=padded, attention_mask=mask, use_cache=False))
-    return out[_sequences(position_ids)[keep], position_ids[keep]]
-
-
-def _sequences(position_ids: Tensor) -> Tensor:
-    """The number of each token's sequence (N,)."""
-    return (position_ids == 0).cumsum(0) - 1
-
-
-def _rectangle(input_ids: Tensor, position_ids: Tensor, fill: int = 0) -> tuple[Tensor, Tensor]:
-    """Packed sequences side by side, padded on the right, and the mask of what they are."""
-    sequence = _sequences(position_ids)
-    shape = (int(sequence[-1]) + 1, int(position_ids.max()) + 1)
-    padded, mask = input_ids.new_full(shape, fill), input_ids.new_zeros(shape)
-    padded[sequence, position_ids] = input_ids
-    mask[sequence, position_ids] = 1
-    return padded, mask
-
-
-@torch.no_grad()
-def _separates_packed(model: Any) -> bool:
-    """Whether a packed row gives every sequence the logits that it has alone: asked of the model itself.
-
-    Architectures differ (recurrent states, own masks), and one that mixes sequences does so without an error.
-    """
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.get_text_config().vocab_size
-    parts = [torch.randint(vocabulary, (n,), generator=generator).to(device) for n in (5, 3, 8)]
-    positions = torch.cat([torch.arange(len(p), device=device) for p in parts])
-    everything = torch.arange(len(positions), device=device)
-    try:
-        together = _packed(model, torch.cat(parts), positions, everything)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    alone = torch.cat([model(input_ids=p[None], use_cache=False).logits[0] for p in parts])
-    return _close(together, alone)
 
 
 class Scores(nn.Module):
@@ -460,14 +392,13 @@ class Scores(nn.Module):
         return _scores(self.models[which], self.layout, input_ids, position_ids)
 
 
-def _scores(model: Any, layout: str, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+def _scores(model: Any, layout: Layout | None, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """One number per sequence, read where transformers' sequence classification reads it."""
     pad = model.config.get_text_config().pad_token_id
-    if layout == "whole":
-        padded, mask = _rectangle(input_ids, position_ids, pad or 0)
+    if layout is None:
+        padded, mask = rectangle(input_ids, position_ids, pad or 0)
         return model(input_ids=padded, attention_mask=mask).logits[:, 0]
-    run = _packed if layout == "packed" else _padded
-    hidden = run(_backbone(model), input_ids, position_ids, _score_places(input_ids, position_ids, pad))
+    hidden = run(layout, _backbone(model), input_ids, position_ids, _score_places(input_ids, position_ids, pad))
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
     return whole.score(hidden)[:, 0]
 
@@ -476,14 +407,14 @@ def _score_places(input_ids: Tensor, position_ids: Tensor, pad: int | None) -> T
     """The last token of each sequence that is no padding; of one that is nothing else, its first."""
     starts = (position_ids == 0).nonzero()[:, 0]
     counts = position_ids if pad is None else torch.where(input_ids != pad, position_ids, 0)
-    return starts + torch.zeros_like(starts).scatter_reduce(0, _sequences(position_ids), counts, "amax")
+    return starts + torch.zeros_like(starts).scatter_reduce(0, sequences(position_ids), counts, "amax")
 
 
 @torch.no_grad()
-def _score_layout(model: Any) -> str:
-    """How scores can be had that are the model's own: "packed", "padded", or "whole", by its own forward.
+def _score_layout(model: Any) -> Layout | None:
+    """How scores can be had that are the model's own; None: by its own forward.
 
-    Asked of the model itself, as `_separates_packed` does; heads other than a layer called `score` are its own affair.
+    Asked of the model itself, as `find_layout` does; heads other than a layer called `score` are its own affair.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
@@ -493,10 +424,5 @@ def _score_layout(model: Any) -> str:
         parts[1][-1] = config.pad_token_id
     positions = torch.cat([torch.arange(len(p), device=device) for p in parts])
     alone = torch.cat([model(input_ids=p[None]).logits[:, 0] for p in parts])
-    for layout in ("packed", "padded"):
-        try:
-            if _close(_scores(model, layout, torch.cat(parts), positions), alone):
-                return layout
-        except (AttributeError, TypeError, ValueError, RuntimeError):
-            continue
-    return "whole"
+    ids = torch.cat(parts)
+    return first_layout(model, lambda layout: close(_scores(model, layout, ids, positions), alone))

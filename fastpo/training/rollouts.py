@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastpo.kernels import top_p_allowed, unpack_allowed
+
+_BLOCK = 256  # tokens
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,40 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
     outside = probabilities.cumsum(-1) - probabilities >= top_p
     outside[:, 0] = False
     return logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), float("-inf"))
+
+
+def draw(logits: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each row's distribution function passes its number in [0, 1), and that token's log-prob.
+
+    Args:
+        logits: fp32 (rows, V), -inf where nothing may be chosen.
+        at: fp64 (rows, 1).
+
+    Returns:
+        int64 and fp32 (rows, 1).
+    """
+    largest = logits.amax(-1, keepdim=True)
+    weights = (logits - largest).exp()
+    if over := -weights.shape[-1] % _BLOCK:
+        weights = F.pad(weights, (0, over))
+    blocks = weights.unflatten(-1, (-1, _BLOCK))
+    # sums of blocks first: a running sum in double precision of all V would take longer than the softmax
+    block, within, total = _passed(blocks.sum(-1, dtype=torch.float64), at)
+    rows = torch.arange(len(blocks), device=block.device)
+    inside, *_ = _passed(blocks[rows, block[:, 0]].double(), within)
+    chosen = block * _BLOCK + inside
+    return chosen, logits.gather(-1, chosen) - largest - total.log().float()
+
+
+def _passed(weights: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the running sums (rows, n) pass a share (rows, 1) of the total; the share of that weight; the total."""
+    sums = weights.cumsum(-1)
+    total = sums[:, -1:]
+    # rounded to the total it would pass nowhere, and what has no weight is never the first above
+    amount = torch.minimum(share * total, torch.nextafter(total, torch.zeros_like(total)))
+    place = torch.searchsorted(sums, amount, right=True).clamp(max=weights.shape[-1] - 1)
+    of = weights.gather(-1, place)
+    return place, ((amount - sums.gather(-1, place)) / of + 1).clamp(0, 1), total
 
 
 def batches(prompts: Sequence[Sequence[int]], n: int, room: int, tokens: int) -> Iterator[list[tuple[int, int]]]:
@@ -197,12 +235,10 @@ class _Draws:
         if self.sampling.temperature == 0:
             chosen = logits.argmax(-1, keepdim=True)
         else:
-            logprobs = nucleus(logits / self.sampling.temperature, self.sampling.top_p).log_softmax(-1)
-            cumulative = logprobs.double().exp().cumsum(-1)
-            # drawn on the CPU, so that every device draws the same; the last sum is 1 up to rounding
-            at = self.draws[:, step : step + 1].to(logits.device) * cumulative[:, -1:]
-            chosen = torch.searchsorted(cumulative, at, right=True).clamp(max=logits.shape[-1] - 1)
-            self.logprobs[:, step] = logprobs.gather(-1, chosen)[:, 0].cpu()
+            logits = nucleus(logits / self.sampling.temperature, self.sampling.top_p)
+            # drawn on the CPU, so that every device draws the same
+            chosen, logprobs = draw(logits, self.draws[:, step : step + 1].to(logits.device))
+            self.logprobs[:, step] = logprobs[:, 0].cpu()
         return torch.full_like(scores, float("-inf")).scatter(-1, chosen, 0.0)
 
     def _with(self, theirs: Tensor, logits: Tensor) -> Tensor:
@@ -229,6 +265,63 @@ class _Draws:
                 ends[row] = any(string in text for string in self.sampling.stop_strings)
         self.length = torch.where((self.length == 0) & ends, new.shape[1], self.length)
         return (self.length > 0).to(input_ids.device)
+
+
+@cache
+def _growing_layer() -> Any:
+    """The class of a cache layer with all its memory at once; transformers' own copies everything at each token."""
+    from transformers.cache_utils import DynamicLayer
+
+    class GrowingLayer(DynamicLayer):
+        def __init__(self, keys: Tensor, values: Tensor, rows: Tensor, room: int) -> None:
+            super().__init__()
+            self.lazy_initialization(keys, values)
+            self.room = []
+            for begun in (keys, values):
+                shape = (len(rows), *begun.shape[1:-2], begun.shape[-2] + room, begun.shape[-1])
+                self.room.append(begun.new_empty(shape))
+                self.room[-1][..., : begun.shape[-2], :] = begun[rows]
+            self._show(keys.shape[-2])
+
+        def _show(self, length: int) -> None:
+            self.keys, self.values = (all_of[..., :length, :] for all_of in self.room)
+
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            begin, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+            for all_of, new in zip(self.room, (key_states, value_states), strict=True):
+                all_of[..., begin:end, :] = new
+            self._show(end)
+            return self.keys, self.values
+
+    return GrowingLayer
+
+
+def _begin(model: Any, ids: Tensor, mask: Tensor, room: int, *, always: bool) -> dict[str, Any]:
+    """What `generate` takes as begun: the cache of all tokens of the prompts but the last, each prompt computed once.
+
+    Args:
+        model: a transformers causal LM.
+        ids, mask: (rows, width), padded on the left.
+        room: tokens that will be added.
+        always: run the model, also if nothing can come of it: other processes wait for that.
+    """
+    width = ids.shape[1] - 1
+    if not (width or always):
+        return {}
+    alone, rows = torch.unique(torch.stack([ids, mask], -1), dim=0, return_inverse=True)
+    ids, mask = alone[:, : max(width, 1), 0], alone[:, : max(width, 1), 1]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": True}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"] = 1
+    cache = model(**inputs).past_key_values
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    # others, as of windows or recurrent states, know better
+    if not width or type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return {}
+    cache.layers = [_growing_layer()(layer.keys, layer.values, rows, room + 1) for layer in cache.layers]
+    return {"past_key_values": cache}
 
 
 class TransformersEngine:
@@ -311,6 +404,8 @@ class TransformersEngine:
         decode = self.tokenizer.decode if sampling.stop_strings else None
         companion = None if other is None else _Companion(other.model, mask)
         choice = _Draws(draws, width, sampling, decode, other, companion)
+        # completions of one prompt have one beginning
+        begun = _begin(model, ids, mask, sampling.max_new_tokens, always=self.largest is not None)
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=False,
@@ -326,6 +421,7 @@ class TransformersEngine:
             logits_processor=LogitsProcessorList([choice.choose]),
             stopping_criteria=StoppingCriteriaList([choice.stopped]),
             synced_gpus=self.largest is not None,
+            **begun,
         )
         lengths = torch.where(choice.length > 0, choice.length, out.shape[1] - width).tolist()
         new = out[:, width:].tolist()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastpo.kernels import pack_allowed, token_logprobs, unpack_allowed
-from fastpo.training.rollouts import Mask, Mixture, Sampling, TransformersEngine, nucleus, uniforms
+from fastpo.training.rollouts import Mask, Mixture, Sampling, TransformersEngine, draw, nucleus, uniforms
 
 from .conftest import character_tokenizer, tiny_model
 
@@ -87,6 +87,40 @@ def test_greedy_takes_the_most_probable_token(model):
     found = engine_of(model, tokens=10_000).generate(PROMPTS, 2, replace(SAMPLING, temperature=0.0))
     for prompt, rollout in everything(found):
         assert rollout.ids == logits_of(model, prompt, rollout.ids).argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("size", [5, 256, 1000])
+def test_draws_invert_the_distribution_function(size):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, size, generator=generator) * 3
+    logits[:, ::3] = float("-inf")
+    at = torch.rand(40, 1, generator=generator, dtype=torch.float64)
+    at[0], at[1] = 0.0, 1 - 2**-53
+    chosen, logprobs = draw(logits, at)
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    before = (cumulative - logits.double().softmax(-1)).gather(-1, chosen)
+    # the weights' fp32 exponentials, each within 2 ulp
+    slack = 4 * 2.0**-24
+    assert (before <= at + slack).all() and (at <= cumulative.gather(-1, chosen) + slack).all()
+    assert logits.gather(-1, chosen).isfinite().all()
+    # two roundings of numbers below 32
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1).gather(-1, chosen), rtol=0, atol=2 * 2.0**-19)
+
+
+def test_the_ends_of_the_draws_never_have_no_weight():
+    logits = torch.full((2, 600), float("-inf"))
+    logits[:, [7, 300, 301]] = 0.0
+    chosen, _ = draw(logits, torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.float64))
+    assert chosen[:, 0].tolist() == [7, 301]
+
+
+def test_a_prompt_is_computed_once(model):
+    seen = []
+    hook = model.model.layers[0].register_forward_hook(lambda _, inputs, __: seen.append(tuple(inputs[0].shape[:2])))
+    engine_of(model, tokens=1000).generate([PROMPTS[0], PROMPTS[2]], 3, Sampling(max_new_tokens=4))
+    hook.remove()
+    # the prompts without their last tokens, then a token of every row
+    assert seen == [(2, 3)] + [(6, 1)] * 4
 
 
 def test_the_nucleus_is_the_smallest_set_that_reaches_its_probability():

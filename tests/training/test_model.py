@@ -44,15 +44,15 @@ def architectures():
     )
 
     qwen = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    yield "qwen2", "packed", lambda: Qwen2ForCausalLM(Qwen2Config(vocab_size=20, **qwen, num_key_value_heads=1))
+    yield "qwen2", "shared", lambda: Qwen2ForCausalLM(Qwen2Config(vocab_size=20, **qwen, num_key_value_heads=1))
     gpt2 = dict(n_embd=16, n_layer=2, n_head=2)
-    yield "gpt2", "packed", lambda: GPT2LMHeadModel(GPT2Config(vocab_size=20, **gpt2))
+    yield "gpt2", "shared", lambda: GPT2LMHeadModel(GPT2Config(vocab_size=20, **gpt2))
     # ALiBi positions and recurrent states run through a packed row
     bloom = dict(hidden_size=16, n_layer=2, n_head=2)
     yield "bloom", "padded", lambda: BloomForCausalLM(BloomConfig(vocab_size=20, **bloom))
     mamba = dict(hidden_size=16, num_hidden_layers=2, state_size=4)
     yield "mamba", "padded", lambda: MambaForCausalLM(MambaConfig(vocab_size=20, **mamba))
-    yield "llama", "packed", lambda: tiny_model(20)
+    yield "llama", "shared", lambda: tiny_model(20)
 
 
 @pytest.mark.parametrize("name, layout, build", [pytest.param(*a, id=a[0]) for a in architectures()])
@@ -66,7 +66,7 @@ def test_packed_equals_one_by_one(name, layout, build):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
 def test_gradients_too(layout):
     model = tiny_model(20)
     weights = torch.randn(12, generator=torch.Generator().manual_seed(0))
