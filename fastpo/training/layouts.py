@@ -96,7 +96,7 @@ class Row(NamedTuple):
     Attributes:
         kept: (M,) of the N tokens of the sequences one behind the other, those that stand in the row, in its order.
         place: (N,) where in the row each of the N is.
-        counts: of each sequence, in the order of the row, its own tokens there.
+        counts: of each sequence, in the order of the row, its own tokens there; copies are left out.
         lengths: all its tokens.
         seen: (sum(lengths),) where in the row those stand; None if all are their own.
     """
@@ -117,7 +117,8 @@ def share(input_ids: Tensor, position_ids: Tensor) -> Row:
     starts = [i for i, position in enumerate(position_ids.tolist()) if position == 0]
     spans = [(start, ids[start:end]) for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)]
     kept: list[int] = []
-    place, index = [0] * len(ids), []
+    place = [0] * len(ids)
+    seen: list[int] = []
     counts, lengths = [], []
     before: list[int] = []
     where: list[int] = []
@@ -127,9 +128,10 @@ def share(input_ids: Tensor, position_ids: Tensor) -> Row:
         where = where[:same] + list(range(len(kept), len(kept) + len(own)))
         kept += own
         place[start : start + len(tokens)] = where
-        index += where
-        counts.append(len(own))
-        lengths.append(len(tokens))
+        if own:
+            counts.append(len(own))
+            lengths.append(len(tokens))
+            seen += where
         before = tokens
     shared = len(kept) < len(ids)
     return Row(
@@ -137,15 +139,15 @@ def share(input_ids: Tensor, position_ids: Tensor) -> Row:
         torch.tensor(place, device=device),
         tuple(counts),
         tuple(lengths),
-        torch.tensor(index, device=device) if shared else None,
+        torch.tensor(seen, device=device) if shared else None,
     )
 
 
 def _common(before: Sequence[int], tokens: Sequence[int]) -> int:
-    """So many first tokens are taken from the sequence before; one at least is a sequence's own."""
-    limit = min(len(before), len(tokens) - 1)
+    """So many first tokens are taken from the sequence before; of a copy all, whose numbers then are the same bits."""
+    limit = min(len(before), len(tokens))
     same = next((i for i in range(limit) if before[i] != tokens[i]), limit)
-    return same if same >= LEAST_PREFIX else 0
+    return same if same >= LEAST_PREFIX or same == len(tokens) else 0
 
 
 def _shared(model: Any, input_ids: Tensor, position_ids: Tensor, keep: Tensor) -> Tensor:

@@ -67,7 +67,12 @@ def pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
     def text(letter: str) -> str:
         return "".join(rng.choice("bcd" + letter) for _ in range(rng.randint(1, 9)))
 
-    return [{"prompt": text("e") + " ", "chosen": text("a"), "rejected": text("z")} for _ in range(count)]
+    def row() -> dict[str, str]:
+        out = {"prompt": text("e") + " ", "chosen": text("a"), "rejected": text("z")}
+        # which of two equal completions has more is a matter of rounding
+        return out if out["chosen"] != out["rejected"] else row()
+
+    return [row() for _ in range(count)]
 
 
 @pytest.fixture(scope="session")

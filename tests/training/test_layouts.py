@@ -83,15 +83,22 @@ def test_every_sequence_has_what_it_has_alone(model):
 def test_a_prefix_stands_once():
     sequences = prefixed()
     row = share(*flat(sequences))
-    # beside the first of each prompt: what follows the prompt; of a copy, its last token
+    # beside the first of each prompt: what follows the prompt; of a copy nothing
     first, second = LEAST_PREFIX + 4, LEAST_PREFIX
-    expected = (first + 3) + (second + 7) + 1 + 5 + (LEAST_PREFIX - 1 + 2) + 1 + 5
+    expected = (first + 3) + (second + 7) + 1 + 5 + (LEAST_PREFIX - 1 + 2) + 5
     assert len(row.kept) == sum(row.counts) == expected
-    assert sorted(row.lengths) == sorted(map(len, sequences))
+    assert sorted(row.lengths) == sorted(map(len, {tuple(s) for s in sequences}))
     ids, positions = flat(sequences)
     # every token is where a token like it is, at its position, and every place is one's
     assert torch.equal(ids[row.kept][row.place], ids) and torch.equal(positions[row.kept][row.place], positions)
     assert torch.equal(row.place[row.kept], torch.arange(expected))
+
+
+def test_copies_are_equal_to_the_bit(model):
+    one, two, three = tokens(5, 30, 7)
+    ids, positions = flat([one, two, three, two, one])
+    found = run("shared", model.model, ids, positions, torch.arange(len(ids))).split([5, 30, 7, 30, 5])
+    assert torch.equal(found[0], found[4]) and torch.equal(found[1], found[3])
 
 
 def test_nothing_is_gathered_where_nothing_is_shared():

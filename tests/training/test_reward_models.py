@@ -49,13 +49,13 @@ def architectures():
 
     one = dict(vocab_size=20, num_labels=1, pad_token_id=PAD)
     gpt2 = dict(n_embd=16, n_layer=2, n_head=2)
-    yield "gpt2", "packed", lambda: GPT2ForSequenceClassification(GPT2Config(**one, **gpt2))
+    yield "gpt2", "shared", lambda: GPT2ForSequenceClassification(GPT2Config(**one, **gpt2))
     bloom = dict(hidden_size=16, n_layer=2, n_head=2)
     yield "bloom", "padded", lambda: BloomForSequenceClassification(BloomConfig(**one, **bloom))
     bert = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    yield "bert", "whole", lambda: BertForSequenceClassification(BertConfig(**one, **bert))
-    yield "llama", "packed", lambda: tiny_reward_model(20, pad=PAD)
-    yield "llama without padding", "packed", lambda: tiny_reward_model(20)
+    yield "bert", None, lambda: BertForSequenceClassification(BertConfig(**one, **bert))
+    yield "llama", "shared", lambda: tiny_reward_model(20, pad=PAD)
+    yield "llama without padding", "shared", lambda: tiny_reward_model(20)
 
 
 @pytest.mark.parametrize("name, layout, build", [pytest.param(*a, id=a[0]) for a in architectures()])
