@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import threading
 import time
@@ -145,7 +146,8 @@ def optimizer_step(job: Job, step: int) -> dict[str, float]:
     metrics |= {"grad_norm": float(norm), "lr": rate}
     if job.order is None:
         metrics["epoch"] = (step + 1) * job.size / len(job.examples)
-    return metrics | {"tokens": sum(job.examples[i].tokens for i in indices)}
+    examples = [job.examples[i] for i in indices]
+    return metrics | {"tokens": sum(example.tokens for example in examples), "padding": _padding(job, examples)}
 
 
 def micro_batches(accelerator: Any, examples: Sequence[Example], tokens: int) -> Iterator[tuple[list[int], MicroBatch]]:
@@ -156,6 +158,19 @@ def micro_batches(accelerator: Any, examples: Sequence[Example], tokens: int) ->
     lengths = [example.tokens for example in examples]
     for members in plan(lengths, tokens, accelerator.num_processes)[accelerator.process_index]:
         yield members, collate([examples[i] for i in members or [0]], accelerator.device)
+
+
+def _padding(job: Job, examples: Sequence[Example]) -> float:
+    """The share of the positions, in the forwards of a step over all ranks, that are there to fill a rectangle."""
+    policy = job.accelerator.unwrap_model(job.policy)
+    forwards = plan([example.tokens for example in examples], job.tokens, job.accelerator.num_processes)
+    found = [
+        policy.computed([(len(examples[i].prompt), len(c)) for i in members for c in examples[i].completions])
+        for members in itertools.chain(*forwards)
+        if members
+    ]
+    there, computed = (sum(part) for part in zip(*found, strict=True))
+    return 1 - there / computed
 
 
 def _by_micro_batches(job: Job, indices: Sequence[int], seed: int) -> tuple[dict[str, float], State]:

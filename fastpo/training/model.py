@@ -6,12 +6,14 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastpo.kernels import linear_logprobs, token_kl, token_logprobs
 from fastpo.kernels.completions import head_of
@@ -234,6 +236,10 @@ class Policy(nn.Module):
             found["values"] = self.own(hidden)
         return {"logprobs": logprobs, **found}
 
+    def computed(self, lengths: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """Of a forward of sequences of these lengths of prompt and completion: their positions, and those computed."""
+        return _positions(self.layout, lengths)
+
     def inside(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """function(model, *arguments): what FSDP sees as a forward, so that it may use weights that are sharded."""
         return function(self.model, *arguments)
@@ -254,6 +260,35 @@ class Critic(nn.Module):
         self.head = nn.Linear(weight.shape[1], heads, device=weight.device, dtype=weight.dtype)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of transformers models in it, inner modules first."""
+    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    return [module for module in model.modules() if type(module).__name__ in names][::-1]
+
+
+def recompute_layers(model: nn.Module) -> None:
+    """Keep only the inputs of each layer for the backward pass, which then computes the layer once more.
+
+    Not by transformers' own switch, which works in training mode only, with its dropout, and takes the cache from
+    whatever generates.
+
+    Raises:
+        UserError: transformers names no layers of it.
+    """
+    found = layers(model)
+    if not found:
+        raise UserError("--gradient_checkpointing: transformers names no layers of this model")
+    for layer in found:
+        layer.forward = partial(_recomputed, layer.forward)
+
+
+def _recomputed(forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*arguments, **options)
+    # nothing is drawn in evaluation mode
+    return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 def with_adapters(model: Any, rank: int, alpha: float, targets: str | list[str]) -> Any:
@@ -383,6 +418,12 @@ def _padded(model: Any, input_ids: Tensor, position_ids: Tensor, keep: Tensor) -
     return out[_sequences(position_ids)[keep], position_ids[keep]]
 
 
+def _positions(layout: str, lengths: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Those of sequences, and those of what they are laid out in: a row, or else a rectangle."""
+    wholes = [prompt + completion for prompt, completion in lengths]
+    return sum(wholes), sum(wholes) if layout == "packed" else len(wholes) * max(wholes)
+
+
 def _sequences(position_ids: Tensor) -> Tensor:
     """The number of each token's sequence (N,)."""
     return (position_ids == 0).cumsum(0) - 1
@@ -454,6 +495,10 @@ class Scores(nn.Module):
             scores = self.of_sequences(which, input_ids, position_ids)
             streams.append(scores.new_zeros(len(targets)).masked_scatter(last, scores))
         return dict(zip(("logprobs", *statistics), streams, strict=True)) if statistics else streams[0]
+
+    def computed(self, lengths: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """As `Policy.computed`."""
+        return _positions(self.layout, lengths)
 
     def of_sequences(self, which: int, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """The score of each packed sequence by one of the models."""
