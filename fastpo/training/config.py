@@ -361,11 +361,28 @@ def built_in_defaults(algorithm: str) -> dict[str, Any]:
     }
 
 
-# of --preset ci: steps and the rate's factor on that of the built-in task, of given data and of what samples. As short
-# as a policy needs to be right three standard errors more often
+# of --preset ci: steps and the rate's factor on that of the built-in task, of given data and of what samples; short,
+# but long enough for gains of many standard errors
 _CI_LENGTHS = {False: (24, 5.0), True: (12, 2.0)}
 
-_CI: Mapping[str, Mapping[str, Any]] = {}
+# what needs more steps, or smaller ones
+_CI: Mapping[str, Mapping[str, Any]] = {
+    # its ranks over all prompts, as above
+    "aot_unpaired": {"optim.lr": 5e-4},
+    # both answers of a pair fall fast, and then part
+    "apo_down": {"steps": 64},
+    # the probability of an answer is learnt from its end to its beginning
+    "fl_detailed_balance": {"steps": 48, "optim.lr": 6e-4},
+    # two models, and who is described by which
+    "maxmin": {"steps": 32},
+    # first of all, what the words for good and bad are
+    "conditional_training": {"steps": 56},
+    "chain_of_hindsight": {"steps": 56},
+    # two steps a turn, or few of its samples teach something
+    **{name: {"steps": 18} for name in ("sppo", "sppo_hard", "inpo", "dno", "nash_md", "nash_ema", "ipo_md")},
+    **{name: {"steps": 18} for name in ("nlpo", "p3o", "copg", "xrpo", "pass_at_k", "online_mcts_dpo", "itool")},
+    **{name: {"steps": 20} for name in ("preamble_rl", "diffu_grpo")},
+}
 
 
 def ci_defaults(algorithm: str) -> dict[str, Any]:
