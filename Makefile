@@ -6,14 +6,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: demo test lint bench gpu-check clean
+.PHONY: demo test test-slow lint bench gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/fastpo train dpo
 
 # a process that waits for its threads leaves a core to the other
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# every algorithm with three seeds in place of one
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow or not slow" tests/training/test_trained.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

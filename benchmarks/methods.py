@@ -2,7 +2,7 @@
 
     python benchmarks/methods.py [NAME ...] [--seeds 3] [--output benchmarks/results/methods.md]
 
-Each run is a process of its own, one after the other, of the lengths that the tests have. Peak memory is the process's,
+Each run is a process of its own, one after the other, as `--preset ci` has it. Peak memory is the process's,
 most of it torch and transformers; masked-diffusion models have a reference of their own.
 """
 
@@ -19,8 +19,6 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# steps and the rate's factor on that of the built-in task: of given data, and of what samples
-LENGTHS = {False: (40, 5.0), True: (20, 2.0)}
 
 
 def child(name: str, seed: int, folder: Path) -> None:
@@ -30,7 +28,6 @@ def child(name: str, seed: int, folder: Path) -> None:
     from fastpo import algorithms
     from fastpo.cli import main
     from fastpo.training import denoising_task, task
-    from fastpo.training.config import built_in_defaults
 
     torch.set_num_threads(1)
     built = denoising_task if algorithms.denoises(name) else task
@@ -38,11 +35,9 @@ def child(name: str, seed: int, folder: Path) -> None:
     if not fitted.exists():
         built.build(fitted, seed, lambda *_: None)
     built.build = lambda to, *_: shutil.copytree(fitted, to, dirs_exist_ok=True)  # type: ignore[assignment]
-    steps, factor = LENGTHS[algorithms.kind(name) == "prompts"]
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
-    command = ["train", name, "--output", str(run), "--steps", str(steps), "--seed", str(seed), "--eval_every", "0"]
-    if main([*command, "--optim.lr", str(factor * built_in_defaults(name)["optim.lr"])]):
+    if main(["train", name, "--preset", "ci", "--output", str(run), "--seed", str(seed)]):
         raise SystemExit(1)
     found = json.loads((run / "summary.json").read_text())
     found["bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from fastpo import algorithms
 from fastpo.training import checkpoint
-from fastpo.training.config import TrainConfig, built_in_defaults
+from fastpo.training.config import PRESETS, TrainConfig, built_in_defaults
 from fastpo.training.errors import Interrupted, UserError
 
 TRAIN_PACKAGES = ("transformers", "accelerate", "datasets", "jsonargparse", "matplotlib", "rich")
@@ -103,6 +103,11 @@ def _parser(name: str) -> Any:
         metavar="RUN",
         help="Folder of a run to continue with its own options (default: the newest one of this algorithm).",
     )
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="Defaults of the built-in task: task, or ci, runs of seconds as the tests have them (default: task).",
+    )
     phrases = algorithms.describe(name)
     defaults = algorithms.defaults(name)
     words = {key: Literal[values] for key, values in algorithms.choices(name).items()}
@@ -127,13 +132,15 @@ def _parse(name: str, argv: list[str]) -> tuple[dict[str, Any], TrainConfig, Pat
             checkpoint.check_algorithm(checkpoint.latest(resume), name)
             argv = ["--config", str(resume / "config.yaml"), *argv]
         if given.model is None and given.data is None:
-            parser.set_defaults(built_in_defaults(name))
+            parser.set_defaults(PRESETS[given.preset or "task"](name))
+        elif given.preset is not None:
+            raise UserError("--preset is of the built-in task, which --model and --data replace")
         given = parser.instantiate(parser.parse_args(argv))
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
         raise UserError(_tidy(str(error), parser)) from error
     values = vars(given)
     hyper = vars(values.pop("algorithm"))
-    for key in ("config", "resume"):
+    for key in ("config", "preset", "resume"):
         values.pop(key)
     return hyper, TrainConfig(**values), resume
 

@@ -13,8 +13,10 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The reference has no instruction set."""
+    """The reference has no instruction set. A file is one worker's, unless its tests say otherwise."""
     for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
         if getattr(item, "callspec", None) is not None and item.callspec.params.get("backend") == "reference":
             item.add_marker("once")
 

@@ -139,6 +139,8 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints; 0 for the end only.
         seed: of initialisation, order and sampling.
         precision: of the forward and backward; weights stay in fp32.
+        gradient_checkpointing: keep only what goes into each layer of the model for the backward, which computes the
+            layer again: less memory, about a third more time.
         parallel: what each of several processes holds: ddp a copy of the models, fsdp2 a share of every tensor.
         tracker: where metrics go besides metrics.jsonl.
         optim: the optimiser.
@@ -162,6 +164,7 @@ class TrainConfig:
     checkpoint_every: int = 100
     seed: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    gradient_checkpointing: bool = False
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -356,6 +359,42 @@ def built_in_defaults(algorithm: str) -> dict[str, Any]:
         "batch.tokens": 256,
         **_BUILT_IN.get(algorithm, {}),
     }
+
+
+# of --preset ci: steps and the rate's factor on that of the built-in task, of given data and of what samples; short,
+# but long enough for gains of many standard errors
+_CI_LENGTHS = {False: (24, 5.0), True: (12, 2.0)}
+
+# what needs more steps, or smaller ones
+_CI: Mapping[str, Mapping[str, Any]] = {
+    # its ranks over all prompts, as above
+    "aot_unpaired": {"optim.lr": 5e-4},
+    # both answers of a pair fall fast, and then part
+    "apo_down": {"steps": 64},
+    # the probability of an answer is learnt from its end to its beginning
+    "fl_detailed_balance": {"steps": 48, "optim.lr": 6e-4},
+    # two models, and who is described by which
+    "maxmin": {"steps": 32},
+    # first of all, what the words for good and bad are
+    "conditional_training": {"steps": 56},
+    "chain_of_hindsight": {"steps": 56},
+    # two steps a turn, or few of its samples teach something
+    **{name: {"steps": 18} for name in ("sppo", "sppo_hard", "inpo", "dno", "nash_md", "nash_ema", "ipo_md")},
+    **{name: {"steps": 18} for name in ("nlpo", "p3o", "copg", "xrpo", "pass_at_k", "online_mcts_dpo", "itool")},
+    **{name: {"steps": 20} for name in ("preamble_rl", "diffu_grpo")},
+}
+
+
+def ci_defaults(algorithm: str) -> dict[str, Any]:
+    """Defaults of the built-in task under --preset ci: a run of about two seconds, measured before and after."""
+    steps, factor = _CI_LENGTHS[algorithms.kind(algorithm) == "prompts"]
+    task = built_in_defaults(algorithm)
+    rate = {"steps": steps, "optim.lr": factor * task["optim.lr"]}
+    # attention between packed sequences is computed and thrown away, and there are more forwards with fewer of them
+    return {**task, **rate, "eval_every": 0, "batch.tokens": 512, **_CI.get(algorithm, {})}
+
+
+PRESETS = {"task": built_in_defaults, "ci": ci_defaults}
 
 
 def as_tree(value: Any) -> Any:

@@ -115,6 +115,11 @@ class Denoiser(Policy):
         logprobs = token_logprobs(rows, torch.where(masked, targets, -100), temperature=self.temperature)
         return (factor.to(logprobs.dtype) * logprobs).sum(0)
 
+    def computed(self, lengths: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """As `Policy.computed`; the room behind every prompt is no padding, as hidden tokens are predicted in it."""
+        prompts = [prompt + self.room for prompt, _ in lengths]
+        return sum(prompts), len(prompts) * max(prompts)
+
     def logits(self, prompts: Tensor, lengths: Tensor, completions: Tensor) -> Tensor:
         """The logits (B, room, V) of the completions' places.
 

@@ -90,6 +90,15 @@ def rectangle(input_ids: Tensor, position_ids: Tensor, fill: int = 0) -> tuple[T
     return padded, mask
 
 
+def positions(layout: Layout | None, lengths: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Those of sequences of these lengths of prompt and completion, and those of the row or rectangle they lie in.
+
+    What a shared prefix spares is not counted: it is no padding.
+    """
+    wholes = [prompt + completion for prompt, completion in lengths]
+    return sum(wholes), sum(wholes) if layout in ("shared", "packed") else len(wholes) * max(wholes)
+
+
 class Row(NamedTuple):
     """Sequences in one row, in which tokens that begin several of them stand once.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import threading
 import time
@@ -146,7 +147,8 @@ def optimizer_step(job: Job, step: int) -> dict[str, float]:
     metrics |= {"grad_norm": float(norm), "lr": rate}
     if job.order is None:
         metrics["epoch"] = (step + 1) * job.size / len(job.examples)
-    return metrics | {"tokens": sum(job.examples[i].tokens for i in indices)}
+    examples = [job.examples[i] for i in indices]
+    return metrics | {"tokens": sum(example.tokens for example in examples), "padding": _padding(job, examples)}
 
 
 def micro_batches(accelerator: Any, examples: Sequence[Example], tokens: int) -> Iterator[tuple[list[int], MicroBatch]]:
@@ -154,11 +156,28 @@ def micro_batches(accelerator: Any, examples: Sequence[Example], tokens: int) ->
 
     No examples mean a forward that is only there so that all ranks have equally many.
     """
+    for members in _forwards(examples, tokens, accelerator.num_processes)[accelerator.process_index]:
+        yield members, collate([examples[i] for i in members or [0]], accelerator.device)
+
+
+def _forwards(examples: Sequence[Example], tokens: int, ranks: int) -> list[list[list[int]]]:
+    """The places of the examples in each forward of each rank."""
     units = together(examples, tokens)
     lengths = [sum(examples[i].tokens for i in unit) for unit in units]
-    for chosen in plan(lengths, tokens, accelerator.num_processes)[accelerator.process_index]:
-        members = [i for unit in chosen for i in units[unit]]
-        yield members, collate([examples[i] for i in members or [0]], accelerator.device)
+    return [[[i for unit in chosen for i in units[unit]] for chosen in rank] for rank in plan(lengths, tokens, ranks)]
+
+
+def _padding(job: Job, examples: Sequence[Example]) -> float:
+    """The share of the positions, in the forwards of a step over all ranks, that are there to fill a rectangle."""
+    policy = job.accelerator.unwrap_model(job.policy)
+    forwards = _forwards(examples, job.tokens, job.accelerator.num_processes)
+    found = [
+        policy.computed([(len(examples[i].prompt), len(c)) for i in members for c in examples[i].completions])
+        for members in itertools.chain(*forwards)
+        if members
+    ]
+    there, computed = (sum(part) for part in zip(*found, strict=True))
+    return 1 - there / computed
 
 
 def _by_micro_batches(job: Job, indices: Sequence[int], seed: int) -> tuple[dict[str, float], State]:

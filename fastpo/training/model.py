@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastpo.kernels import linear_logprobs, token_kl, token_logprobs
 from fastpo.kernels.completions import head_of
 from fastpo.reference.vocabulary import head_logits
 from fastpo.training.batches import MicroBatch
 from fastpo.training.errors import UserError
-from fastpo.training.layouts import Layout, close, find_layout, first_layout, last, rectangle, run, sequences
+from fastpo.training.layouts import Layout, close, find_layout, first_layout, last, positions, rectangle, run, sequences
 
 
 def _source(name: str) -> dict[str, str]:
@@ -230,6 +232,10 @@ class Policy(nn.Module):
             found["values"] = self.own(hidden)
         return {"logprobs": logprobs, **found}
 
+    def computed(self, lengths: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """Of a forward of sequences of these lengths of prompt and completion: their positions, and those computed."""
+        return positions(self.layout, lengths)
+
     def inside(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """function(model, *arguments): what FSDP sees as a forward, so that it may use weights that are sharded."""
         return function(self.model, *arguments)
@@ -250,6 +256,35 @@ class Critic(nn.Module):
         self.head = nn.Linear(weight.shape[1], heads, device=weight.device, dtype=weight.dtype)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of transformers models in it, inner modules first."""
+    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    return [module for module in model.modules() if type(module).__name__ in names][::-1]
+
+
+def recompute_layers(model: nn.Module) -> None:
+    """Keep only the inputs of each layer for the backward pass, which then computes the layer once more.
+
+    Not by transformers' own switch, which works in training mode only, with its dropout, and takes the cache from
+    whatever generates.
+
+    Raises:
+        UserError: transformers names no layers of it.
+    """
+    found = layers(model)
+    if not found:
+        raise UserError("--gradient_checkpointing: transformers names no layers of this model")
+    for layer in found:
+        layer.forward = partial(_recomputed, layer.forward)
+
+
+def _recomputed(forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*arguments, **options)
+    # nothing is drawn in evaluation mode
+    return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 def with_adapters(model: Any, rank: int, alpha: float, targets: str | list[str]) -> Any:
@@ -386,6 +421,10 @@ class Scores(nn.Module):
             scores = self.of_sequences(which, input_ids, position_ids)
             streams.append(scores.new_zeros(len(targets)).masked_scatter(last, scores))
         return dict(zip(("logprobs", *statistics), streams, strict=True)) if statistics else streams[0]
+
+    def computed(self, lengths: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """As `Policy.computed`."""
+        return positions(self.layout, lengths)
 
     def of_sequences(self, which: int, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """The score of each packed sequence by one of the models."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastpo.training.errors import UserError
+from fastpo.training.model import layers
 
 
 def start(**options: Any) -> Any:
@@ -60,10 +61,8 @@ def _sharded(model: Any, device: str) -> Any:
     # log-probs may be a view of something, and nobody changes them in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
-    layers = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    # inner modules first
-    for module in [m for m in model.modules() if type(m).__name__ in layers][::-1]:
-        fully_shard(module, mesh=mesh)
+    for layer in layers(model):
+        fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     if hasattr(model, "inside"):
         register_fsdp_forward_method(model, "inside")

@@ -78,7 +78,10 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def summary(records: Sequence[Record]) -> dict[str, float]:
-    """First and last values of what was evaluated, and of the training metrics over a tenth of the steps."""
+    """First and last values of what was evaluated, and of the training metrics over a tenth of the steps.
+
+    Of the padding, the mean of all steps.
+    """
     steps = [r for r in records if r["step"] > 0]
     evaluated = [r for r in records if any(key.startswith("eval_") for key in r)]
     out: dict[str, float] = {}
@@ -94,6 +97,9 @@ def summary(records: Sequence[Record]) -> dict[str, float]:
         if values:
             ends = values[:few], values[-few:]
             out |= {f"{key}_{when}": sum(v) / len(v) for when, v in zip(("first", "last"), ends, strict=True)}
+    padding = [r["padding"] for r in steps if "padding" in r]
+    if padding:
+        out["padding"] = sum(padding) / len(padding)
     out["tokens_per_second"] = sum(r["tokens"] for r in steps) / max(sum(r["seconds"] for r in steps), 1e-9)
     return out
 

@@ -39,6 +39,7 @@ from fastpo.training.model import (
     load_model,
     load_reward_model,
     load_tokenizer,
+    recompute_layers,
     stop_tokens,
     with_adapters,
     with_adapters_merged,
@@ -221,6 +222,8 @@ class Trained(NamedTuple):
 
 
 def _trained(accelerator: Any, policy: torch.nn.Module, steps: int, config: TrainConfig) -> Trained:
+    if config.gradient_checkpointing:
+        recompute_layers(policy)
     prepared = parallel.prepare(accelerator, policy, config.parallel)
     # its weights may have been replaced by shares of them
     weights = [weight for weight in prepared.parameters() if weight.requires_grad]
@@ -381,7 +384,7 @@ def _prepare_online(
         # who answers is not the policy
         ids = {text: source.tokenizer(text)["input_ids"] for text in task.prompts(config.seed)[1]}
         held_out = [Prompt(text, ids[text], (), {}, 0) for text in ids]
-        return job, lambda: {**measured(), "accuracy": taught.evaluate(held_out)["reward"]}
+        return job, lambda: {"accuracy": taught.evaluate(held_out)["reward"], "kl": measured()["kl"]}
     if not source.eval_prompts:
         return job, dict
     return job, lambda: taught.evaluate(source.eval_prompts)

@@ -59,7 +59,7 @@ CONTRARY = (1, 4, 6)
 # told the number of steps done and their metrics
 Progress = Callable[[int, dict[str, float]], None]
 
-# what the two numbers of `evaluate` are
+# what two of the numbers of `evaluate` are
 ACCURACY = "(answers sampled at temperature 1 for held-out prompts)"
 KL = "(of the policy to the reference, exact over the vocabulary, on those answers)"
 
@@ -452,18 +452,39 @@ class CyclicJudge:
         return (0.5, 0.9, 0.1)[(int(other) - int(one)) % 3]
 
 
+def gain(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """By how much the first exceed the second, on average of the same prompts, and the standard error of that.
+
+    The error is that of the mean of the differences, prompt by prompt: what is hard for both does not count, and that
+    there are other prompts, and that the answers are sampled, both do.
+    """
+    differences = torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64)
+    error = differences.std() / len(differences) ** 0.5
+    return {"gain": float(differences.mean()), "gain_error": float(error)}
+
+
+def _shares(sampled: Sequence[tuple[list[str], Tensor, Tensor]], asked: str = "") -> list[float]:
+    """Of each prompt, how many of its sampled answers are right."""
+    right: dict[str, list[bool]] = {}
+    for same, ids, counts in sampled:
+        for asking, text in zip(same, _texts(ids, counts), strict=True):
+            question = asking.removesuffix(asked)
+            right.setdefault(question, []).append(text == answer(question))
+    return [sum(right[question]) / len(right[question]) for question in sorted(right)]
+
+
 @torch.no_grad()
 def evaluate(policy: Any, reference: Any, seed: int, times: int = 8, asked: str = "") -> dict[str, float]:
     """Accuracy of answers sampled for the held-out prompts, and KL(policy || reference) in nats per answer.
 
-    The KL is exact over the vocabulary at every token, averaged over the sampled answers. The policy alone is asked
-    with `asked` behind each prompt.
+    The KL is exact over the vocabulary at every token, averaged over the sampled answers. The gain is in accuracy over
+    the reference, which answers with the same draws. The policy alone is asked with `asked` behind each prompt.
     """
-    right, kl, rows = 0, 0.0, 0
-    for same, ids, counts in sample(policy, [question + asked for question in prompts(seed)[1]], times, seed):
-        questions = [question.removesuffix(asked) for question in same]
-        right += sum(text == answer(q) for q, text in zip(questions, _texts(ids, counts), strict=True))
-        plain = torch.tensor([_ids(question) for question in questions], device=ids.device)
+    questions = prompts(seed)[1]
+    sampled = sample(policy, [question + asked for question in questions], times, seed)
+    kl, rows = 0.0, 0
+    for same, ids, counts in sampled:
+        plain = torch.tensor([_ids(question.removesuffix(asked)) for question in same], device=ids.device)
         plain = torch.cat([plain, ids[:, -ANSWER_LENGTH:]], 1)
         p, q = (
             m(input_ids=given, use_cache=False).logits[:, -ANSWER_LENGTH - 1 : -1].float().log_softmax(-1)
@@ -472,4 +493,5 @@ def evaluate(policy: Any, reference: Any, seed: int, times: int = 8, asked: str 
         per_token = (p.exp() * (p - q)).sum(-1)
         kl += torch.where(counts, per_token, 0).sum().item()
         rows += len(same)
-    return {"accuracy": right / rows, "kl": kl / rows}
+    ours, theirs = _shares(sampled, asked), _shares(sample(reference, questions, times, seed))
+    return {"accuracy": sum(ours) / len(ours), "kl": kl / rows, **gain(ours, theirs)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import shutil
 import string
@@ -87,23 +89,77 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, dict[str, list[str]]]]:
-    """The built-in task's reference in a folder, and the answers that are sampled from it for every method.
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The reference of a built-in task (`task` or `denoising_task`) and a seed in a folder.
 
-    Those are by the number of prompts that they are for.
+    It is fitted once, also where several processes share the tests, unless two need it at the same moment.
     """
-    from fastpo.training import task
+    from fastpo.training import denoising_task
+
+    # before a test replaces them
+    builds = {built: built.build for built in (task, denoising_task)}
+    mine = tmp_path_factory.getbasetemp()
+    everyones = mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine
+
+    def fitted(built: Any = task, seed: int = 0) -> Path:
+        folder = everyones / f"{built.__name__}-{seed}"
+        if not folder.exists():
+            partial, before = tmp_path_factory.mktemp("reference"), torch.get_num_threads()
+            # as a run of the task does
+            torch.set_num_threads(1)
+            builds[built](partial, seed, lambda *_: None)
+            torch.set_num_threads(before)
+            with contextlib.suppress(OSError):
+                partial.rename(folder)
+        return folder
+
+    return fitted
+
+
+@pytest.fixture(scope="session")
+def answers(fitted: Callable[..., Path]) -> Callable[[int], dict[str, list[str]]]:
+    """What the built-in task's reference of a seed answers to every prompt, as it is sampled for every method."""
     from fastpo.training.model import load_model
 
-    folder = tmp_path_factory.mktemp("built-in")
-    before = torch.get_num_threads()
-    # as a run of the task does
-    torch.set_num_threads(1)
-    task.build(folder, 0, lambda *_: None)
-    model = load_model(str(folder / task.REFERENCE))
-    answers = {len(questions): task._answers(model, questions, 0) for questions in task.prompts(0)}
-    torch.set_num_threads(before)
-    return folder, answers
+    found: dict[int, dict[str, list[str]]] = {}
+    sample = task._answers
+
+    def answers(seed: int) -> dict[str, list[str]]:
+        if seed not in found:
+            model = load_model(str(fitted(task, seed) / task.REFERENCE))
+            found[seed] = {q: texts for of in task.prompts(seed) for q, texts in sample(model, of, seed).items()}
+        return found[seed]
+
+    return answers
+
+
+@pytest.fixture
+def trained(
+    fitted: Any, answers: Any, tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """A run of `--preset ci` from the shared reference, without its figure; returns its folder."""
+    from fastpo.training import denoising_task, run
+
+    # as long as several steps
+    monkeypatch.setattr(run, "plot", lambda *_: None)
+    monkeypatch.setattr(task, "_answers", lambda _, questions, seed: {q: [*answers(seed)[q]] for q in questions})
+    for built in (task, denoising_task):
+
+        def copied(to: Path, seed: int, _: Any, built: Any = built) -> None:
+            shutil.copytree(fitted(built, seed), to, dirs_exist_ok=True)
+
+        monkeypatch.setattr(built, "build", copied)
+
+    def trained(name: str, *more: str, output: str = "run") -> Path:
+        assert main(["train", name, "--preset", "ci", "--output", str(tmp_path / output), *more]) == 0
+        return tmp_path / output
+
+    return trained
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """Of a run."""
+    return json.loads((folder / "summary.json").read_text())
 
 
 @pytest.fixture
@@ -132,26 +188,3 @@ def fresh_accelerate() -> Iterator[None]:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def sampled_run(fitted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, float]]:
-    """A short run of a method that samples on the built-in task; returns its summary."""
-
-    def run(name: str, *more: str, shuffled: bool = False) -> dict[str, float]:
-        verify = task.verify
-
-        def scorer(samples: Any) -> list[float]:
-            rewards = verify(samples)
-            random.Random(0).shuffle(rewards)
-            return rewards
-
-        monkeypatch.setattr(task, "build", lambda to, *_: shutil.copytree(fitted[0], to, dirs_exist_ok=True))
-        if shuffled:
-            monkeypatch.setattr(task, "verify", scorer)
-        folder = tmp_path / "run"
-        command = ["train", name, "--output", str(folder), "--steps", "14", "--optim.lr", "1e-3", "--eval_every", "0"]
-        assert main([*command, "--batch.tokens", "4096", *more]) == 0
-        return json.loads((folder / "summary.json").read_text())
-
-    return run

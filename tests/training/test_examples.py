@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 
 from fastpo import algorithms
 from fastpo.cli import main
-from fastpo.training import task
+
+from .conftest import summary
 
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.usefixtures("threads")
@@ -27,15 +26,12 @@ def new_algorithm(monkeypatch):
     return module
 
 
-def test_an_algorithm_of_ones_own(new_algorithm, fitted, tmp_path, monkeypatch, capsys):
+def test_an_algorithm_of_ones_own(new_algorithm, trained, capsys):
     lines = (EXAMPLES / "new_algorithm.py").read_text().splitlines()
     code = lines[lines.index("import sys") :]
     assert len([line for line in code if line.strip()]) < 40
-    monkeypatch.setattr(task, "build", lambda to, *_: shutil.copytree(fitted[0], to, dirs_exist_ok=True))
-    options = ["--steps", "16", "--optim.lr", "1e-3", "--eval_every", "0", "--output", str(tmp_path / "run")]
-    assert main(["train", "median_grpo", *options, "--algorithm.beta", "0.01"]) == 0
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["accuracy_after"] > summary["accuracy_before"] + 0.15
+    found = summary(trained("median_grpo", "--algorithm.beta", "0.01"))
+    assert found["gain_after"] > 3 * found["gain_error_after"]
     assert main(["train", "median_grpo", "--algorithm.most", "0"]) == 2
     assert "most must be in (0, inf)" in capsys.readouterr().err
 

@@ -20,6 +20,7 @@ from fastpo.training.loop import (
     _whole_step,
     constant_streams,
     evaluate_examples,
+    micro_batches,
     optimizer_step,
 )
 from fastpo.training.model import Logits, Policy, Scores, policy_inputs
@@ -164,6 +165,22 @@ def test_micro_batches_add_up_to_the_batch(name, tokens):
     assert whole.memory.state.keys() == parts.memory.state.keys()
     for ours, theirs in zip(whole.policy.parameters(), parts.policy.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [4096, 61])
+def test_padding_is_counted(tokens):
+    """Of what is laid out as rectangles: each forward's is as long as its longest sequence."""
+    packed, padded = make_job(tokens=tokens), make_job(tokens=tokens)
+    padded.policy.layout = "padded"
+    assert optimizer_step(packed, 0)["padding"] == 0
+    indices = padded.indices(0)
+    there = computed = 0
+    for members, batch in micro_batches(padded.accelerator, [padded.examples[i] for i in indices], tokens):
+        assert members
+        there += len(batch.input_ids)
+        computed += int((batch.position_ids == 0).sum()) * (int(batch.position_ids.max()) + 1)
+    found = optimizer_step(padded, 0)["padding"]
+    assert 0 < found < 1 and found == pytest.approx(1 - there / computed)
 
 
 COUPLED = [name for name in GIVEN if algorithms.build(name, {}).whole_step]

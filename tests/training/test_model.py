@@ -7,7 +7,8 @@ import torch
 
 from fastpo.training.batches import collate
 from fastpo.training.data import Example
-from fastpo.training.model import Policy, policy_inputs
+from fastpo.training.errors import UserError
+from fastpo.training.model import Policy, policy_inputs, recompute_layers
 from tests.memory import peak_allocated
 
 from .conftest import tiny_model
@@ -64,6 +65,75 @@ def test_packed_equals_one_by_one(name, layout, build):
     found = policy(*policy_inputs(collate(EXAMPLES, torch.device("cpu"))))
     expected = one_by_one(model, EXAMPLES)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name, layout, build", [pytest.param(*a, id=a[0]) for a in architectures()])
+def test_what_a_forward_computes(name, layout, build):
+    """All positions of a row of sequences, or of a rectangle that is as long as the longest one: counted by a hook."""
+    policy, shapes = Policy(build().eval()), []
+    policy.model.get_input_embeddings().register_forward_hook(lambda *given: shapes.append(given[1][0].shape))
+    policy(*policy_inputs(collate(EXAMPLES, torch.device("cpu"))))
+    lengths = [(len(example.prompt), len(c)) for example in EXAMPLES for c in example.completions]
+    there, computed = policy.computed(lengths)
+    assert there == sum(map(sum, lengths)) == 24 and computed == shapes[0].numel() == (30 if layout == "padded" else 24)
+
+
+def saved_bytes(function):
+    """What a forward leaves for its backward, and the forward's result."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    return sum(storage.nbytes() for storage in storages.values()), result
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("name, layout, build", [pytest.param(*a, id=a[0]) for a in architectures()])
+def test_layers_are_computed_again(name, layout, build, adapters):
+    """With the same values and gradients, and dropout as it was: switched off."""
+    torch.manual_seed(0)
+    model = build().eval()
+    if adapters:
+        from peft import LoraConfig, get_peft_model
+
+        targets = {"gpt2": "c_fc", "bloom": "query_key_value", "mamba": "in_proj"}.get(name, "v_proj")
+        model = get_peft_model(
+            model, LoraConfig(r=2, target_modules=[targets], init_lora_weights=False, fan_in_fan_out=name == "gpt2")
+        ).eval()
+    policy = Policy(model)
+    inputs = policy_inputs(collate(EXAMPLES, torch.device("cpu")))
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    weights = torch.linspace(-1, 1, 12)
+    before, expected = saved_bytes(lambda: policy(*inputs))
+    slopes = torch.autograd.grad(expected @ weights, parameters, allow_unused=True)
+    recompute_layers(policy)
+    after, found = saved_bytes(lambda: policy(*inputs))
+    assert torch.equal(found, expected)
+    for ours, theirs in zip(torch.autograd.grad(found @ weights, parameters, allow_unused=True), slopes, strict=True):
+        assert (ours is None) == (theirs is None) and (ours is None or torch.equal(ours, theirs))
+    # what is left is the weights around the layers, and the head's
+    assert after < before / 2
+    assert not any(module.training for module in model.modules())
+
+
+def test_generation_keeps_its_cache():
+    """Layers are computed again only where there is a backward."""
+    model = tiny_model(20)
+    ids = torch.tensor([[1, 2, 3]])
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    recompute_layers(model)
+    with torch.no_grad():
+        assert model(input_ids=ids, use_cache=True).past_key_values.get_seq_length() == 3
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0), expected)
+
+
+def test_a_model_without_layers():
+    with pytest.raises(UserError, match="names no layers"):
+        recompute_layers(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("layout", ["shared", "packed", "padded"])

@@ -90,7 +90,7 @@ def test_a_run_leaves_what_it_says(straight, model_folder, capsys):
     assert summary["algorithm"] == "dpo" and summary["steps"] == 6 and summary["examples"] == 20
     assert summary["loss_before"] == pytest.approx(0.693147, abs=1e-5)
     assert summary["loss_after"] < 0.6 and summary["reward_accuracy_after"] > 0.8
-    assert summary["tokens_per_second"] > 0 and summary["seconds"] > 0
+    assert summary["tokens_per_second"] > 0 and summary["seconds"] > 0 and summary["padding"] == 0
     assert (straight / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in (straight / "checkpoints").iterdir()] == ["step-00000006"]
     config = yaml.safe_load((straight / "config.yaml").read_text())
@@ -115,6 +115,12 @@ def test_resuming_is_bitwise_the_straight_run(name, straight_runs, model_folder,
     assert checkpoint.latest(output).name == "step-00000003"
     assert main(["train", name, "--resume", str(output)]) == 0
     assert_same_run(straight, output)
+
+
+def test_layers_that_are_computed_again_change_nothing(straight, model_folder, data, tmp_path):
+    more = ("--eval_data", data, "--gradient_checkpointing", "true")
+    assert main(options(model_folder, data, tmp_path / "run", *more)) == 0
+    assert_same_run(straight, tmp_path / "run")
 
 
 def test_a_finished_run_resumes_only_with_more_steps(model_folder, data, tmp_path, capsys):

@@ -42,8 +42,18 @@ def test_the_prompts_are_all_sums_and_a_fifth_is_held_out():
 
 
 def test_the_verifier_scores_samples():
-    assert task.evaluate(Adder(), Adder(), 0) == {"accuracy": 1.0, "kl": pytest.approx(0, abs=1e-6)}
+    found = task.evaluate(Adder(), Adder(), 0)
+    assert found == {"accuracy": 1.0, "kl": pytest.approx(0, abs=1e-6), "gain": 0, "gain_error": 0}
     assert task.evaluate(Adder("100"), Adder("100"), 0)["accuracy"] == 0
+
+
+def test_the_gain_is_paired_by_prompt():
+    """Who is always right against who answers 12: alone, each prompt differs by 0 or 1."""
+    twelve = [task.answer(prompt) == "12" for prompt in task.prompts(0)[1]]
+    found = task.evaluate(Adder(), Adder("12"), 0)
+    share = 1 - sum(twelve) / len(twelve)
+    assert 0 < share < 1 and found["accuracy"] == 1 and found["gain"] == pytest.approx(share)
+    assert found["gain_error"] == pytest.approx((share * (1 - share) / (len(twelve) - 1)) ** 0.5)
 
 
 def test_the_kl_is_exact():
