@@ -181,4 +181,48 @@ struct Listwise {
   double* scratch;  // on the GPU: one number per item
 };
 
+constexpr int max_leading = 8;
+
+// The leading dimensions of tensors that are broadcast, merged where that is the same: rows are counted over them.
+struct Leading {
+  int dims;
+  Int64 sizes[max_leading];
+};
+
+// A tensor (..., K) of which each row is contiguous: complex numbers as pairs, or real ones.
+struct Operand {
+  const void* data;
+  Int64 strides[max_leading];  // in numbers, 0 where it is broadcast
+};
+
+// Σ_n v_n / (z_l - w_n), and with `symmetric` the same of the conjugates of v and w; and its gradients. All numbers are
+// complex of one type, outputs are contiguous.
+struct Cauchy {
+  Leading leading;
+  Operand v, w;  // (rows, poles)
+  Operand z;     // (rows, nodes)
+  Operand grad;  // (rows, nodes), of the backward
+  Int64 rows, poles, nodes;
+  void* out;     // (rows, nodes)
+  void* grad_v;  // (rows, poles), null if not wanted, as the others
+  void* grad_z;  // (rows, nodes)
+  void* grad_w;  // (rows, poles)
+  bool symmetric;
+  bool is_double;
+};
+
+// Σ_n v_n e^(x_n l), or with `real` twice its real part; and the moments Σ_l u_l e^(x_n l), Σ_l l u_l e^(x_n l), where
+// `real` means u. All other numbers are complex of the same type, outputs are contiguous.
+struct Vandermonde {
+  Leading leading;
+  Operand v, x;  // (rows, terms)
+  Operand u;     // (rows, length), of the moments
+  Int64 rows, terms, length;
+  void* out;     // (rows, length)
+  void* moment;  // (rows, terms)
+  void* slope;   // (rows, terms), or null if not wanted
+  bool real;
+  bool is_double;
+};
+
 }  // namespace fastpo

@@ -10,6 +10,7 @@ from fastpo.kernels import (
     TokenLogprobs,
     affine_scan,
     balance,
+    cauchy,
     completion_logprobs,
     group_normalize,
     linear_logprobs,
@@ -25,6 +26,8 @@ from fastpo.kernels import (
     top_p_allowed,
     unpack_allowed,
     use_backend,
+    vandermonde,
+    vandermonde_transpose,
 )
 from fastpo.losses.formula import formula
 
@@ -41,6 +44,7 @@ __all__ = [
     "advantages",
     "affine_scan",
     "balance",
+    "cauchy",
     "completion_logprobs",
     "data",
     "formula",
@@ -63,4 +67,6 @@ __all__ = [
     "top_p_allowed",
     "unpack_allowed",
     "use_backend",
+    "vandermonde",
+    "vandermonde_transpose",
 ]

@@ -3,11 +3,13 @@
 from fastpo.kernels._native import use_backend
 from fastpo.kernels.affine_scan import affine_scan
 from fastpo.kernels.allowed import pack_allowed, top_p_allowed, unpack_allowed
+from fastpo.kernels.cauchy import cauchy
 from fastpo.kernels.completions import completion_logprobs, sequence_logprobs
 from fastpo.kernels.linear_logprobs import LinearLogprobs, linear_logprobs
 from fastpo.kernels.packing import balance, pack
 from fastpo.kernels.segment_stats import SegmentStats, group_normalize, segment_stats
 from fastpo.kernels.token_logprobs import TokenLogprobs, token_logprobs
+from fastpo.kernels.vandermonde import vandermonde, vandermonde_transpose
 from fastpo.kernels.vocab_divergence import token_alpha_divergence, token_jsd, token_kl, token_tv
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "TokenLogprobs",
     "affine_scan",
     "balance",
+    "cauchy",
     "completion_logprobs",
     "group_normalize",
     "linear_logprobs",
@@ -31,4 +34,6 @@ __all__ = [
     "top_p_allowed",
     "unpack_allowed",
     "use_backend",
+    "vandermonde",
+    "vandermonde_transpose",
 ]

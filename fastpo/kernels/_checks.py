@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
+COMPLEX = (torch.complex64, torch.complex128)
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -26,6 +29,44 @@ def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> Tensor:
     if value.layout is not torch.strided:
         raise TypeError(f"{name} must be a strided tensor, got layout {value.layout}")
     return value
+
+
+def complex_array(name: str, value: object, *, real: bool = False) -> Tensor:
+    """A complex tensor (..., K), or an array of another library as one that shares its memory; real ones if told so."""
+    if not isinstance(value, Tensor):
+        if hasattr(value, "__dlpack__"):
+            value = torch.from_dlpack(value)
+        elif hasattr(value, "__cuda_array_interface__"):
+            value = torch.as_tensor(value, device="cuda")
+    found = tensor(name, value, (*COMPLEX, torch.float32, torch.float64) if real else COMPLEX)
+    if found.dim() == 0:
+        raise ValueError(f"{name} has no dimension, expected one at least")
+    # what is conjugated, or negated as an imaginary part, is so in memory
+    return found.resolve_conj().resolve_neg()
+
+
+def real_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the parts of complex numbers, which a compiler does not see through `dtype.to_real()`."""
+    return torch.float64 if dtype in (torch.complex128, torch.float64) else torch.float32
+
+
+def broadcast(**tensors: Tensor) -> None:
+    """Leading dimensions, all but the last, that broadcast."""
+    try:
+        torch.broadcast_shapes(*(t.shape[:-1] for t in tensors.values()))
+    except RuntimeError:
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
+        raise ValueError(f"the leading dimensions of {shapes} do not broadcast") from None
+
+
+def no_growth(name: str, value: Tensor, meaning: str) -> None:
+    """Warn of real parts that are positive by more than rounding, where values may be looked at."""
+    if not readable(value) or value.numel() == 0:
+        return
+    real = value.detach().real
+    if real.max() > 0 and (real > torch.finfo(value.dtype).eps * value.detach().abs()).any():
+        # of who called the public function, which a filter's "once per location" then means
+        warnings.warn(f"{name} has a positive real part: {meaning}", RuntimeWarning, stacklevel=3)
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -130,8 +171,8 @@ def rising(name: str, cu_seqlens: Tensor | None, tokens: int) -> None:
 
 def readable(value: Tensor) -> bool:
     """Whether the values of a tensor may be looked at: on the CPU; on other devices, where reading waits for all work
-    queued there, only with FASTPO_DEBUG=1; never while a graph is traced or captured."""
-    if torch.compiler.is_compiling():
+    queued there, only with FASTPO_DEBUG=1; never while a graph is traced or captured, nor of tensors without any."""
+    if torch.compiler.is_compiling() or isinstance(value, FakeTensor):
         return False
     return value.device.type == "cpu" or (
         os.environ.get("FASTPO_DEBUG") == "1"
