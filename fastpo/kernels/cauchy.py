@@ -6,12 +6,15 @@ differences z - w, and their squared moduli sums of two squares: multiplied out,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastpo.kernels import _checks, _native
+from fastpo.kernels.cuda import cauchy as _launch
+from fastpo.kernels.cuda import nvrtc
 from fastpo.reference import state_space as reference
 
 # which gradients are asked of the backward, as bits
@@ -46,6 +49,18 @@ def _fake_backward(
         return v.new_empty((*leading, columns) if wanted & bit else (0,))
 
     return gradient(_V, v.shape[-1]), gradient(_Z, z.shape[-1]), gradient(_W, v.shape[-1])
+
+
+def launched_by(launcher: nvrtc.Launcher) -> dict[str, Callable[..., Any]]:
+    """Implementations of the ops that launch the kernels of csrc/cuda from Python."""
+
+    def bound(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: function(launcher, *arguments)
+
+    return {"cauchy": bound(_launch.forward), "cauchy_backward": bound(_launch.backward)}
+
+
+_LIBRARY = nvrtc.serve("cauchy", launched_by)
 
 
 class _Cauchy(torch.autograd.Function):

@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from fastpo.kernels.affine_scan import launched_by as affine_scan
+from fastpo.kernels.cauchy import launched_by as cauchy
 from fastpo.kernels.cuda import nvrtc
 from fastpo.kernels.listwise import launched_by as listwise
 from fastpo.kernels.objective import launched_by as objective
 from fastpo.kernels.policy import launched_by as policy
 from fastpo.kernels.segment_stats import launched_by as segment_stats
+from fastpo.kernels.vandermonde import launched_by as vandermonde
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -139,7 +141,7 @@ class Emulator:
 
 
 # the ops of each kernel of csrc/cuda
-KERNELS = (objective, affine_scan, policy, segment_stats, listwise)
+KERNELS = (objective, affine_scan, policy, segment_stats, listwise, cauchy, vandermonde)
 
 
 @contextlib.contextmanager
