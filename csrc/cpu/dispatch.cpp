@@ -21,6 +21,11 @@ namespace fastpo {
   void segments(const Segments&, int64_t, int64_t);                         \
   void policy_objective(const PolicyObjective&, int64_t, int64_t);          \
   void listwise(const Listwise&, int64_t, int64_t);                         \
+  void cauchy(const Cauchy&, int64_t, int64_t);                             \
+  void cauchy_node_gradient(const Cauchy&, int64_t, int64_t);               \
+  void cauchy_pole_gradients(const Cauchy&, int64_t, int64_t);              \
+  void vandermonde(const Vandermonde&, int64_t, int64_t);                   \
+  void vandermonde_moments(const Vandermonde&, int64_t, int64_t);           \
   }
 #define FASTPO_TABLE(set)          \
   {set::token_logprobs,            \
@@ -34,7 +39,12 @@ namespace fastpo {
    set::scan,                      \
    set::segments,                  \
    set::policy_objective,          \
-   set::listwise}
+   set::listwise,                  \
+   set::cauchy,                    \
+   set::cauchy_node_gradient,      \
+   set::cauchy_pole_gradients,     \
+   set::vandermonde,               \
+   set::vandermonde_moments}
 
 FASTPO_DECLARE(baseline)
 #if FASTPO_X86_SETS

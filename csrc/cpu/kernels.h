@@ -132,6 +132,9 @@ constexpr int policy_chunk = 1024;
 // rows is a multiple: whole vectors of every instruction set
 constexpr int objective_block = 256, objective_lanes = 16;
 
+// what one item of the work of cauchy and vandermonde is: nodes or poles, steps or terms of a row
+constexpr int cauchy_nodes = 512, cauchy_poles = 16, vandermonde_chunk = 4096, vandermonde_terms = 16;
+
 struct Kernels {
   void (*token_logprobs)(const TokenLogprobs&, int64_t begin, int64_t end);
   void (*token_logprobs_backward)(const TokenLogprobs&, int64_t begin, int64_t end);
@@ -145,6 +148,11 @@ struct Kernels {
   void (*segments)(const Segments&, int64_t begin, int64_t end);
   void (*policy_objective)(const PolicyObjective&, int64_t begin, int64_t end);
   void (*listwise)(const Listwise&, int64_t begin, int64_t end);
+  void (*cauchy)(const Cauchy&, int64_t begin, int64_t end);
+  void (*cauchy_node_gradient)(const Cauchy&, int64_t begin, int64_t end);
+  void (*cauchy_pole_gradients)(const Cauchy&, int64_t begin, int64_t end);
+  void (*vandermonde)(const Vandermonde&, int64_t begin, int64_t end);
+  void (*vandermonde_moments)(const Vandermonde&, int64_t begin, int64_t end);
 };
 
 // the table of the instruction set in force

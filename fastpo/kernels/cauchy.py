@@ -131,6 +131,6 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor, *, symmetric: bool = True) -> Tensor
     _checks.no_growth("w", w, "poles of an unstable system")
     dtype = torch.promote_types(torch.promote_types(v.dtype, z.dtype), w.dtype)
     v, z, w = v.to(dtype), z.to(dtype), w.to(dtype)
-    if v.device.type == "cpu" or not _native.serves("cauchy", v.device, dtype.to_real()):
+    if not _native.serves("cauchy", v.device, dtype.to_real()):
         return reference.cauchy(v, z, w, symmetric=symmetric)
     return _native.call(_Cauchy.apply, v, z, w, bool(symmetric))

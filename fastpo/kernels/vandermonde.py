@@ -145,7 +145,7 @@ def vandermonde(v: Tensor, x: Tensor, length: int, *, symmetric: bool = True) ->
     if length < 0:
         raise ValueError(f"length must be at least 0, got {length}")
     dtype = torch.promote_types(v.dtype, x.dtype)
-    if v.device.type == "cpu" or not _native.serves("vandermonde", v.device, dtype.to_real()):
+    if not _native.serves("vandermonde", v.device, dtype.to_real()):
         return reference.vandermonde(v, x, length, symmetric=symmetric)
     return _native.call(_Vandermonde.apply, v.to(dtype), x.to(dtype), length, bool(symmetric))
 
@@ -176,7 +176,7 @@ def vandermonde_transpose(u: Tensor, v: Tensor, x: Tensor) -> Tensor:
     _checks.same_device("u", u, "v", v)
     _checks.broadcast(u=u, v=v, x=x)
     dtype = torch.promote_types(torch.promote_types(u.dtype, v.dtype), x.dtype)
-    if v.device.type == "cpu" or not _native.serves("vandermonde", v.device, dtype.to_real()):
+    if not _native.serves("vandermonde", v.device, dtype.to_real()):
         return reference.vandermonde_transpose(u, v, x)
     u = u.to(dtype if u.is_complex() else dtype.to_real())
     return v.to(dtype) * _native.call(_Moments.apply, u, x.to(dtype))

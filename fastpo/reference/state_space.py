@@ -6,22 +6,26 @@ import torch
 from torch import Tensor
 
 
-def quotient(v: Tensor, d: Tensor) -> Tensor:
-    """v / d. Where d is 0, inf with the signs of v, in the components that v has; NaN where v is 0 too."""
+def _quotient(v: Tensor, d: Tensor, residue: Tensor) -> Tensor:
+    """v / d; where d is 0, inf in the components that the residue has, with its signs, or NaN if that is 0."""
     pole = d == 0
-    found = v / torch.where(pole, 1, d)
+    parts = torch.view_as_real(residue.detach().resolve_conj())
     # inf times a component of 0 would be NaN
-    parts = torch.view_as_real(v.resolve_conj()).detach()
     limit = torch.view_as_complex(torch.where(parts == 0, parts, parts * torch.inf))
-    limit = torch.where(v == 0, complex(torch.nan, torch.nan), limit)
-    return torch.where(pole, limit, found)
+    limit = torch.where(residue == 0, complex(torch.nan, torch.nan), limit)
+    return torch.where(pole, limit, v / torch.where(pole, 1, d))
 
 
 def cauchy(v: Tensor, z: Tensor, w: Tensor, *, symmetric: bool = True) -> Tensor:
     """Σ_n v_n / (z_l - w_n), as `fastpo.cauchy` documents it."""
     v, z, w = v.unsqueeze(-2), z.unsqueeze(-1), w.unsqueeze(-2)
-    found = quotient(v, z - w).sum(-1)
-    return found + quotient(v.conj(), z - w.conj()).sum(-1) if symmetric else found
+    if not symmetric:
+        return _quotient(v, z - w, v).sum(-1)
+    # a real pole and its conjugate are one
+    real = w.imag == 0
+    found = _quotient(v, z - w, torch.where(real, 2 * v.real, v))
+    other = z - w.conj()
+    return (found + torch.where(real & (other == 0), 0, _quotient(v.conj(), other, v.conj()))).sum(-1)
 
 
 def _powers(x: Tensor, length: int) -> Tensor:

@@ -1,0 +1,6 @@
+#include "isa/common.h"
+#if FASTPO_X86_SETS
+#include "isa/avx2.h"
+// the kernel, compiled into fastpo::avx2
+#include "cauchy.inc"
+#endif

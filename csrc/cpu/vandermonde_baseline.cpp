@@ -1,0 +1,3 @@
+#include "isa/baseline.h"
+// the kernel, compiled into fastpo::baseline
+#include "vandermonde.inc"
