@@ -5,37 +5,48 @@
 
 namespace fastpo::gpu {
 
+namespace {
+
+bool in_double(const Cauchy& a) { return a.is_double || has_fast_double(); }
+
+}  // namespace
+
 const char* cauchy(const Cauchy& a, void* stream) {
-  const CauchyShape shape = cauchy_shape(a.rows, a.nodes, a.is_double);
-  return a.is_double ? FASTPO_LAUNCH(cauchy_f64, shape.blocks, shape.threads, stream, a, shape)
-                     : FASTPO_LAUNCH(cauchy_f32, shape.blocks, shape.threads, stream, a, shape);
+  const CauchyShape s = cauchy_shape(a.rows, a.nodes, in_double(a));
+  if (a.is_double) return FASTPO_LAUNCH(cauchy_f64, s.blocks, s.threads, stream, a, s);
+  return in_double(a) ? FASTPO_LAUNCH(cauchy_f32_in_f64, s.blocks, s.threads, stream, a, s)
+                      : FASTPO_LAUNCH(cauchy_f32, s.blocks, s.threads, stream, a, s);
 }
 
-Int64 cauchy_parts(const Cauchy& a) { return cauchy_pole_parts(a.rows, a.poles, a.nodes, a.is_double).parts; }
+const char* cauchy_slopes(const Cauchy& a, void* stream) {
+  const CauchyShape s = cauchy_shape(a.rows, a.nodes, in_double(a));
+  if (a.is_double) return FASTPO_LAUNCH(cauchy_slopes_f64, s.blocks, s.threads, stream, a, s);
+  return in_double(a) ? FASTPO_LAUNCH(cauchy_slopes_f32_in_f64, s.blocks, s.threads, stream, a, s)
+                      : FASTPO_LAUNCH(cauchy_slopes_f32, s.blocks, s.threads, stream, a, s);
+}
 
-const char* cauchy_backward(const Cauchy& a, double* sums, void* stream) {
-  if (a.grad_z && a.rows > 0 && a.nodes > 0) {
-    const CauchyShape shape = cauchy_shape(a.rows, a.nodes, a.is_double);
-    const char* error = a.is_double ? FASTPO_LAUNCH(cauchy_slopes_f64, shape.blocks, shape.threads, stream, a, shape)
-                                    : FASTPO_LAUNCH(cauchy_slopes_f32, shape.blocks, shape.threads, stream, a, shape);
-    if (error) return error;
-  }
-  if ((!a.grad_v && !a.grad_w) || a.rows == 0 || a.poles == 0) return nullptr;
-  Parts parts = cauchy_pole_parts(a.rows, a.poles, a.nodes, a.is_double);
-  parts.sums = sums;
-  const char* error = a.is_double ? FASTPO_LAUNCH(cauchy_poles_f64, parts.blocks, parts.threads, stream, a, parts)
-                                  : FASTPO_LAUNCH(cauchy_poles_f32, parts.blocks, parts.threads, stream, a, parts);
-  if (error || parts.parts == 1) return error;
-  const Int64 blocks = part_sum_blocks(a.rows * a.poles);
-  return FASTPO_LAUNCH(cauchy_pole_sums, blocks, parts.threads, stream, a, parts);
+Int64 cauchy_parts(const Cauchy& a) { return cauchy_pole_parts(a.rows, a.poles, a.nodes, in_double(a)).parts; }
+
+const char* cauchy_poles(const Cauchy& a, double* sums, void* stream) {
+  Parts p = cauchy_pole_parts(a.rows, a.poles, a.nodes, in_double(a));
+  p.sums = sums;
+  const char* error = nullptr;
+  if (a.is_double)
+    error = FASTPO_LAUNCH(cauchy_poles_f64, p.blocks, p.threads, stream, a, p);
+  else if (in_double(a))
+    error = FASTPO_LAUNCH(cauchy_poles_f32_in_f64, p.blocks, p.threads, stream, a, p);
+  else
+    error = FASTPO_LAUNCH(cauchy_poles_f32, p.blocks, p.threads, stream, a, p);
+  if (error || p.parts == 1) return error;
+  return FASTPO_LAUNCH(cauchy_pole_sums, part_sum_blocks(a.rows * a.poles), p.threads, stream, a, p);
 }
 
 }  // namespace fastpo::gpu
 
 // for the tests that compare them with the launch through CuPy: blocks, tiles, threads, nodes
 extern "C" __attribute__((visibility("default"))) void fastpo_cauchy_shape(long long rows, long long nodes,
-                                                                           int is_double, long long* out) {
-  const fastpo::gpu::CauchyShape s = fastpo::gpu::cauchy_shape(rows, nodes, is_double != 0);
+                                                                           int in_double, long long* out) {
+  const fastpo::gpu::CauchyShape s = fastpo::gpu::cauchy_shape(rows, nodes, in_double != 0);
   out[0] = s.blocks, out[1] = s.tiles, out[2] = s.threads, out[3] = s.nodes;
 }
 

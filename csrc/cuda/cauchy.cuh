@@ -4,6 +4,10 @@
 // shared memory. Gradients by the poles: a warp takes poles of a row, its lanes go over the nodes. Both add up few
 // terms at a time by quick reciprocals, and again by full quotients where one was out of their range: at a pole, or far
 // off.
+//
+// T is the precision of the tensors, A that of the arithmetic: double where the device has it at half the rate, as
+// there a sum is then off by its own rounding alone. Elsewhere that would be 30 times slower, and single precision is
+// computed in itself: each term to 4 ulp, and their sum compensated.
 #pragma once
 
 #include "complex.cuh"
@@ -11,11 +15,11 @@
 namespace FASTPO_NAMESPACE {
 
 constexpr int cauchy_threads = 128;
-// poles in shared memory, and terms that are added up before the sum is compensated
+// poles in shared memory, and terms that are added up before they are added to a compensated sum
 constexpr int cauchy_tile = 64, cauchy_group = 8;
 // nodes of a thread, and poles of a warp
-template <class T>
-constexpr int cauchy_width = sizeof(T) == 4 ? 4 : 2;
+template <class A>
+constexpr int cauchy_width = sizeof(A) == 4 ? 4 : 2;
 
 // Blocks by row, then by nodes. fastpo/kernels/cuda/cauchy.py restates it for the launch through CuPy.
 struct CauchyShape {
@@ -25,10 +29,10 @@ struct CauchyShape {
   int nodes;  // per thread
 };
 
-FASTPO_HOST_DEVICE CauchyShape cauchy_shape(Int64 rows, Int64 nodes, bool is_double) {
+FASTPO_HOST_DEVICE CauchyShape cauchy_shape(Int64 rows, Int64 nodes, bool in_double) {
   CauchyShape s;
   s.threads = cauchy_threads;
-  const int most = is_double ? cauchy_width<double> : cauchy_width<float>;
+  const int most = in_double ? cauchy_width<double> : cauchy_width<float>;
   // one node for each thread where more would leave multiprocessors without a block
   s.nodes = rows * ceil_div<Int64>(nodes, cauchy_threads * most) < 256 ? 1 : most;
   s.tiles = ceil_div<Int64>(nodes, cauchy_threads * s.nodes);
@@ -37,90 +41,90 @@ FASTPO_HOST_DEVICE CauchyShape cauchy_shape(Int64 rows, Int64 nodes, bool is_dou
 }
 
 // gradients by the poles
-FASTPO_HOST_DEVICE Parts cauchy_pole_parts(Int64 rows, Int64 poles, Int64 nodes, bool is_double) {
-  return parts_of(rows, poles, nodes, is_double ? cauchy_width<double> : cauchy_width<float>);
+FASTPO_HOST_DEVICE Parts cauchy_pole_parts(Int64 rows, Int64 poles, Int64 nodes, bool in_double) {
+  return parts_of(rows, poles, nodes, in_double ? cauchy_width<double> : cauchy_width<float>);
 }
 
 // a pole and its residue, loaded by instructions of 16 bytes
-template <class T>
+template <class A>
 struct alignas(16) Pole {
-  T v_re, v_im, w_re, w_im;
+  A v_re, v_im, w_re, w_im;
 };
 
 // v / (z - w), or with `slope` v / (z - w)^2, and with `symmetric` the same of the conjugates
-template <bool symmetric, bool slope, class T>
-FASTPO_DEVICE void add_quick_term(Complex<T>& sum, const Pole<T>& pole, Complex<T> z, Outside<T>& outside) {
-  const Complex<T> v{pole.v_re, pole.v_im}, w{pole.w_re, pole.w_im};
-  const Complex<T> d{z.re - w.re, z.im - w.im};
+template <class T, bool symmetric, bool slope, class A>
+FASTPO_DEVICE void add_quick_term(Complex<A>& sum, const Pole<A>& pole, Complex<A> z, Outside<A>& outside) {
+  const Complex<A> v{pole.v_re, pole.v_im}, w{pole.w_re, pole.w_im};
+  const Complex<A> d{z.re - w.re, z.im - w.im};
   if constexpr (symmetric && !slope) {
     // both terms over the product of their denominators, which are differences still
-    const Complex<T> product{d.re * d.re - d.im * (z.im + w.im), d.re * (z.im + z.im)};
-    const Complex<T> numerator{T(2) * v.re * d.re - T(2) * v.im * w.im, T(2) * v.re * z.im};
-    add_product(sum, numerator, quick_reciprocal(product, outside));
+    const Complex<A> product{d.re * d.re - d.im * (z.im + w.im), d.re * (z.im + z.im)};
+    const Complex<A> numerator{A(2) * v.re * d.re - A(2) * v.im * w.im, A(2) * v.re * z.im};
+    add_product(sum, numerator, quick_reciprocal<T>(product, outside));
   } else {
-    const Complex<T> r = quick_reciprocal(d, outside);
+    const Complex<A> r = quick_reciprocal<T>(d, outside);
     if constexpr (!slope) {
       add_product(sum, v, r);
     } else {
       add_product(sum, multiply(v, r), r);
       if constexpr (symmetric) {
-        const Complex<T> s = quick_reciprocal<T>({d.re, z.im + w.im}, outside);
+        const Complex<A> s = quick_reciprocal<T>(Complex<A>{d.re, z.im + w.im}, outside);
         add_product(sum, multiply(conjugate(v), s), s);
       }
     }
   }
 }
 
-template <bool symmetric, bool slope, class T>
-FASTPO_DEVICE void add_term(Complex<T>& sum, const Pole<T>& pole, Complex<T> z) {
-  Complex<T> v{pole.v_re, pole.v_im};
-  const Complex<T> d{z.re - pole.w_re, z.im - pole.w_im}, e{d.re, z.im + pole.w_im};
+template <bool symmetric, bool slope, class A>
+FASTPO_DEVICE void add_term(Complex<A>& sum, const Pole<A>& pole, Complex<A> z) {
+  Complex<A> v{pole.v_re, pole.v_im};
+  const Complex<A> d{z.re - pole.w_re, z.im - pole.w_im}, e{d.re, z.im + pole.w_im};
   // a real pole and its conjugate are one, of twice the real part
   const bool doubled = symmetric && pole.w_im == 0 && d.re == 0 && d.im == 0;
-  if (doubled) v = {T(2) * v.re, T(0)};
-  const Complex<T> one = quotient(v, d);
+  if (doubled) v = {A(2) * v.re, A(0)};
+  const Complex<A> one = quotient(v, d);
   add(sum, slope ? quotient(one, d) : one);
   if (symmetric && !doubled) {
-    const Complex<T> other = quotient(conjugate(v), e);
+    const Complex<A> other = quotient(conjugate(v), e);
     add(sum, slope ? quotient(other, e) : other);
   }
 }
 
 // The sums over all poles at the nodes of a tile; all threads take part.
-template <class T, bool symmetric, bool slope, int width, class Cells>
+template <class T, class A, bool symmetric, bool slope, int width, class Cells>
 FASTPO_DEVICE void cauchy_nodes(const Cauchy& a, Int64 row, Int64 first, Cells& poles) {
   const int thread = thread_index();
   const Begins<4> begins = begins_of(a.leading, row, a.v, a.w, a.z, a.grad);
   const auto* v = static_cast<const Complex<T>*>(a.v.data) + begins.at[0];
   const auto* w = static_cast<const Complex<T>*>(a.w.data) + begins.at[1];
   const auto* nodes = static_cast<const Complex<T>*>(a.z.data) + begins.at[2];
-  Complex<T> z[width];
-  ComplexSum<T> sum[width];
+  Complex<A> z[width];
+  ComplexSum<T, A> sum[width];
   for (int k = 0; k < width; ++k) {
     const Int64 l = first + k * cauchy_threads + thread;
-    z[k] = load(nodes + (l < a.nodes ? l : a.nodes - 1));
+    z[k] = convert<A>(load(nodes + (l < a.nodes ? l : a.nodes - 1)));
   }
   for (Int64 begin = 0; begin < a.poles; begin += cauchy_tile) {
     const int count = static_cast<int>(a.poles - begin < cauchy_tile ? a.poles - begin : cauchy_tile);
     FASTPO_BARRIER();
     for (int n = thread; n < count; n += cauchy_threads) {
-      const Complex<T> of_v = load(v + begin + n), of_w = load(w + begin + n);
-      poles[n] = Pole<T>{of_v.re, of_v.im, of_w.re, of_w.im};
+      const Complex<A> of_v = convert<A>(load(v + begin + n)), of_w = convert<A>(load(w + begin + n));
+      poles[n] = Pole<A>{of_v.re, of_v.im, of_w.re, of_w.im};
     }
     FASTPO_BARRIER();
     for (int group = 0; group < count; group += cauchy_group) {
       const int end = group + cauchy_group < count ? group + cauchy_group : count;
-      Complex<T> part[width] = {};
-      Outside<T> outside;
+      Complex<A> part[width] = {};
+      Outside<A> outside;
       for (int n = group; n < end; ++n) {
-        const Pole<T> pole = poles[n];
-        for (int k = 0; k < width; ++k) add_quick_term<symmetric, slope>(part[k], pole, z[k], outside);
+        const Pole<A> pole = poles[n];
+        for (int k = 0; k < width; ++k) add_quick_term<T, symmetric, slope>(part[k], pole, z[k], outside);
       }
       if (outside) {
         for (int k = 0; k < width; ++k) part[k] = {0, 0};
         FASTPO_UNROLL(1)
         for (int n = group; n < end; ++n) {
-          const Pole<T> pole = poles[n];
+          const Pole<A> pole = poles[n];
           for (int k = 0; k < width; ++k) add_term<symmetric, slope>(part[k], pole, z[k]);
         }
       }
@@ -130,93 +134,80 @@ FASTPO_DEVICE void cauchy_nodes(const Cauchy& a, Int64 row, Int64 first, Cells& 
   for (int k = 0; k < width; ++k) {
     const Int64 l = first + k * cauchy_threads + thread;
     if (l >= a.nodes) continue;
-    const Complex<T> found = narrow<T>(sum[k].value());
+    const Complex<double> found = sum[k].value();
     if constexpr (slope) {
-      const Complex<T> grad = load(static_cast<const Complex<T>*>(a.grad.data) + begins.at[3] + l);
-      const Complex<T> by_z = multiply(grad, conjugate(found));
-      store(static_cast<Complex<T>*>(a.grad_z) + row * a.nodes + l, Complex<T>{-by_z.re, -by_z.im});
+      const auto* grad = static_cast<const Complex<T>*>(a.grad.data) + begins.at[3];
+      const Complex<double> by_z = multiply(convert<double>(load(grad + l)), conjugate(found));
+      store(static_cast<Complex<T>*>(a.grad_z) + row * a.nodes + l, convert<T>(multiply(-1.0, by_z)));
     } else {
-      store(static_cast<Complex<T>*>(a.out) + row * a.nodes + l, found);
+      store(static_cast<Complex<T>*>(a.out) + row * a.nodes + l, convert<T>(found));
     }
   }
 }
 
-template <class T, bool slope, int width, class Cells>
+template <class T, class A, bool slope, int width, class Cells>
 FASTPO_DEVICE void cauchy_tiles(const Cauchy& a, const CauchyShape& s, Cells& poles) {
   for (Int64 tile = block_index(); tile < a.rows * s.tiles; tile += block_count()) {
     const Int64 row = tile / s.tiles, first = (tile - row * s.tiles) * cauchy_threads * width;
     if (a.symmetric)
-      cauchy_nodes<T, true, slope, width>(a, row, first, poles);
+      cauchy_nodes<T, A, true, slope, width>(a, row, first, poles);
     else
-      cauchy_nodes<T, false, slope, width>(a, row, first, poles);
+      cauchy_nodes<T, A, false, slope, width>(a, row, first, poles);
   }
 }
 
-template <class T, bool slope>
+template <class T, class A, bool slope>
 FASTPO_DEVICE void cauchy_grid(const Cauchy& a, const CauchyShape& s) {
-  FASTPO_SHARED(Pole<T>, poles, cauchy_tile);
+  FASTPO_SHARED(Pole<A>, poles, cauchy_tile);
   if (s.nodes == 1)
-    cauchy_tiles<T, slope, 1>(a, s, poles);
+    cauchy_tiles<T, A, slope, 1>(a, s, poles);
   else
-    cauchy_tiles<T, slope, cauchy_width<T>>(a, s, poles);
-}
-
-FASTPO_KERNEL(cauchy_f32, FASTPO_ARGUMENT(Cauchy) a, FASTPO_ARGUMENT(CauchyShape) s) {
-  cauchy_grid<float, false>(a, s);
-}
-FASTPO_SMALL_KERNEL(cauchy_f64, FASTPO_ARGUMENT(Cauchy) a, FASTPO_ARGUMENT(CauchyShape) s) {
-  cauchy_grid<double, false>(a, s);
-}
-FASTPO_KERNEL(cauchy_slopes_f32, FASTPO_ARGUMENT(Cauchy) a, FASTPO_ARGUMENT(CauchyShape) s) {
-  cauchy_grid<float, true>(a, s);
-}
-FASTPO_SMALL_KERNEL(cauchy_slopes_f64, FASTPO_ARGUMENT(Cauchy) a, FASTPO_ARGUMENT(CauchyShape) s) {
-  cauchy_grid<double, true>(a, s);
+    cauchy_tiles<T, A, slope, cauchy_width<A>>(a, s, poles);
 }
 
 // Σ d conj(r) and Σ d conj(r)^2 with r = 1 / (z - w), and with `symmetric` the same of the conjugate poles, where the
 // conjugates of both are added: those are gradients by v, and by w but for a factor of conj(v).
-template <class T>
+template <class A>
 struct PoleSums {
-  Complex<T> by_v, by_w;
+  Complex<A> by_v, by_w;
 };
 
-template <bool symmetric, class T>
-FASTPO_DEVICE void add_quick_slopes(PoleSums<T>& sums, Complex<T> w, Complex<T> z, Complex<T> d, Outside<T>& outside) {
-  const Complex<T> below{z.re - w.re, z.im - w.im};
-  const T size = below.re * below.re + below.im * below.im;
-  T inverse, other_inverse = 0;
+template <class T, bool symmetric, class A>
+FASTPO_DEVICE void add_quick_slopes(PoleSums<A>& sums, Complex<A> w, Complex<A> z, Complex<A> d, Outside<A>& outside) {
+  const Complex<A> below{z.re - w.re, z.im - w.im};
+  const A size = below.re * below.re + below.im * below.im;
+  A inverse, other_inverse = 0;
   if constexpr (symmetric) {
     // both by one reciprocal, of the product of the squares
-    const T above = z.im + w.im, other_size = below.re * below.re + above * above, both = size * other_size;
+    const A above = z.im + w.im, other_size = below.re * below.re + above * above, both = size * other_size;
     outside.see(both);
-    const T of_both = quick_reciprocal(both);
+    const A of_both = quick_reciprocal<T>(both);
     inverse = other_size * of_both;
     other_inverse = size * of_both;
   } else {
     outside.see(size);
-    inverse = quick_reciprocal(size);
+    inverse = quick_reciprocal<T>(size);
   }
-  const Complex<T> r{below.re * inverse, below.im * inverse};
-  const Complex<T> once = multiply(d, r);
+  const Complex<A> r{below.re * inverse, below.im * inverse};
+  const Complex<A> once = multiply(d, r);
   add(sums.by_v, once);
   add_product(sums.by_w, once, r);
   if constexpr (symmetric) {
-    const Complex<T> s{below.re * other_inverse, -(z.im + w.im) * other_inverse};
-    const Complex<T> other = multiply(conjugate(d), s);
+    const Complex<A> s{below.re * other_inverse, -(z.im + w.im) * other_inverse};
+    const Complex<A> other = multiply(conjugate(d), s);
     add(sums.by_v, other);
     add_product(sums.by_w, other, s);
   }
 }
 
-template <bool symmetric, class T>
-FASTPO_DEVICE void add_slopes(PoleSums<T>& sums, Complex<T> w, Complex<T> z, Complex<T> d) {
-  const Complex<T> below{z.re - w.re, w.im - z.im}, above{z.re - w.re, z.im + w.im};
-  const Complex<T> once = quotient(d, below);
+template <bool symmetric, class A>
+FASTPO_DEVICE void add_slopes(PoleSums<A>& sums, Complex<A> w, Complex<A> z, Complex<A> d) {
+  const Complex<A> below{z.re - w.re, w.im - z.im}, above{z.re - w.re, z.im + w.im};
+  const Complex<A> once = quotient(d, below);
   add(sums.by_v, once);
   add(sums.by_w, quotient(once, below));
   if constexpr (symmetric) {
-    const Complex<T> other = quotient(conjugate(d), above);
+    const Complex<A> other = quotient(conjugate(d), above);
     add(sums.by_v, other);
     add(sums.by_w, quotient(other, above));
   }
@@ -225,31 +216,31 @@ FASTPO_DEVICE void add_slopes(PoleSums<T>& sums, Complex<T> w, Complex<T> z, Com
 template <class T>
 FASTPO_DEVICE void put_slopes(const Cauchy& a, Int64 row, Int64 n, Complex<double> by_v, Complex<double> by_w) {
   const Int64 place = row * a.poles + n;
-  if (a.grad_v) store(static_cast<Complex<T>*>(a.grad_v) + place, narrow<T>(by_v));
+  if (a.grad_v) store(static_cast<Complex<T>*>(a.grad_v) + place, convert<T>(by_v));
   if (!a.grad_w) return;
   const Int64 residues = begins_of(a.leading, row, a.v).at[0];
-  const Complex<double> v = widen(load(static_cast<const Complex<T>*>(a.v.data) + residues + n));
-  store(static_cast<Complex<T>*>(a.grad_w) + place, narrow<T>(multiply(conjugate(v), by_w)));
+  const auto v = convert<double>(load(static_cast<const Complex<T>*>(a.v.data) + residues + n));
+  store(static_cast<Complex<T>*>(a.grad_w) + place, convert<T>(multiply(conjugate(v), by_w)));
 }
 
 // The sums of some poles over a part of the nodes, as far as the lane goes over them.
-template <bool symmetric, class T, int width>
+template <bool symmetric, class T, class A, int width>
 FASTPO_DEVICE void sum_slopes(const Complex<T>* nodes, const Complex<T>* grad, const WarpItem& item,
-                              const Complex<T> (&w)[width], ComplexSum<T> (&by_v)[width],
-                              ComplexSum<T> (&by_w)[width]) {
+                              const Complex<A> (&w)[width], ComplexSum<T, A> (&by_v)[width],
+                              ComplexSum<T, A> (&by_w)[width]) {
   for (Int64 begin = item.begin + thread_index() % warp; begin < item.end; begin += warp * cauchy_group) {
     const Int64 end = begin + warp * cauchy_group < item.end ? begin + warp * cauchy_group : item.end;
-    PoleSums<T> part[width] = {};
-    Outside<T> outside;
+    PoleSums<A> part[width] = {};
+    Outside<A> outside;
     for (Int64 l = begin; l < end; l += warp) {
-      const Complex<T> z = load(nodes + l), d = load(grad + l);
-      for (int k = 0; k < width; ++k) add_quick_slopes<symmetric>(part[k], w[k], z, d, outside);
+      const Complex<A> z = convert<A>(load(nodes + l)), d = convert<A>(load(grad + l));
+      for (int k = 0; k < width; ++k) add_quick_slopes<T, symmetric>(part[k], w[k], z, d, outside);
     }
     if (outside) {
       for (int k = 0; k < width; ++k) part[k] = {};
       FASTPO_UNROLL(1)
       for (Int64 l = begin; l < end; l += warp) {
-        const Complex<T> z = load(nodes + l), d = load(grad + l);
+        const Complex<A> z = convert<A>(load(nodes + l)), d = convert<A>(load(grad + l));
         for (int k = 0; k < width; ++k) add_slopes<symmetric>(part[k], w[k], z, d);
       }
     }
@@ -261,9 +252,9 @@ FASTPO_DEVICE void sum_slopes(const Complex<T>* nodes, const Complex<T>* grad, c
 }
 
 // All lanes of a warp take part in an item.
-template <class T>
+template <class T, class A>
 FASTPO_DEVICE void cauchy_pole_items(const Cauchy& a, const Parts& p) {
-  constexpr int width = cauchy_width<T>;
+  constexpr int width = cauchy_width<A>;
   const Int64 groups = ceil_div<Int64>(a.poles, width);
   const Int64 own = block_index() * part_warps + thread_index() / warp;
   for (Int64 i = own; i < a.rows * p.parts * groups; i += block_count() * part_warps) {
@@ -273,9 +264,9 @@ FASTPO_DEVICE void cauchy_pole_items(const Cauchy& a, const Parts& p) {
     const auto* nodes = static_cast<const Complex<T>*>(a.z.data) + begins.at[1];
     const auto* grad = static_cast<const Complex<T>*>(a.grad.data) + begins.at[2];
     const Int64 first = item.group * width;
-    Complex<T> w[width];
-    ComplexSum<T> by_v[width], by_w[width];
-    for (int k = 0; k < width; ++k) w[k] = load(poles + (first + k < a.poles ? first + k : a.poles - 1));
+    Complex<A> w[width];
+    ComplexSum<T, A> by_v[width], by_w[width];
+    for (int k = 0; k < width; ++k) w[k] = convert<A>(load(poles + (first + k < a.poles ? first + k : a.poles - 1)));
     if (a.symmetric)
       sum_slopes<true>(nodes, grad, item, w, by_v, by_w);
     else
@@ -292,9 +283,37 @@ FASTPO_DEVICE void cauchy_pole_items(const Cauchy& a, const Parts& p) {
   }
 }
 
-FASTPO_KERNEL(cauchy_poles_f32, FASTPO_ARGUMENT(Cauchy) a, FASTPO_ARGUMENT(Parts) p) { cauchy_pole_items<float>(a, p); }
+// of tensors in single precision by arithmetic in single and in double precision, and of tensors in double
+FASTPO_KERNEL(cauchy_f32, FASTPO_ARGUMENT(Cauchy) a, FASTPO_ARGUMENT(CauchyShape) s) {
+  cauchy_grid<float, float, false>(a, s);
+}
+FASTPO_KERNEL(cauchy_f32_in_f64, FASTPO_ARGUMENT(Cauchy) a, FASTPO_ARGUMENT(CauchyShape) s) {
+  cauchy_grid<float, double, false>(a, s);
+}
+FASTPO_SMALL_KERNEL(cauchy_f64, FASTPO_ARGUMENT(Cauchy) a, FASTPO_ARGUMENT(CauchyShape) s) {
+  cauchy_grid<double, double, false>(a, s);
+}
+
+// the gradient by the nodes
+FASTPO_KERNEL(cauchy_slopes_f32, FASTPO_ARGUMENT(Cauchy) a, FASTPO_ARGUMENT(CauchyShape) s) {
+  cauchy_grid<float, float, true>(a, s);
+}
+FASTPO_KERNEL(cauchy_slopes_f32_in_f64, FASTPO_ARGUMENT(Cauchy) a, FASTPO_ARGUMENT(CauchyShape) s) {
+  cauchy_grid<float, double, true>(a, s);
+}
+FASTPO_SMALL_KERNEL(cauchy_slopes_f64, FASTPO_ARGUMENT(Cauchy) a, FASTPO_ARGUMENT(CauchyShape) s) {
+  cauchy_grid<double, double, true>(a, s);
+}
+
+// the gradients by poles and residues
+FASTPO_KERNEL(cauchy_poles_f32, FASTPO_ARGUMENT(Cauchy) a, FASTPO_ARGUMENT(Parts) p) {
+  cauchy_pole_items<float, float>(a, p);
+}
+FASTPO_KERNEL(cauchy_poles_f32_in_f64, FASTPO_ARGUMENT(Cauchy) a, FASTPO_ARGUMENT(Parts) p) {
+  cauchy_pole_items<float, double>(a, p);
+}
 FASTPO_KERNEL(cauchy_poles_f64, FASTPO_ARGUMENT(Cauchy) a, FASTPO_ARGUMENT(Parts) p) {
-  cauchy_pole_items<double>(a, p);
+  cauchy_pole_items<double, double>(a, p);
 }
 
 // adds up the parts, a thread per pole of a row

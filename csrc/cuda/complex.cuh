@@ -45,67 +45,63 @@ FASTPO_DEVICE void add_product(Complex<T>& sum, T a, Complex<T> b) {
   sum.re += a * b.re;
   sum.im += a * b.im;
 }
-FASTPO_DEVICE double widen(float a) { return a; }
-FASTPO_DEVICE double widen(double a) { return a; }
-FASTPO_DEVICE Complex<double> widen(Complex<float> a) { return {a.re, a.im}; }
-FASTPO_DEVICE Complex<double> widen(Complex<double> a) { return a; }
-template <class T>
-FASTPO_DEVICE Complex<T> narrow(Complex<double> a) {
-  return {static_cast<T>(a.re), static_cast<T>(a.im)};
+// in another precision
+template <class A, class T>
+FASTPO_DEVICE Complex<A> convert(Complex<T> a) {
+  return {static_cast<A>(a.re), static_cast<A>(a.im)};
 }
 
-template <class T>
+template <class A>
 struct Range;
 
-// Of positive numbers: the bits of the lowest whose reciprocal is taken without care, and of the highest less those.
+// Of positive numbers in their highest 32 bits: those of the lowest whose reciprocal is taken without care, and of the
+// highest less those. `guess` less the bits of x are those of 1 / x, 1.3e-3 off after a step of Newton's.
 template <>
 struct Range<float> {
-  using Bits = unsigned;
-  static constexpr Bits lowest = 0x03800000u, span = 0x7b800000u - lowest;  // 2^-120, 2^120
+  static constexpr unsigned lowest = 0x03800000u, span = 0x7b800000u - lowest;  // 2^-120, 2^120
   static constexpr Int64 exponent = 0x7f800000, highest_exponent = 0x7e800000;
   static constexpr Int64 guess = 0x7ef33400;
-  static constexpr int steps = 2;
 };
 template <>
 struct Range<double> {
-  using Bits = unsigned long long;
-  static constexpr Bits lowest = 0x03f0000000000000u, span = 0x7bf0000000000000u - lowest;  // 2^-960, 2^960
+  static constexpr unsigned lowest = 0x03f00000u, span = 0x7bf00000u - lowest;  // 2^-960, 2^960
   static constexpr Int64 exponent = 0x7ff0000000000000, highest_exponent = 0x7fd0000000000000;
   static constexpr Int64 guess = 0x7fde668000000000;
-  static constexpr int steps = 3;
 };
+
+FASTPO_DEVICE unsigned high_bits(float x) { return static_cast<unsigned>(to_bits(x)); }
+FASTPO_DEVICE unsigned high_bits(double x) { return static_cast<unsigned>(to_bits(x) >> 32); }
 
 // The furthest that a number was outside the range, on a scale of bits where what is inside is at most `span`; NaN,
 // inf, 0 and negative numbers are outside.
-template <class T>
+template <class A>
 struct Outside {
-  typename Range<T>::Bits furthest = 0;
+  unsigned furthest = 0;
 
-  FASTPO_DEVICE void see(T x) {
-    const auto bits = static_cast<typename Range<T>::Bits>(to_bits(x)) - Range<T>::lowest;
+  FASTPO_DEVICE void see(A x) {
+    const unsigned bits = high_bits(x) - Range<A>::lowest;
     furthest = bits > furthest ? bits : furthest;
   }
-  FASTPO_DEVICE explicit operator bool() const { return furthest > Range<T>::span; }
+  FASTPO_DEVICE explicit operator bool() const { return furthest > Range<A>::span; }
 };
 
-// 1 / x, to 2 units in the last place, of x inside the range. Newton's steps from the guess of the bits, the first with
-// a constant by which it is at most 1.3e-3 off. A division has a branch for what is outside, which would keep terms
-// from being computed side by side.
-template <class T>
-FASTPO_DEVICE T quick_reciprocal(T x) {
-  T y = from_bits(static_cast<typename Traits<T>::Int>(Range<T>::guess - to_bits(x)));
-  y *= T(2.001279891) - x * y;
-  FASTPO_UNROLL(3)
-  for (int i = 1; i < Range<T>::steps; ++i) y *= T(2) - x * y;
-  return y + y * (T(1) - x * y);
+// 1 / x of x inside the range, to 2 units in A's last place where T is A, and to 3e-12 where T is single precision. A
+// division has a branch for what is outside, which would keep terms from being computed side by side.
+template <class T, class A>
+FASTPO_DEVICE A quick_reciprocal(A x) {
+  A y = from_bits(static_cast<typename Traits<A>::Int>(Range<A>::guess - to_bits(x)));
+  y *= A(2.001279891) - x * y;
+  y *= A(2) - x * y;
+  if constexpr (sizeof(T) == 8) y *= A(2) - x * y;
+  return y + y * (A(1) - x * y);
 }
 
 // 1 / d, of d whose square is inside the range
-template <class T>
-FASTPO_DEVICE Complex<T> quick_reciprocal(Complex<T> d, Outside<T>& outside) {
-  const T size = d.re * d.re + d.im * d.im;
+template <class T, class A>
+FASTPO_DEVICE Complex<A> quick_reciprocal(Complex<A> d, Outside<A>& outside) {
+  const A size = d.re * d.re + d.im * d.im;
   outside.see(size);
-  const T r = quick_reciprocal(size);
+  const A r = quick_reciprocal<T>(size);
   return {d.re * r, -d.im * r};
 }
 
@@ -130,14 +126,18 @@ FASTPO_DEVICE Complex<T> quotient(Complex<T> v, Complex<T> d) {
   return {found.re * scale, found.im * scale};
 }
 
-// A sum that keeps what its additions round off (D. E. Knuth, The Art of Computer Programming, vol. 2, 4.2.2).
-template <class T>
+// A sum of numbers in A that will be rounded to T. Where T has no fewer digits, it keeps what its additions round off
+// (D. E. Knuth, The Art of Computer Programming, vol. 2, 4.2.2).
+template <class T, class A>
 struct Sum {
-  T total = 0, lost = 0;
+  A total = 0, lost = 0;
 
-  FASTPO_DEVICE void add(T x) {
-    const T next = total + x, part = next - total;
-    lost += (total - (next - part)) + (x - part);
+  FASTPO_DEVICE void add(A x) {
+    const A next = total + x;
+    if constexpr (sizeof(T) == sizeof(A)) {
+      const A part = next - total;
+      lost += (total - (next - part)) + (x - part);
+    }
     total = next;
   }
   // what is lost of an infinite sum is NaN
@@ -146,11 +146,11 @@ struct Sum {
   }
 };
 
-template <class T>
+template <class T, class A>
 struct ComplexSum {
-  Sum<T> re, im;
+  Sum<T, A> re, im;
 
-  FASTPO_DEVICE void add(Complex<T> x) {
+  FASTPO_DEVICE void add(Complex<A> x) {
     re.add(x.re);
     im.add(x.im);
   }

@@ -21,11 +21,16 @@ const char* policy_objective(const PolicyObjective&, bool reduce, void* loss, do
 // The lists' losses and the scratch of `Listwise` are on the device; `items` per list, on average.
 const char* listwise(const Listwise&, Int64 items, bool reduce, double denominator, void* loss, void* stream);
 
-// `sums` has 4 doubles for each part of each pole or term of each row, and is null where there is one part.
 const char* cauchy(const Cauchy&, void* stream);
-const char* cauchy_backward(const Cauchy&, double* sums, void* stream);
+// the gradient by the nodes
+const char* cauchy_slopes(const Cauchy&, void* stream);
+// The gradients by poles and residues. `sums` has 4 doubles for each of cauchy_parts() of each pole of each row, and is
+// null where there is but one part.
+const char* cauchy_poles(const Cauchy&, double* sums, void* stream);
 Int64 cauchy_parts(const Cauchy&);
+
 const char* vandermonde(const Vandermonde&, void* stream);
+// `sums` likewise, for each term
 const char* vandermonde_moments(const Vandermonde&, double* sums, void* stream);
 Int64 vandermonde_moment_parts(const Vandermonde&);
 

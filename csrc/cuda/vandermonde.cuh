@@ -40,14 +40,14 @@ FASTPO_HOST_DEVICE Parts moment_parts(Int64 rows, Int64 terms, Int64 length) {
 // complex numbers of the tensors' dtype, from and to double
 FASTPO_DEVICE Complex<double> complex_at(const Operand& t, Int64 i, bool is_double) {
   return is_double ? load(static_cast<const Complex<double>*>(t.data) + i)
-                   : widen(load(static_cast<const Complex<float>*>(t.data) + i));
+                   : convert<double>(load(static_cast<const Complex<float>*>(t.data) + i));
 }
 
 FASTPO_DEVICE void put_complex(void* out, Int64 i, Complex<double> value, bool is_double) {
   if (is_double)
     store(static_cast<Complex<double>*>(out) + i, value);
   else
-    store(static_cast<Complex<float>*>(out) + i, narrow<float>(value));
+    store(static_cast<Complex<float>*>(out) + i, convert<float>(value));
 }
 
 template <bool real>
@@ -140,10 +140,10 @@ template <bool real>
 FASTPO_DEVICE auto input_at(const Vandermonde& a, Int64 place) {
   if constexpr (real)
     return a.is_double ? load(static_cast<const double*>(a.u.data) + place)
-                       : widen(load(static_cast<const float*>(a.u.data) + place));
+                       : static_cast<double>(load(static_cast<const float*>(a.u.data) + place));
   else
     return a.is_double ? load(static_cast<const Complex<double>*>(a.u.data) + place)
-                       : widen(load(static_cast<const Complex<float>*>(a.u.data) + place));
+                       : convert<double>(load(static_cast<const Complex<float>*>(a.u.data) + place));
 }
 
 // The moments of some terms over a part of the steps, as far as the lane goes over them, without its near power; all

@@ -101,6 +101,7 @@ class Emulator:
         reversed: whether threads and blocks run from the last to the first.
         blocks: the blocks to run; all, if empty.
         launched: names of the kernels run so far.
+        fast_double: whether the device's double precision is worth using for single.
     """
 
     def __init__(self, library: Path):
@@ -109,6 +110,7 @@ class Emulator:
         self.reversed = False
         self.blocks: list[int] = []
         self.launched: list[str] = []
+        self.fast_double = True
 
     def configure(self, reads: Iterable[Tensor | None], writes: Iterable[Tensor | None]) -> None:
         """Say what the next launch may touch."""
@@ -138,6 +140,9 @@ class Emulator:
         error = self.library.simt_run(kernel.encode(), ctypes.c_int64(blocks), ctypes.c_int64(threads), pointers)
         if error:
             raise RuntimeError(f"{kernel}: {error.decode()}")
+
+    def has_fast_double(self, device: torch.device) -> bool:
+        return self.fast_double
 
 
 # the ops of each kernel of csrc/cuda

@@ -42,10 +42,13 @@ const char* simt_run(const char* name, std::int64_t blocks, std::int64_t threads
   KERNEL2(listwise_f64, Listwise, Shape);
   KERNEL1(listwise_sum, ListSum);
   KERNEL2(cauchy_f32, Cauchy, CauchyShape);
+  KERNEL2(cauchy_f32_in_f64, Cauchy, CauchyShape);
   KERNEL2(cauchy_f64, Cauchy, CauchyShape);
   KERNEL2(cauchy_slopes_f32, Cauchy, CauchyShape);
+  KERNEL2(cauchy_slopes_f32_in_f64, Cauchy, CauchyShape);
   KERNEL2(cauchy_slopes_f64, Cauchy, CauchyShape);
   KERNEL2(cauchy_poles_f32, Cauchy, Parts);
+  KERNEL2(cauchy_poles_f32_in_f64, Cauchy, Parts);
   KERNEL2(cauchy_poles_f64, Cauchy, Parts);
   KERNEL2(cauchy_pole_sums, Cauchy, Parts);
   KERNEL2(vandermonde, Vandermonde, VandermondeShape);

@@ -18,10 +18,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor v, Tensor z, Ten
   const OnDevice device(v);
   PreparedCauchy p = prepare_cauchy(v, z, w, symmetric, grad, wanted);
   const Cauchy& c = p.arguments;
-  const int64_t parts = gpu::cauchy_parts(c);
-  const bool noted = parts > 1 && (c.grad_v || c.grad_w);
-  Tensor sums = new_tensor(v, {noted ? parts * c.rows * c.poles * 4 : 0}, ScalarType::Double);
-  const char* error = gpu::cauchy_backward(c, noted ? sums.mutable_data_ptr<double>() : nullptr, device.stream());
+  const char* error = p.grad_z.numel() > 0 ? gpu::cauchy_slopes(c, device.stream()) : nullptr;
+  if (!error && (p.grad_v.numel() > 0 || p.grad_w.numel() > 0)) {
+    const int64_t parts = gpu::cauchy_parts(c);
+    Tensor sums = new_tensor(v, {parts > 1 ? parts * c.rows * c.poles * 4 : 0}, ScalarType::Double);
+    error = gpu::cauchy_poles(c, parts > 1 ? sums.mutable_data_ptr<double>() : nullptr, device.stream());
+  }
   STD_TORCH_CHECK(!error, "fastpo::cauchy_backward: ", error);
   return {p.grad_v, p.grad_z, p.grad_w};
 }

@@ -42,20 +42,27 @@ class CauchyShape(ctypes.Structure):
     )
 
 
-def _width(is_double: bool) -> int:
+def _width(in_double: bool) -> int:
     """Nodes of a thread, and poles of a warp."""
-    return 2 if is_double else 4
+    return 2 if in_double else 4
 
 
-def cauchy_shape(rows: int, nodes: int, is_double: bool) -> CauchyShape:
-    most = _width(is_double)
+def cauchy_shape(rows: int, nodes: int, in_double: bool) -> CauchyShape:
+    most = _width(in_double)
     width = 1 if rows * -(-nodes // (_THREADS * most)) < _FEW_BLOCKS else most
     tiles = -(-nodes // (_THREADS * width))
     return CauchyShape(blocks(rows * tiles, 1), tiles, _THREADS, width)
 
 
-def cauchy_parts(rows: int, poles: int, nodes: int, is_double: bool) -> Parts:
-    return parts_of(rows, poles, nodes, _width(is_double))
+def cauchy_parts(rows: int, poles: int, nodes: int, in_double: bool) -> Parts:
+    return parts_of(rows, poles, nodes, _width(in_double))
+
+
+def _arithmetic(launcher: Launcher, v: Tensor) -> tuple[str, bool]:
+    """Which kernels are run, and whether they compute in double."""
+    if v.dtype == torch.complex128:
+        return "f64", True
+    return ("f32_in_f64", True) if launcher.has_fast_double(v.device) else ("f32", False)
 
 
 def _prepare(tensors: list[Tensor], symmetric: bool) -> tuple[torch.Size, Cauchy, list[Tensor]]:
@@ -84,9 +91,9 @@ def forward(launcher: Launcher, v: Tensor, z: Tensor, w: Tensor, symmetric: bool
     out = v.new_empty((*shape, a.nodes))
     a.out = out.data_ptr()
     if out.numel():
-        s = cauchy_shape(a.rows, a.nodes, a.is_double)
-        kernel = "cauchy_f64" if a.is_double else "cauchy_f32"
-        launcher.launch(kernel, s.blocks, s.threads, [a, s], reads=kept, writes=[out])
+        name, in_double = _arithmetic(launcher, v)
+        s = cauchy_shape(a.rows, a.nodes, in_double)
+        launcher.launch(f"cauchy_{name}", s.blocks, s.threads, [a, s], reads=kept, writes=[out])
     return out
 
 
@@ -98,17 +105,17 @@ def backward(
     columns = (a.poles, a.nodes, a.poles)
     outs = [v.new_empty((*shape, n) if wanted >> bit & 1 else (0,)) for bit, n in enumerate(columns)]
     a.grad_v, a.grad_z, a.grad_w = (t.data_ptr() if wanted >> bit & 1 else None for bit, t in enumerate(outs))
-    suffix = "f64" if a.is_double else "f32"
+    name, in_double = _arithmetic(launcher, v)
     if outs[1].numel():
-        s = cauchy_shape(a.rows, a.nodes, a.is_double)
-        launcher.launch(f"cauchy_slopes_{suffix}", s.blocks, s.threads, [a, s], reads=kept, writes=[outs[1]])
+        s = cauchy_shape(a.rows, a.nodes, in_double)
+        launcher.launch(f"cauchy_slopes_{name}", s.blocks, s.threads, [a, s], reads=kept, writes=[outs[1]])
     if outs[0].numel() or outs[2].numel():
-        p = cauchy_parts(a.rows, a.poles, a.nodes, a.is_double)
+        p = cauchy_parts(a.rows, a.poles, a.nodes, in_double)
         count = a.rows * a.poles
         sums = v.new_empty(p.parts * count * 4 if p.parts > 1 else 0, dtype=torch.float64)
         p.sums = sums.data_ptr() if p.parts > 1 else None
         writes = [outs[0], outs[2], sums]
-        launcher.launch(f"cauchy_poles_{suffix}", p.blocks, p.threads, [a, p], reads=kept, writes=writes)
+        launcher.launch(f"cauchy_poles_{name}", p.blocks, p.threads, [a, p], reads=kept, writes=writes)
         if p.parts > 1:
             launcher.launch(
                 "cauchy_pole_sums",
