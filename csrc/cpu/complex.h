@@ -15,27 +15,48 @@ FASTPO_FN int64_t row_of(const Leading& leading, const Operand& operand, int64_t
   return at;
 }
 
+// as many numbers in T, as a VecD has, as doubles, and back
+FASTPO_FN VecD wide_at(const double* p) { return at(p); }
+FASTPO_FN VecD wide_at(const float* p) {
+  HalfF v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return widened(v);
+}
+FASTPO_FN void put_narrow(double* p, VecD v) { put(p, v); }
+FASTPO_FN void put_narrow(float* p, VecD v) {
+  const HalfF narrow = narrowed(v);
+  __builtin_memcpy(p, &narrow, sizeof narrow);
+}
+
 // n pairs from place `first` on, in T, as doubles
 template <class T>
 FASTPO_FN void split_pairs(const void* data, int64_t first, int64_t n, double* re, double* im) {
-  const T* __restrict from = static_cast<const T*>(data) + 2 * first;
-  double* __restrict to_re = re;
-  double* __restrict to_im = im;
-  for (int64_t i = 0; i < n; ++i) {
-    to_re[i] = static_cast<double>(from[2 * i]);
-    to_im[i] = static_cast<double>(from[2 * i + 1]);
+  constexpr int width = lanes<double>;
+  const T* from = static_cast<const T*>(data) + 2 * first;
+  VecL even, odd;
+  for (int l = 0; l < width; ++l) even[l] = 2 * l, odd[l] = 2 * l + 1;
+  int64_t i = 0;
+  for (; i + width <= n; i += width) {
+    const VecD low = wide_at(from + 2 * i), high = wide_at(from + 2 * i + width);
+    put(re + i, __builtin_shuffle(low, high, even));
+    put(im + i, __builtin_shuffle(low, high, odd));
   }
+  for (; i < n; ++i) re[i] = static_cast<double>(from[2 * i]), im[i] = static_cast<double>(from[2 * i + 1]);
 }
 
 template <class T>
 FASTPO_FN void join_pairs(const double* re, const double* im, int64_t n, void* data, int64_t first) {
-  T* __restrict to = static_cast<T*>(data) + 2 * first;
-  const double* __restrict from_re = re;
-  const double* __restrict from_im = im;
-  for (int64_t i = 0; i < n; ++i) {
-    to[2 * i] = static_cast<T>(from_re[i]);
-    to[2 * i + 1] = static_cast<T>(from_im[i]);
+  constexpr int width = lanes<double>;
+  T* to = static_cast<T*>(data) + 2 * first;
+  VecL low, high;
+  for (int l = 0; l < width; ++l) low[l] = l / 2 + l % 2 * width, high[l] = low[l] + width / 2;
+  int64_t i = 0;
+  for (; i + width <= n; i += width) {
+    const VecD a = at(re + i), b = at(im + i);
+    put_narrow(to + 2 * i, __builtin_shuffle(a, b, low));
+    put_narrow(to + 2 * i + width, __builtin_shuffle(a, b, high));
   }
+  for (; i < n; ++i) to[2 * i] = static_cast<T>(re[i]), to[2 * i + 1] = static_cast<T>(im[i]);
 }
 
 template <class T>
@@ -44,7 +65,5 @@ FASTPO_FN void put_pair(double re, double im, void* data, int64_t at) {
   to[0] = static_cast<T>(re);
   to[1] = static_cast<T>(im);
 }
-
-FASTPO_FN int64_t whole_vectors(int64_t n) { return (n + lanes<double> - 1) / lanes<double> * lanes<double>; }
 
 }  // namespace FASTPO_NAMESPACE

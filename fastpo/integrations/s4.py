@@ -24,8 +24,8 @@ from fastpo.kernels import cauchy, vandermonde, vandermonde_transpose
 def cauchy_mult(v: Tensor, z: Tensor, w: Tensor, symmetric: bool = True) -> Tensor:
     """Σ v / (z - w): (..., L) of residues v and poles w, (..., N) broadcast against each other, and nodes z, (L,).
 
-    With `symmetric`, v and w are the halves of conjugate pairs, as the original's kernel takes them, and both halves are
-    added up. See `fastpo.cauchy`; gradients flow to z too, which the original does not give.
+    With `symmetric`, v and w are the halves of conjugate pairs, as the original's kernel takes them, and both are added
+    up. See `fastpo.cauchy`; gradients flow to z too, which the original does not give.
     """
     if z.dim() != 1:
         raise ValueError(f"z has shape {tuple(z.shape)}, expected (L,)")
@@ -49,7 +49,7 @@ def log_vandermonde(v: Tensor, x: Tensor, L: int, conj: bool = True) -> Tensor:
 
 
 def log_vandermonde_transpose(u: Tensor, v: Tensor, x: Tensor, L: int) -> Tensor:
-    """v_n Σ_l u_l e^(x_n l), (..., N), of inputs u (..., L) and of v and x (..., N). See `fastpo.vandermonde_transpose`."""
+    """v_n Σ_l u_l e^(x_n l), (..., N), of inputs u (..., L), v and x (..., N): see `fastpo.vandermonde_transpose`."""
     if u.shape[-1] != L:
         raise ValueError(f"u has shape {tuple(u.shape)}, expected (..., {L})")
     return vandermonde_transpose(u, v.to(torch.promote_types(v.dtype, x.dtype)), x)

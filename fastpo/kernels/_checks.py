@@ -44,6 +44,11 @@ def complex_array(name: str, value: object, *, real: bool = False) -> Tensor:
     return found.resolve_conj().resolve_neg()
 
 
+def real_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the parts of complex numbers, which a compiler does not see through `dtype.to_real()`."""
+    return torch.float64 if dtype in (torch.complex128, torch.float64) else torch.float32
+
+
 def broadcast(**tensors: Tensor) -> None:
     """Leading dimensions, all but the last, that broadcast."""
     try:
@@ -60,7 +65,7 @@ def no_growth(name: str, value: Tensor, meaning: str) -> None:
     real = value.detach().real
     if real.max() > 0 and (real > torch.finfo(value.dtype).eps * value.detach().abs()).any():
         # of who called the public function, which a filter's "once per location" then means
-        warnings.warn(f"{name} has a positive real part: {meaning}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"{name} has a positive real part: {meaning}", RuntimeWarning, stacklevel=3)
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

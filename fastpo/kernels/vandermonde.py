@@ -28,7 +28,7 @@ torch.library.define(
 @torch.library.register_fake("fastpo::vandermonde")
 def _fake(v: Tensor, x: Tensor, length: int, symmetric: bool) -> Tensor:
     leading = torch.broadcast_shapes(v.shape[:-1], x.shape[:-1])
-    return v.new_empty((*leading, length), dtype=v.dtype.to_real() if symmetric else v.dtype)
+    return v.new_empty((*leading, length), dtype=_checks.real_of(v.dtype) if symmetric else v.dtype)
 
 
 @torch.library.register_fake("fastpo::vandermonde_moments")
@@ -50,7 +50,7 @@ _LIBRARY = nvrtc.serve("vandermonde", launched_by)
 
 
 def _steps(like: Tensor) -> Tensor:
-    return torch.arange(like.shape[-1], dtype=like.dtype.to_real(), device=like.device)
+    return torch.arange(like.shape[-1], dtype=_checks.real_of(like.dtype), device=like.device)
 
 
 class _Vandermonde(torch.autograd.Function):
@@ -105,10 +105,17 @@ class _Moments(torch.autograd.Function):
         return grad_u, grad_x
 
 
-def _exponents(x: object) -> Tensor:
-    tensor = _checks.complex_array("x", x)
-    _checks.no_growth("x", tensor, "e^(x l) then grows without bound")
-    return tensor
+def _pair(v: object, x: object) -> tuple[Tensor, Tensor]:
+    """v and x, (..., N) both."""
+    v, x = _checks.complex_array("v", v), _checks.complex_array("x", x)
+    _checks.same_device("x", x, "v", v)
+    if x.shape[-1] != v.shape[-1]:
+        raise ValueError(f"x has shape {tuple(x.shape)}, v {tuple(v.shape)}: both must hold N along the last dimension")
+    _checks.broadcast(v=v, x=x)
+    return v, x
+
+
+_GROWTH = "e^(x l) then grows without bound"
 
 
 def vandermonde(v: Tensor, x: Tensor, length: int, *, symmetric: bool = True) -> Tensor:
@@ -138,14 +145,14 @@ def vandermonde(v: Tensor, x: Tensor, length: int, *, symmetric: bool = True) ->
     Source: A. Gu, A. Gupta, K. Goel, C. Ré, On the Parameterization and Initialization of Diagonal State Space Models
     (2206.11893).
     """
-    v, x = _checks.complex_array("v", v), _exponents(x)
-    _check_pair(v, x)
+    v, x = _pair(v, x)
+    _checks.no_growth("x", x, _GROWTH)
     if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
         raise TypeError(f"length must be an int, got {type(length).__name__}")
     if length < 0:
         raise ValueError(f"length must be at least 0, got {length}")
     dtype = torch.promote_types(v.dtype, x.dtype)
-    if not _native.serves("vandermonde", v.device, dtype.to_real()):
+    if not _native.serves("vandermonde", v.device, _checks.real_of(dtype)):
         return reference.vandermonde(v, x, length, symmetric=symmetric)
     return _native.call(_Vandermonde.apply, v.to(dtype), x.to(dtype), length, bool(symmetric))
 
@@ -171,19 +178,12 @@ def vandermonde_transpose(u: Tensor, v: Tensor, x: Tensor) -> Tensor:
     Source: as of `vandermonde`; the original computes it as `log_vandermonde_transpose`.
     """
     u = _checks.complex_array("u", u, real=True)
-    v, x = _checks.complex_array("v", v), _exponents(x)
-    _check_pair(v, x)
+    v, x = _pair(v, x)
+    _checks.no_growth("x", x, _GROWTH)
     _checks.same_device("u", u, "v", v)
     _checks.broadcast(u=u, v=v, x=x)
     dtype = torch.promote_types(torch.promote_types(u.dtype, v.dtype), x.dtype)
-    if not _native.serves("vandermonde", v.device, dtype.to_real()):
+    if not _native.serves("vandermonde", v.device, _checks.real_of(dtype)):
         return reference.vandermonde_transpose(u, v, x)
-    u = u.to(dtype if u.is_complex() else dtype.to_real())
+    u = u.to(dtype if u.is_complex() else _checks.real_of(dtype))
     return v.to(dtype) * _native.call(_Moments.apply, u, x.to(dtype))
-
-
-def _check_pair(v: Tensor, x: Tensor) -> None:
-    _checks.same_device("x", x, "v", v)
-    if x.shape[-1] != v.shape[-1]:
-        raise ValueError(f"x has shape {tuple(x.shape)}, v {tuple(v.shape)}: both must hold N along the last dimension")
-    _checks.broadcast(v=v, x=x)
