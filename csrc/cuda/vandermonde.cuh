@@ -202,7 +202,8 @@ FASTPO_KERNEL(vandermonde_moments, FASTPO_ARGUMENT(Vandermonde) a, FASTPO_ARGUME
       sum_moments<false, false>(a, item, begins.at[1], exponent, far, moment, slope);
     FASTPO_UNROLL(4)
     for (int k = 0; k < moment_width; ++k) {
-      const Complex<double> e = power(exponent(k), lane);
+      // a lane without steps would multiply 0 by a power that may overflow
+      const Complex<double> e = item.begin + lane < item.end ? power(exponent(k), lane) : Complex<double>{0, 0};
       add_product(slope[k], static_cast<double>(lane), moment[k]);
       const Complex<double> of_moment = warp_sum(multiply(moment[k], e)), of_slope = warp_sum(multiply(slope[k], e));
       if (lane != 0 || first + k >= a.terms) continue;
