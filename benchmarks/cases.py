@@ -15,12 +15,14 @@ from fastpo.bench import (
     ListwiseCase,
     ObjectiveCase,
     PolicyCase,
+    StateSpaceCase,
     SubTbCase,
     TokenLogprobsCase,
     VocabDivergenceCase,
 )
 from fastpo.bench.listwise import OBJECTIVES as LIST_OBJECTIVES
 from fastpo.bench.processes import spread
+from fastpo.bench.state_space import PRODUCTS
 from fastpo.bench.vocab_divergence import DIVERGENCES
 
 FORWARD = TokenLogprobsCase(512, 50_000)
@@ -60,6 +62,9 @@ GROUPED = (GROUP, GroupCase(shuffled=True))
 POLICY = tuple(PolicyCase(backward=backward) for backward in (False, True))
 FLOWS = tuple(SubTbCase(backward=backward) for backward in (False, True))
 LISTWISE = tuple(ListwiseCase(objective, backward=b) for objective in LIST_OBJECTIVES for b in (False, True))
+CAUCHY, VANDERMONDE = (
+    tuple(StateSpaceCase(product, backward=backward) for backward in (False, True)) for product in PRODUCTS
+)
 LINEAR_LOGPROBS = (HALF, HALF_BFLOAT16, HALF_FROZEN, WHOLE)
 LINEAR_DPO = (DPO,)
 GROUPS: dict[str, tuple[Case, ...]] = {
@@ -74,6 +79,7 @@ GROUPS: dict[str, tuple[Case, ...]] = {
     "linear_dpo": LINEAR_DPO,
     "advantages": ADVANTAGES,
     "groups": GROUPED,
+    "state_space": (*CAUCHY, *VANDERMONDE),
 }
 # samples per process, fewer where a call takes a second
 REPETITIONS = {
@@ -88,17 +94,56 @@ REPETITIONS = {
     "linear_dpo": 3,
     "advantages": 5,
     "groups": 5,
+    "state_space": 5,
 }
 
 # beside fastpo and eager torch; torch.compile would take an hour
 ONLY: dict[str, tuple[str, ...]] = {"formulas": ()}
 
-# how time and memory grow with the vocabulary and the rows
-SWEEP = tuple(
-    LinearLogprobsCase(rows, vocab=vocab, prompt=0.0, backward=True)
-    for vocab in (32_768, 50_257, 131_072, 262_144)
-    for rows in (512, 2048, 8192)
-)
+
+@dataclass(frozen=True)
+class Sweep:
+    """How time and memory grow: a line per provider over one number of the cases, a plot per value of another one.
+
+    `work` says in proportion to what a provider's time and memory are taken to grow.
+    """
+
+    cases: tuple[Any, ...]
+    providers: tuple[str, ...]
+    over: str
+    across: str
+    work: tuple[str, ...]
+
+    def work_of(self, case: Any) -> int:
+        return math.prod(getattr(case, name) for name in self.work)
+
+
+SWEEPS = {
+    "linear_logprobs": Sweep(
+        tuple(
+            LinearLogprobsCase(rows, vocab=vocab, prompt=0.0, backward=True)
+            for vocab in (32_768, 50_257, 131_072, 262_144)
+            for rows in (512, 2048, 8192)
+        ),
+        ("fastpo_kept", "compile", "core", "trl"),
+        "rows",
+        "vocab",
+        ("rows", "vocab"),
+    ),
+} | {
+    product: Sweep(
+        tuple(
+            StateSpaceCase(product, 64, state, length, backward=True)
+            for state in (16, 64, 256)
+            for length in (1024, 4096, 16_384, 65_536)
+        ),
+        ("compile", "pykeops"),
+        "length",
+        "state",
+        ("state", "length"),
+    )
+    for product in PRODUCTS
+}
 
 
 @dataclass(frozen=True)
@@ -190,6 +235,11 @@ TARGETS = (
     *(Target(case, "speed", 50.0, "eager") for case in FLOWS),
     *(Target(case, "speed", 5.0, "eager") for case in LISTWISE if case.backward),
     *(Target(case, "speed", 3.0, "compile") for case in LISTWISE if case.backward),
+    *(Target(cases[0], "speed", 35.0, "eager") for cases in (CAUCHY, VANDERMONDE)),
+    *(Target(cases[0], "speed", 7.0, "pykeops") for cases in (CAUCHY, VANDERMONDE)),
+    *(Target(cases[1], "speed", 25.0, "eager") for cases in (CAUCHY, VANDERMONDE)),
+    # beside the results, a hundredth of what eager torch holds, which is every term
+    *(Target(cases[1], "memory", 1 / 100, "eager") for cases in (CAUCHY, VANDERMONDE)),
     Target(DPO, "speed", 1.8, "eager"),
     Target(DPO, "speed", 1.45, "compile"),
     Target(DPO, "speed", 1.6, "liger"),

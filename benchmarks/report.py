@@ -1,7 +1,8 @@
 """`make bench`: the standard cases over fresh processes, as a table, JSON and plots, and the targets.
 
 --quick runs two processes instead of five and leaves out the objective at a million pairs. --sweep instead measures how
-`linear_logprobs` and its peers grow with the vocabulary and the rows: one call of each after another one.
+a kernel and its peers grow, `linear_logprobs` with the vocabulary and the rows, `cauchy` and `vandermonde` with the
+state and the length: one call of each after another one.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cases import GROUPS, ONLY, OVERALL, REPETITIONS, SWEEP, TARGETS
+from cases import GROUPS, ONLY, OVERALL, REPETITIONS, SWEEPS, TARGETS, Sweep
 
 from fastpo.bench import (
     CheckFailedError,
-    LinearLogprobsCase,
     ObjectiveCase,
     environment,
     measure_in_processes,
@@ -42,9 +42,9 @@ COLOURS = {
     "liger": "tab:brown",
     "torchrl": "tab:cyan",
     "loop": "lightgray",
+    "pykeops": "tab:red",
 }
-# in the sweep; and what a provider may take there: bytes beside its results, seconds of a call
-SWEPT = ("fastpo_kept", "compile", "core", "trl")
+# what a provider may take in a sweep: bytes beside its results, seconds of a call
 MOST_BYTES, MOST_SECONDS = 4e9, 15.0
 
 
@@ -159,45 +159,45 @@ def extra_bytes(row: dict[str, Any]) -> float | None:
 
 
 def too_much(row: dict[str, Any], times: float) -> str | None:
-    """Why a provider is left out of a case with so many times the logits of one in which it was measured."""
+    """Why a provider is left out of a case with so many times the work of one in which it was measured."""
     seconds, extra = times * row["seconds"]["median"], times * (extra_bytes(row) or 0)
     if extra > MOST_BYTES:
         return f"would take about {extra / 1e9:.3g} GB"
     return f"a call would take about {seconds:.0f} s" if seconds > MOST_SECONDS else None
 
 
-def sweep(cases: tuple[LinearLogprobsCase, ...]) -> list[dict[str, Any]]:
+def sweep(swept: Sweep) -> list[dict[str, Any]]:
     """Measures the cases, each provider as long as it would not take too much, and prints them."""
     found: list[dict[str, Any]] = []
     last: dict[str, tuple[int, dict[str, Any]]] = {}
-    for case in cases:
-        logits = case.rows * case.vocab
-        reasons = {name: too_much(row, logits / before) for name, (before, row) in last.items() if name != OWN}
+    for case in swept.cases:
+        work = swept.work_of(case)
+        reasons = {name: too_much(row, work / before) for name, (before, row) in last.items() if name != OWN}
         skip = {name: reason for name, reason in reasons.items() if reason}
-        (runs,) = measure_in_processes([case], 1, only=SWEPT, repetitions=0, skip=skip)
+        (runs,) = measure_in_processes([case], 1, only=swept.providers, repetitions=0, skip=skip)
         summary = summarise(runs)
-        found.append({**summary, "rows": case.rows, "vocab": case.vocab})
-        last |= {name: (logits, row) for name, row in summary["providers"].items() if "seconds" in row}
+        found.append({**summary, **{name: getattr(case, name) for name in (swept.over, swept.across)}})
+        last |= {name: (work, row) for name, row in summary["providers"].items() if "seconds" in row}
         print(table(summary), end="\n\n", flush=True)
     return found
 
 
-def plot_sweep(summaries: list[dict[str, Any]], where: dict[str, Any], folder: Path) -> Path:
-    """Memory and time over the number of rows, a column per vocabulary."""
+def plot_sweep(swept: Sweep, summaries: list[dict[str, Any]], where: dict[str, Any], path: Path) -> Path:
+    """Memory and time over one number of the cases, a column per value of the other."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    vocabularies = list(dict.fromkeys(s["vocab"] for s in summaries))
+    values = list(dict.fromkeys(s[swept.across] for s in summaries))
     figure, axes = plt.subplots(
-        2, len(vocabularies), figsize=(13, 7), sharex=True, sharey="row", squeeze=False, layout="constrained"
+        2, len(values), figsize=(13, 7), sharex=True, sharey="row", squeeze=False, layout="constrained"
     )
     lines: dict[str, Any] = {}
-    for column, vocab in enumerate(vocabularies):
-        of_vocab = [s for s in summaries if s["vocab"] == vocab]
-        for name in (OWN, "eager", *SWEPT):
-            rows = [(s["rows"], s["providers"][name]) for s in of_vocab if "seconds" in s["providers"].get(name, {})]
+    for column, value in enumerate(values):
+        chosen = [s for s in summaries if s[swept.across] == value]
+        for name in (OWN, "eager", *swept.providers):
+            rows = [(s[swept.over], s["providers"][name]) for s in chosen if "seconds" in s["providers"].get(name, {})]
             style: dict[str, Any] = {"color": COLOURS[name], "marker": "o", "linestyle": "-"}
             # the mark of peak memory is good to a megabyte
             memory = [(n, max(extra_bytes(r) or 0, 1e6) / 1e6) for n, r in rows]
@@ -206,8 +206,8 @@ def plot_sweep(summaries: list[dict[str, Any]], where: dict[str, Any], folder: P
                 (line,) = axis.plot(*zip(*points, strict=True), **style) if points else (None,)
                 if line is not None:
                     lines.setdefault(rows[0][1]["label"], line)
-        axes[0, column].set_title(f"{vocab} tokens", fontsize=9)
-        axes[1, column].set_xlabel("rows")
+        axes[0, column].set_title(f"{swept.across} {value}", fontsize=9)
+        axes[1, column].set_xlabel(swept.over)
     for axis in axes.flat:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
@@ -219,7 +219,6 @@ def plot_sweep(summaries: list[dict[str, Any]], where: dict[str, Any], folder: P
         f"{where['cpu']}, {where['cores']} cores, torch {where['torch']}, fastpo {where['fastpo_kernels']}",
         fontsize=9,
     )
-    path = folder / "sweep.png"
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
@@ -233,7 +232,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two processes, without the largest objective")
     parser.add_argument("--only", nargs="+", choices=GROUPS, metavar="KERNEL", help=f"of: {', '.join(GROUPS)}")
-    parser.add_argument("--sweep", action="store_true", help="linear_logprobs over vocabularies and rows, instead")
+    names = ", ".join(SWEEPS)
+    text = f"how a kernel grows, instead, of: {names}"
+    parser.add_argument("--sweep", nargs="?", const="linear_logprobs", choices=SWEEPS, metavar="KERNEL", help=text)
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of the JSON and plots")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -242,13 +243,14 @@ def main() -> int:
     print(heading(where), end="\n\n", flush=True)
     if args.sweep:
         try:
-            swept = sweep(SWEEP)
+            swept = sweep(SWEEPS[args.sweep])
         except CheckFailedError as error:
             print(f"{error}; nothing is reported", file=sys.stderr)
             return 1
-        numbers = args.output / "sweep.json"
+        name = "sweep" if args.sweep == "linear_logprobs" else f"sweep_{args.sweep}"
+        numbers = args.output / f"{name}.json"
         numbers.write_text(json.dumps({"environment": where, "cases": swept}, indent=2) + "\n")
-        written(numbers, plot_sweep(swept, where, args.output))
+        written(numbers, plot_sweep(SWEEPS[args.sweep], swept, where, args.output / f"{name}.png"))
         return 0
     summaries: dict[str, dict[str, Any]] = {}
     pictures = []

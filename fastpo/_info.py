@@ -12,10 +12,12 @@ import torch
 from fastpo import losses
 from fastpo.kernels import _native
 from fastpo.kernels.affine_scan import affine_scan
+from fastpo.kernels.cauchy import cauchy
 from fastpo.kernels.linear_logprobs import linear_logprobs
 from fastpo.kernels.packing import pack
 from fastpo.kernels.segment_stats import group_normalize
 from fastpo.kernels.token_logprobs import token_logprobs
+from fastpo.kernels.vandermonde import vandermonde
 from fastpo.kernels.vocab_divergence import token_kl
 
 _PACKAGES = ("torch", "triton", "cupy", "transformers", "accelerate", "trl")
@@ -108,6 +110,16 @@ def _probe_lists(device: torch.device) -> bool:
     return abs(losses.list_mle(scores, None, labels).loss.item() - 0.6931472) < 1e-6
 
 
+def _probe_cauchy(device: torch.device) -> bool:
+    v, w = torch.tensor([1 + 2j], device=device), torch.tensor([-1 + 1j], device=device)
+    return cauchy(v, torch.zeros(1, dtype=v.dtype, device=device), w).tolist() == [-1 + 0j]
+
+
+def _probe_vandermonde(device: torch.device) -> bool:
+    v, x = torch.tensor([1.5j], device=device), torch.tensor([0.5j * torch.pi], device=device)
+    return (vandermonde(v, x, 3).cpu() - torch.tensor([0.0, -3.0, 0.0])).abs().max().item() < 1e-6
+
+
 def _probe_packing() -> bool:
     return pack([2, 3, 1], 3) == [[1], [0, 2]]
 
@@ -124,6 +136,8 @@ def _services() -> list[Service]:
         "affine_scan": _probe_scan,
         "segment_stats": _probe_segments,
         "listwise": _probe_lists,
+        "cauchy": _probe_cauchy,
+        "vandermonde": _probe_vandermonde,
     }
     for name, probe in probes.items():
         for device in (torch.device("cpu"), torch.device("cuda")):

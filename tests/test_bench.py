@@ -26,6 +26,7 @@ from fastpo.bench import (
     PolicyCase,
     Problem,
     Provider,
+    StateSpaceCase,
     SubTbCase,
     TokenLogprobsCase,
     UnavailableError,
@@ -240,6 +241,15 @@ def test_policy_peers_compute_the_same(backward: bool) -> None:
 def test_subtb_passes_its_own_check(backward: bool) -> None:
     outcomes = checked(SubTbCase(3, 70, backward), "read")
     assert set(outcomes) == {"fastpo", "eager", "read"}
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+@pytest.mark.parametrize("product", ["cauchy", "vandermonde"])
+def test_state_space_passes_its_own_check(product: str, dtype: str, backward: bool) -> None:
+    outcomes = checked(StateSpaceCase(product, 3, 5, 70, dtype, backward), "none")
+    assert set(outcomes) == {"fastpo", "eager"}
+    assert len(outcomes["fastpo"].errors) == (3 if backward else 1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])

@@ -21,6 +21,7 @@ from fastpo.bench.listwise import ListwiseCase
 from fastpo.bench.objective import ObjectiveCase
 from fastpo.bench.policy import PolicyCase
 from fastpo.bench.processes import environment, measure_in_processes, summarise, table
+from fastpo.bench.state_space import StateSpaceCase
 from fastpo.bench.token_logprobs import TokenLogprobsCase
 from fastpo.bench.vocab_divergence import VocabDivergenceCase
 
@@ -37,6 +38,7 @@ __all__ = [
     "PolicyCase",
     "Problem",
     "Provider",
+    "StateSpaceCase",
     "SubTbCase",
     "TokenLogprobsCase",
     "UnavailableError",

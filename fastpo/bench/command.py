@@ -17,6 +17,7 @@ from fastpo.bench.listwise import ListwiseCase
 from fastpo.bench.objective import ObjectiveCase
 from fastpo.bench.policy import PolicyCase
 from fastpo.bench.processes import LEGEND, environment, heading, measure_in_processes, summarise, table
+from fastpo.bench.state_space import PRODUCTS, StateSpaceCase
 from fastpo.bench.token_logprobs import TokenLogprobsCase
 from fastpo.bench.vocab_divergence import DIVERGENCES, VocabDivergenceCase
 from fastpo.kernels.token_logprobs import STATISTICS
@@ -132,6 +133,14 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--items", type=list_length, default=ListwiseCase.items, help="per list")
     add.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32")
     _providers(add, ListwiseCase.PROVIDERS)
+    help_ = "the products of state-space layers: Cauchy (S4) or Vandermonde (S4D)"
+    add = kernels.add_parser("state_space", parents=[backward, common], help=help_, description=help_)
+    add.add_argument("--product", choices=PRODUCTS, default=StateSpaceCase.product)
+    add.add_argument("--channels", type=positive, default=StateSpaceCase.channels)
+    add.add_argument("--state", type=positive, default=StateSpaceCase.state, help="poles of one half")
+    add.add_argument("--length", type=positive, default=StateSpaceCase.length)
+    add.add_argument("--dtype", choices=("complex64", "complex128"), default="complex64")
+    _providers(add, StateSpaceCase.PROVIDERS)
     return root
 
 
@@ -174,6 +183,8 @@ def main(argv: list[str]) -> int:
         case = SubTbCase(args.rows, args.tokens, args.backward)
     elif args.kernel == "listwise":
         case = ListwiseCase(args.objective, args.lists, args.items, args.dtype, args.backward)
+    elif args.kernel == "state_space":
+        case = StateSpaceCase(args.product, args.channels, args.state, args.length, args.dtype, args.backward)
     else:
         case = ObjectiveCase(args.pairs, args.tokens, args.formula, args.dtype, args.backward)
     where = environment()
