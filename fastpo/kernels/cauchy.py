@@ -99,9 +99,11 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor, *, symmetric: bool = True) -> Tensor
 
     The second terms are those of the conjugate poles of a real system, of which v and w then hold one half; without
     `symmetric` they are left out. complex64 is computed in double and rounded once: an error is at most 4 ulp of the
-    sum or of its largest term, whichever is larger, near poles too. Each term of complex128 is right to 4 ulp, for
-    |z - w| between 1e-150 and 1e150, and their sum is a plain one. At a pole the sum is inf, in the components that v
-    has, and gradients to which that node belongs are not finite. Memory is that of arguments and result.
+    sum or of its largest term, whichever is larger, near poles too. On a GPU whose double precision has less than half
+    the rate of single, complex64 is computed in single: each term is right to 4 ulp, and their sum is compensated. Each
+    term of complex128 is right to 4 ulp, for |z - w| between 1e-150 and 1e150, and their sum is a plain one. At a pole
+    the sum is inf, in the components that v has, and gradients to which that node belongs are not finite. Memory is
+    that of arguments and result.
 
     Differentiable in v, z and w, in torch's convention for complex gradients; the gradient is deterministic. A gradient
     of the gradient is the reference's, which holds every term.
