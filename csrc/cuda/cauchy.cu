@@ -43,11 +43,11 @@ const char* cauchy_poles(const Cauchy& a, double* sums, void* stream) {
 
 }  // namespace fastpo::gpu
 
-// for the tests that compare them with the launch through CuPy: blocks, tiles, threads, nodes
+// for the tests that compare them with the launch through CuPy: blocks, tiles, threads
 extern "C" __attribute__((visibility("default"))) void fastpo_cauchy_shape(long long rows, long long nodes,
                                                                            int in_double, long long* out) {
   const fastpo::gpu::CauchyShape s = fastpo::gpu::cauchy_shape(rows, nodes, in_double != 0);
-  out[0] = s.blocks, out[1] = s.tiles, out[2] = s.threads, out[3] = s.nodes;
+  out[0] = s.blocks, out[1] = s.tiles, out[2] = s.threads;
 }
 
 // blocks, parts, length, threads

@@ -26,16 +26,12 @@ struct CauchyShape {
   Int64 blocks;
   Int64 tiles;  // of a row
   int threads;
-  int nodes;  // per thread
 };
 
 FASTPO_HOST_DEVICE CauchyShape cauchy_shape(Int64 rows, Int64 nodes, bool in_double) {
   CauchyShape s;
   s.threads = cauchy_threads;
-  const int most = in_double ? cauchy_width<double> : cauchy_width<float>;
-  // one node for each thread where more would leave multiprocessors without a block
-  s.nodes = rows * ceil_div<Int64>(nodes, cauchy_threads * most) < 256 ? 1 : most;
-  s.tiles = ceil_div<Int64>(nodes, cauchy_threads * s.nodes);
+  s.tiles = ceil_div<Int64>(nodes, cauchy_threads * (in_double ? cauchy_width<double> : cauchy_width<float>));
   s.blocks = clamp<Int64>(rows * s.tiles, 1, most_blocks);
   return s;
 }
@@ -91,8 +87,9 @@ FASTPO_DEVICE void add_term(Complex<A>& sum, const Pole<A>& pole, Complex<A> z) 
 }
 
 // The sums over all poles at the nodes of a tile; all threads take part.
-template <class T, class A, bool symmetric, bool slope, int width, class Cells>
+template <class T, class A, bool symmetric, bool slope, class Cells>
 FASTPO_DEVICE void cauchy_nodes(const Cauchy& a, Int64 row, Int64 first, Cells& poles) {
+  constexpr int width = cauchy_width<A>;
   const int thread = thread_index();
   const Begins<4> begins = begins_of(a.leading, row, a.v, a.w, a.z, a.grad);
   const auto* v = static_cast<const Complex<T>*>(a.v.data) + begins.at[0];
@@ -115,20 +112,22 @@ FASTPO_DEVICE void cauchy_nodes(const Cauchy& a, Int64 row, Int64 first, Cells& 
     for (int group = 0; group < count; group += cauchy_group) {
       const int end = group + cauchy_group < count ? group + cauchy_group : count;
       Complex<A> part[width] = {};
-      Outside<A> outside;
+      Outside<A> outside[width];
       for (int n = group; n < end; ++n) {
         const Pole<A> pole = poles[n];
-        for (int k = 0; k < width; ++k) add_quick_term<T, symmetric, slope>(part[k], pole, z[k], outside);
+        for (int k = 0; k < width; ++k) add_quick_term<T, symmetric, slope>(part[k], pole, z[k], outside[k]);
       }
-      if (outside) {
-        for (int k = 0; k < width; ++k) part[k] = {0, 0};
-        FASTPO_UNROLL(1)
-        for (int n = group; n < end; ++n) {
-          const Pole<A> pole = poles[n];
-          for (int k = 0; k < width; ++k) add_term<symmetric, slope>(part[k], pole, z[k]);
+      for (int k = 0; k < width; ++k) {
+        if (outside[k]) {
+          part[k] = {0, 0};
+          FASTPO_UNROLL(1)
+          for (int n = group; n < end; ++n) {
+            const Pole<A> pole = poles[n];
+            add_term<symmetric, slope>(part[k], pole, z[k]);
+          }
         }
+        sum[k].add(part[k]);
       }
-      for (int k = 0; k < width; ++k) sum[k].add(part[k]);
     }
   }
   for (int k = 0; k < width; ++k) {
@@ -145,24 +144,16 @@ FASTPO_DEVICE void cauchy_nodes(const Cauchy& a, Int64 row, Int64 first, Cells& 
   }
 }
 
-template <class T, class A, bool slope, int width, class Cells>
-FASTPO_DEVICE void cauchy_tiles(const Cauchy& a, const CauchyShape& s, Cells& poles) {
-  for (Int64 tile = block_index(); tile < a.rows * s.tiles; tile += block_count()) {
-    const Int64 row = tile / s.tiles, first = (tile - row * s.tiles) * cauchy_threads * width;
-    if (a.symmetric)
-      cauchy_nodes<T, A, true, slope, width>(a, row, first, poles);
-    else
-      cauchy_nodes<T, A, false, slope, width>(a, row, first, poles);
-  }
-}
-
 template <class T, class A, bool slope>
 FASTPO_DEVICE void cauchy_grid(const Cauchy& a, const CauchyShape& s) {
   FASTPO_SHARED(Pole<A>, poles, cauchy_tile);
-  if (s.nodes == 1)
-    cauchy_tiles<T, A, slope, 1>(a, s, poles);
-  else
-    cauchy_tiles<T, A, slope, cauchy_width<A>>(a, s, poles);
+  for (Int64 tile = block_index(); tile < a.rows * s.tiles; tile += block_count()) {
+    const Int64 row = tile / s.tiles, first = (tile - row * s.tiles) * cauchy_threads * cauchy_width<A>;
+    if (a.symmetric)
+      cauchy_nodes<T, A, true, slope>(a, row, first, poles);
+    else
+      cauchy_nodes<T, A, false, slope>(a, row, first, poles);
+  }
 }
 
 // Σ d conj(r) and Σ d conj(r)^2 with r = 1 / (z - w), and with `symmetric` the same of the conjugate poles, where the
@@ -231,20 +222,18 @@ FASTPO_DEVICE void sum_slopes(const Complex<T>* nodes, const Complex<T>* grad, c
   for (Int64 begin = item.begin + thread_index() % warp; begin < item.end; begin += warp * cauchy_group) {
     const Int64 end = begin + warp * cauchy_group < item.end ? begin + warp * cauchy_group : item.end;
     PoleSums<A> part[width] = {};
-    Outside<A> outside;
+    Outside<A> outside[width];
     for (Int64 l = begin; l < end; l += warp) {
       const Complex<A> z = convert<A>(load(nodes + l)), d = convert<A>(load(grad + l));
-      for (int k = 0; k < width; ++k) add_quick_slopes<T, symmetric>(part[k], w[k], z, d, outside);
-    }
-    if (outside) {
-      for (int k = 0; k < width; ++k) part[k] = {};
-      FASTPO_UNROLL(1)
-      for (Int64 l = begin; l < end; l += warp) {
-        const Complex<A> z = convert<A>(load(nodes + l)), d = convert<A>(load(grad + l));
-        for (int k = 0; k < width; ++k) add_slopes<symmetric>(part[k], w[k], z, d);
-      }
+      for (int k = 0; k < width; ++k) add_quick_slopes<T, symmetric>(part[k], w[k], z, d, outside[k]);
     }
     for (int k = 0; k < width; ++k) {
+      if (outside[k]) {
+        part[k] = {};
+        FASTPO_UNROLL(1)
+        for (Int64 l = begin; l < end; l += warp)
+          add_slopes<symmetric>(part[k], w[k], convert<A>(load(nodes + l)), convert<A>(load(grad + l)));
+      }
       by_v[k].add(part[k].by_v);
       by_w[k].add(part[k].by_w);
     }

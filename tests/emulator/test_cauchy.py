@@ -79,7 +79,7 @@ class TestLaunchFromPython:
     @by_form
     def test_single_precision_arithmetic(self, slow_double, symmetric):
         """Each term to 4 ulp, the sum compensated."""
-        for poles, nodes in [(1, 1), (7, 40), (70, 33), (3, 300)]:
+        for poles, nodes in [(1, 1), (7, 40), (70, 33), (3, 600)]:
             case = make(poles, nodes, torch.complex64, seed=poles)
             assert_terms(product(*case, symmetric), *case, symmetric, exactly=False)
             self.check_gradients(case, symmetric)
@@ -109,6 +109,27 @@ class TestLaunchFromPython:
         tests.test_at_poles("native", torch.complex64, symmetric)
         tests.test_far_out(torch.complex64, symmetric)
         tests.test_nan_stays_where_it_is("native")
+
+    @by_form
+    @by_dtype
+    def test_gradients_at_a_pole(self, checked, dtype, symmetric):  # noqa: F811
+        """Not finite of the pole and of the node that is one, and as before of the others, to the bit."""
+        case, up = make(9, 70, dtype, (2,)), random((2, 70), dtype, 3)
+        case[1][4] = case[2][0, 2] + 1
+        before = gradients(case, symmetric, torch.where(torch.arange(70) == 4, 0, up))
+        case[1][4] = case[2][0, 2]
+        hit = gradients(case, symmetric, up)
+        assert not hit[0][0, 2].isfinite() and not hit[1][4].isfinite() and not hit[2][0, 2].isfinite()
+        case[1][4] = 1e30
+        missed = gradients(case, symmetric, torch.where(torch.arange(70) == 4, 0, up))
+        rest = torch.arange(70) != 4
+        assert torch.equal(hit[1][rest], before[1][rest])
+        for i in (0, 2):
+            poles = torch.ones(2, 9, dtype=torch.bool)
+            poles[0, 2] = False
+            assert hit[i][poles].isfinite().all()
+            # a node without an upstream gradient leaves no trace, wherever it is
+            assert torch.allclose(before[i], missed[i], rtol=64 * torch.finfo(dtype).eps)
 
     def test_parts(self, checked):  # noqa: F811
         """Few poles and many nodes: warps take parts of them, which are added up in their order."""
@@ -149,18 +170,6 @@ class TestLaunchFromPython:
         cases.TestForward().test_leading_dimensions()
         cases.TestForward().test_views()
 
-    def test_many_nodes_per_thread(self, checked):  # noqa: F811
-        """What a launch with enough blocks computes is the same to the bit; one block of it is run."""
-        v, z, w = make(3, 1, torch.complex64, (300,))
-        z = make(3, 600, torch.complex64, ())[1]
-        shapes = [launch.cauchy_shape(rows, 600, True) for rows in (1, 300)]
-        assert [s.nodes for s in shapes] == [1, 2]
-        want = product(v[:1], z, w[:1])
-        checked.blocks = [0, 1, 2]
-        found = product(v, z, w)
-        checked.blocks = []
-        assert torch.equal(found[0], want[0])
-
     def test_equals_the_compiled_launch(self, checked, ops):  # noqa: F811
         for dtype, symmetric in itertools.product((torch.complex64, torch.complex128), (True, False)):
             case = make(9, 1500, dtype, (2,))
@@ -193,7 +202,7 @@ class TestShapes:
         for rows, nodes, in_double in itertools.product(sizes, sizes, (False, True)):
             exports.fastpo_cauchy_shape(ctypes.c_longlong(rows), ctypes.c_longlong(nodes), int(in_double), out)
             s = launch.cauchy_shape(rows, nodes, in_double)
-            assert list(out) == [s.blocks, s.tiles, s.threads, s.nodes], (rows, nodes, in_double)
+            assert list(out[:3]) == [s.blocks, s.tiles, s.threads], (rows, nodes, in_double)
             assert 1 <= s.blocks < 2**31
         for rows, terms, length, width in itertools.product(sizes, [0, 1, 4, 33, 2**20], sizes, (2, 4)):
             given = [ctypes.c_longlong(n) for n in (rows, terms, length)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastpo.kernels.cuda.arguments import PART_THREADS, Leading, Operand, Parts, blocks, broadcast, parts_of
 from fastpo.kernels.cuda.nvrtc import Launcher
 
-_THREADS, _FEW_BLOCKS = 128, 256
+_THREADS = 128
 
 
 class Cauchy(ctypes.Structure):
@@ -38,7 +38,6 @@ class CauchyShape(ctypes.Structure):
         ("blocks", ctypes.c_int64),
         ("tiles", ctypes.c_int64),
         ("threads", ctypes.c_int),
-        ("nodes", ctypes.c_int),
     )
 
 
@@ -48,10 +47,8 @@ def _width(in_double: bool) -> int:
 
 
 def cauchy_shape(rows: int, nodes: int, in_double: bool) -> CauchyShape:
-    most = _width(in_double)
-    width = 1 if rows * -(-nodes // (_THREADS * most)) < _FEW_BLOCKS else most
-    tiles = -(-nodes // (_THREADS * width))
-    return CauchyShape(blocks(rows * tiles, 1), tiles, _THREADS, width)
+    tiles = -(-nodes // (_THREADS * _width(in_double)))
+    return CauchyShape(blocks(rows * tiles, 1), tiles, _THREADS)
 
 
 def cauchy_parts(rows: int, poles: int, nodes: int, in_double: bool) -> Parts:
