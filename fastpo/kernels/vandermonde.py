@@ -53,6 +53,11 @@ def _steps(like: Tensor) -> Tensor:
     return torch.arange(like.shape[-1], dtype=_checks.real_of(like.dtype), device=like.device)
 
 
+def _differentiated_again() -> bool:
+    """Whether a backward has to be differentiable itself (create_graph)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 class _Vandermonde(torch.autograd.Function):
     """The product with its gradient, which is made of moments."""
 
@@ -68,7 +73,7 @@ class _Vandermonde(torch.autograd.Function):
         needs_v, needs_x = ctx.needs_input_grad[:2]
         conjugate, factor = x.conj().resolve_conj(), 2 if ctx.symmetric else 1
         grad_v = grad_x = slope = None
-        if torch.is_grad_enabled():
+        if _differentiated_again():
             moment = _Moments.apply(grad, conjugate)
             slope = _Moments.apply(grad * _steps(grad), conjugate) if needs_x else None
         else:
@@ -99,7 +104,7 @@ class _Moments(torch.autograd.Function):
             product = _Vandermonde.apply(grad, conjugate, u.shape[-1], real)
             grad_u = (product / 2 if real else product).sum_to_size(u.shape)
         if ctx.needs_input_grad[1]:
-            if torch.is_grad_enabled():
+            if _differentiated_again():
                 slope = _Moments.apply(u * _steps(u), x)
             grad_x = (grad * slope.conj()).sum_to_size(x.shape)
         return grad_u, grad_x
