@@ -31,6 +31,7 @@ from torch import Tensor
 
 import fastpo
 from fastpo import losses
+from fastpo.bench import state_space
 from fastpo.bench.processes import columns
 
 HERE = Path(__file__).parent
@@ -470,6 +471,91 @@ def objective_case(device: torch.device, rows: int, tokens: int, *, backward: bo
     )
 
 
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def keops_cauchy() -> Product:
+    from pykeops.torch import Genred
+
+    numerator = "z * ComplexReal(v) - Real2Complex(Sum(v * w))"
+    formula = f"ComplexDivide({numerator}, ComplexMult(z - w, z - Conj(w)))"
+    reduction = Genred(formula, ["v = Vj(2)", "z = Vi(2)", "w = Vj(2)"], reduction_op="Sum", axis=1)
+
+    def run(v: Tensor, z: Tensor, w: Tensor) -> Tensor:
+        return torch.view_as_complex(2 * reduction(*(torch.view_as_real(t).contiguous() for t in (v, z[None], w))))
+
+    return run
+
+
+def keops_vandermonde(length: int) -> Product:
+    from pykeops.torch import Genred
+
+    formula = "ComplexMult(v, ComplexExp(ComplexMult(x, l)))"
+    reduction = Genred(formula, ["v = Vj(2)", "x = Vj(2)", "l = Vi(2)"], reduction_op="Sum", axis=1)
+
+    def run(v: Tensor, _: Tensor, x: Tensor) -> Tensor:
+        steps = torch.arange(length).to(x)[None]
+        return 2 * reduction(*(torch.view_as_real(t).contiguous() for t in (v, x, steps)))[..., 0]
+
+    return run
+
+
+def state_space_case(
+    device: torch.device, product: str, channels: int, poles: int, length: int, *, backward: bool
+) -> Case:
+    """The convolution kernels of S4 and S4D layers, as `fastpo.bench.state_space` makes them."""
+    generator = torch.Generator(device).manual_seed(0)
+    steps = torch.logspace(-3, -1, channels, dtype=torch.float64, device=device)[:, None]
+    w = (steps * (-0.5 + 1j * torch.pi * torch.arange(poles, device=device))).to(torch.complex64)
+    v = torch.randn(channels, poles, dtype=torch.complex64, generator=generator, device=device)
+    halves = torch.arange(length, dtype=torch.float64, device=device) / (2 * length)
+    z = (2j * torch.tan(torch.pi * halves)).to(torch.complex64)
+    leaves = [t.requires_grad_(backward) for t in (v, w)]
+    is_cauchy = product == "cauchy"
+    upstream = torch.randn(channels, length, dtype=torch.complex64, generator=generator, device=device)
+    upstream = upstream if is_cauchy else upstream.real.contiguous()
+
+    def timed(function: Product) -> Callable[[], Outputs]:
+        def run() -> Outputs:
+            out = function(v, z, w)
+            grads = torch.autograd.grad(out, leaves, upstream) if backward else ()
+            return [torch.view_as_real(t) if t.is_complex() else t for t in (out, *grads)]
+
+        return run
+
+    own, plain, keops = (
+        (fastpo.cauchy, state_space.cauchy, keops_cauchy)
+        if is_cauchy
+        else (
+            lambda v, z, w: fastpo.vandermonde(v, w, length),
+            lambda v, z, w: state_space.vandermonde(v, w, length),
+            lambda: keops_vandermonde(length),
+        )
+    )
+    providers = [Provider("fastpo", timed(own)), Provider("eager", timed(plain))]
+    missing = {}
+    try:
+        providers.append(Provider("pykeops", timed(keops())))
+    except Exception as error:  # without a compiler it fails in its own ways
+        missing["pykeops"] = f"not to be had: {error}"
+    moved = [t.detach() for t in (v, w, *([z] if is_cauchy else []), upstream)] * (1 + backward)
+    copies = [torch.empty_like(t) for t in moved]
+
+    def copy() -> Outputs:
+        torch._foreach_copy_(copies, moved)
+        return copies
+
+    # what has to be moved is next to nothing: the floor says how far the arithmetic is from it
+    providers.append(Provider("copy", copy, floor=True))
+    return Case(
+        f"{product} {channels} x {poles} x {length} complex64, forward" + " + backward" * backward,
+        providers,
+        0,
+        missing=missing,
+        extra=(upstream.nbytes + 4 * v.nbytes) if backward else None,
+    )
+
+
 def cases(device: torch.device, small: bool) -> list[Callable[[], Case]]:
     rows, vocab = (8192, 151_936) if not small else (8, 1000)
     found: list[Callable[[], Case]] = []
@@ -492,6 +578,11 @@ def cases(device: torch.device, small: bool) -> list[Callable[[], Case]]:
     for pairs, tokens in ((64, 4096), (512, 512), (1_000_000, 0)) if not small else ((4, 50), (30, 0)):
         for backward in (False, True):
             found.append(lambda p=pairs, t=tokens, b=backward: objective_case(device, p, t, backward=b))
+    # a layer's, and few channels of a long sequence
+    for sizes in ((256, 32, 2048), (16, 64, 65_536)) if not small else ((4, 8, 300),):
+        for product in state_space.PRODUCTS:
+            for backward in (False, True):
+                found.append(lambda n=product, s=sizes, b=backward: state_space_case(device, n, *s, backward=b))
     return found
 
 

@@ -53,6 +53,9 @@ FASTPO_DEVICE void store(T* p, T value) {
   *p = value;
 }
 
+// a b + c, rounded once
+FASTPO_DEVICE double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
+
 }  // namespace fastpo::gpu
 #endif
 

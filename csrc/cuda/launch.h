@@ -21,6 +21,19 @@ const char* policy_objective(const PolicyObjective&, bool reduce, void* loss, do
 // The lists' losses and the scratch of `Listwise` are on the device; `items` per list, on average.
 const char* listwise(const Listwise&, Int64 items, bool reduce, double denominator, void* loss, void* stream);
 
+const char* cauchy(const Cauchy&, void* stream);
+// the gradient by the nodes
+const char* cauchy_slopes(const Cauchy&, void* stream);
+// The gradients by poles and residues. `sums` has 4 doubles for each of cauchy_parts() of each pole of each row, and is
+// null where there is but one part.
+const char* cauchy_poles(const Cauchy&, double* sums, void* stream);
+Int64 cauchy_parts(const Cauchy&);
+
+const char* vandermonde(const Vandermonde&, void* stream);
+// `sums` likewise, for each term
+const char* vandermonde_moments(const Vandermonde&, double* sums, void* stream);
+Int64 vandermonde_moment_parts(const Vandermonde&);
+
 Int64 objective_blocks(Int64 rows, Int64 tokens, int streams);
 
 }  // namespace fastpo::gpu

@@ -6,12 +6,15 @@ differences z - w, and their squared moduli sums of two squares: multiplied out,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastpo.kernels import _checks, _native
+from fastpo.kernels.cuda import cauchy as _launch
+from fastpo.kernels.cuda import nvrtc
 from fastpo.reference import state_space as reference
 
 # which gradients are asked of the backward, as bits
@@ -46,6 +49,18 @@ def _fake_backward(
         return v.new_empty((*leading, columns) if wanted & bit else (0,))
 
     return gradient(_V, v.shape[-1]), gradient(_Z, z.shape[-1]), gradient(_W, v.shape[-1])
+
+
+def launched_by(launcher: nvrtc.Launcher) -> dict[str, Callable[..., Any]]:
+    """Implementations of the ops that launch the kernels of csrc/cuda from Python."""
+
+    def bound(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: function(launcher, *arguments)
+
+    return {"cauchy": bound(_launch.forward), "cauchy_backward": bound(_launch.backward)}
+
+
+_LIBRARY = nvrtc.serve("cauchy", launched_by)
 
 
 class _Cauchy(torch.autograd.Function):
@@ -84,9 +99,11 @@ def cauchy(v: Tensor, z: Tensor, w: Tensor, *, symmetric: bool = True) -> Tensor
 
     The second terms are those of the conjugate poles of a real system, of which v and w then hold one half; without
     `symmetric` they are left out. complex64 is computed in double and rounded once: an error is at most 4 ulp of the
-    sum or of its largest term, whichever is larger, near poles too. Each term of complex128 is right to 4 ulp, for
-    |z - w| between 1e-150 and 1e150, and their sum is a plain one. At a pole the sum is inf, in the components that v
-    has, and gradients to which that node belongs are not finite. Memory is that of arguments and result.
+    sum or of its largest term, whichever is larger, near poles too. On a GPU whose double precision has less than half
+    the rate of single, complex64 is computed in single: each term is right to 4 ulp, and their sum is compensated. Each
+    term of complex128 is right to 4 ulp, for |z - w| between 1e-150 and 1e150, and their sum is a plain one. At a pole
+    the sum is inf, in the components that v has, and gradients to which that node belongs are not finite. Memory is
+    that of arguments and result.
 
     Differentiable in v, z and w, in torch's convention for complex gradients; the gradient is deterministic. A gradient
     of the gradient is the reference's, which holds every term.

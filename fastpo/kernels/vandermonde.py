@@ -6,12 +6,15 @@ e^(64 x h) e^(x j), so that there is one complex exponential per term and row, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastpo.kernels import _checks, _native
+from fastpo.kernels.cuda import nvrtc
+from fastpo.kernels.cuda import vandermonde as _launch
 from fastpo.reference import state_space as reference
 
 # leading dimensions broadcast; with `symmetric`, twice the real part
@@ -32,6 +35,18 @@ def _fake(v: Tensor, x: Tensor, length: int, symmetric: bool) -> Tensor:
 def _fake_moments(u: Tensor, x: Tensor, with_slope: bool) -> tuple[Tensor, Tensor]:
     shape = (*torch.broadcast_shapes(u.shape[:-1], x.shape[:-1]), x.shape[-1])
     return x.new_empty(shape), x.new_empty(shape if with_slope else (0,))
+
+
+def launched_by(launcher: nvrtc.Launcher) -> dict[str, Callable[..., Any]]:
+    """Implementations of the ops that launch the kernels of csrc/cuda from Python."""
+
+    def bound(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: function(launcher, *arguments)
+
+    return {"vandermonde": bound(_launch.forward), "vandermonde_moments": bound(_launch.moments)}
+
+
+_LIBRARY = nvrtc.serve("vandermonde", launched_by)
 
 
 def _steps(like: Tensor) -> Tensor:

@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from fastpo.kernels.affine_scan import launched_by as affine_scan
+from fastpo.kernels.cauchy import launched_by as cauchy
 from fastpo.kernels.cuda import nvrtc
 from fastpo.kernels.listwise import launched_by as listwise
 from fastpo.kernels.objective import launched_by as objective
 from fastpo.kernels.policy import launched_by as policy
 from fastpo.kernels.segment_stats import launched_by as segment_stats
+from fastpo.kernels.vandermonde import launched_by as vandermonde
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -99,6 +101,7 @@ class Emulator:
         reversed: whether threads and blocks run from the last to the first.
         blocks: the blocks to run; all, if empty.
         launched: names of the kernels run so far.
+        fast_double: whether the device's double precision is worth using for single.
     """
 
     def __init__(self, library: Path):
@@ -107,6 +110,7 @@ class Emulator:
         self.reversed = False
         self.blocks: list[int] = []
         self.launched: list[str] = []
+        self.fast_double = True
 
     def configure(self, reads: Iterable[Tensor | None], writes: Iterable[Tensor | None]) -> None:
         """Say what the next launch may touch."""
@@ -137,9 +141,12 @@ class Emulator:
         if error:
             raise RuntimeError(f"{kernel}: {error.decode()}")
 
+    def has_fast_double(self, device: torch.device) -> bool:
+        return self.fast_double
+
 
 # the ops of each kernel of csrc/cuda
-KERNELS = (objective, affine_scan, policy, segment_stats, listwise)
+KERNELS = (objective, affine_scan, policy, segment_stats, listwise, cauchy, vandermonde)
 
 
 @contextlib.contextmanager

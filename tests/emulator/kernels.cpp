@@ -2,10 +2,12 @@
 #include <string>
 
 #include "../../csrc/cuda/affine_scan.cuh"
+#include "../../csrc/cuda/cauchy.cuh"
 #include "../../csrc/cuda/listwise.cuh"
 #include "../../csrc/cuda/objective.cuh"
 #include "../../csrc/cuda/policy.cuh"
 #include "../../csrc/cuda/segment_stats.cuh"
+#include "../../csrc/cuda/vandermonde.cuh"
 
 namespace {
 
@@ -39,5 +41,18 @@ const char* simt_run(const char* name, std::int64_t blocks, std::int64_t threads
   KERNEL2(listwise_f32, Listwise, Shape);
   KERNEL2(listwise_f64, Listwise, Shape);
   KERNEL1(listwise_sum, ListSum);
+  KERNEL2(cauchy_f32, Cauchy, CauchyShape);
+  KERNEL2(cauchy_f32_in_f64, Cauchy, CauchyShape);
+  KERNEL2(cauchy_f64, Cauchy, CauchyShape);
+  KERNEL2(cauchy_slopes_f32, Cauchy, CauchyShape);
+  KERNEL2(cauchy_slopes_f32_in_f64, Cauchy, CauchyShape);
+  KERNEL2(cauchy_slopes_f64, Cauchy, CauchyShape);
+  KERNEL2(cauchy_poles_f32, Cauchy, Parts);
+  KERNEL2(cauchy_poles_f32_in_f64, Cauchy, Parts);
+  KERNEL2(cauchy_poles_f64, Cauchy, Parts);
+  KERNEL2(cauchy_pole_sums, Cauchy, Parts);
+  KERNEL2(vandermonde, Vandermonde, VandermondeShape);
+  KERNEL2(vandermonde_moments, Vandermonde, Parts);
+  KERNEL2(vandermonde_moment_sums, Vandermonde, Parts);
   return "there is no such kernel";
 }

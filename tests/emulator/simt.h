@@ -215,5 +215,6 @@ void store(T* p, T value) {
   simt::check_global(p, sizeof *p, true);
   *p = value;
 }
+inline double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
 }  // namespace fastpo::gpu

@@ -42,6 +42,10 @@ class Launcher(Protocol):
         """Run `kernel` on a one-dimensional grid; it touches nothing but the tensors named."""
         ...
 
+    def has_fast_double(self, device: torch.device) -> bool:
+        """Whether the device computes in double at half the rate of single precision."""
+        ...
+
 
 @constant_when_traced
 def why_not() -> str | None:
@@ -170,6 +174,13 @@ def _module(file: str, defines: tuple[tuple[str, str], ...], device: int) -> int
     return driver.moduleLoadData(cubin(source, _architecture(device), dict(defines)))
 
 
+@functools.cache
+def _has_fast_double(device: int) -> bool:
+    from cupy_backends.cuda.api import runtime
+
+    return runtime.deviceGetAttribute(runtime.cudaDevAttrSingleToDoublePrecisionPerfRatio, device) <= 2
+
+
 class Driver:
     """Launches kernels of one file of csrc/cuda on the current stream of the tensors' device."""
 
@@ -197,6 +208,9 @@ class Driver:
             stream = torch.cuda.current_stream().cuda_stream
             function = _function(kernel, self.file, self.defines, torch.cuda.current_device())
             driver.launchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, ctypes.addressof(pointers), 0)
+
+    def has_fast_double(self, device: torch.device) -> bool:
+        return _has_fast_double(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def _why_not_cuda(device: torch.device, *dtypes: torch.dtype) -> str | None:
