@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from fastpo import algorithms
 from fastpo.training import checkpoint
-from fastpo.training.config import TrainConfig, built_in_defaults
+from fastpo.training.config import TrainConfig, built_in_defaults, is_built_in
 from fastpo.training.errors import Interrupted, UserError
 
 TRAIN_PACKAGES = ("transformers", "accelerate", "datasets", "jsonargparse", "matplotlib", "rich")
@@ -126,7 +126,7 @@ def _parse(name: str, argv: list[str]) -> tuple[dict[str, Any], TrainConfig, Pat
             # before the options of another algorithm are read
             checkpoint.check_algorithm(checkpoint.latest(resume), name)
             argv = ["--config", str(resume / "config.yaml"), *argv]
-        if given.model is None and given.data is None:
+        if is_built_in(given.model, given.data):
             parser.set_defaults(built_in_defaults(name))
         given = parser.instantiate(parser.parse_args(argv))
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
