@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fastpo import advantages, data, losses, rewards, schedules, scores
+from fastpo import advantages, data, losses, nn, rewards, schedules, scores
 from fastpo._info import info
 from fastpo.kernels import (
     LinearLogprobs,
@@ -52,6 +52,7 @@ __all__ = [
     "info",
     "linear_logprobs",
     "losses",
+    "nn",
     "pack",
     "pack_allowed",
     "rewards",

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from fastpo import algorithms
 from fastpo.training import checkpoint
-from fastpo.training.config import PRESETS, TrainConfig, built_in_defaults
+from fastpo.training.config import PRESETS, TrainConfig, built_in_defaults, is_built_in
 from fastpo.training.errors import Interrupted, UserError
 
 TRAIN_PACKAGES = ("transformers", "accelerate", "datasets", "jsonargparse", "matplotlib", "rich")
@@ -131,7 +131,7 @@ def _parse(name: str, argv: list[str]) -> tuple[dict[str, Any], TrainConfig, Pat
             # before the options of another algorithm are read
             checkpoint.check_algorithm(checkpoint.latest(resume), name)
             argv = ["--config", str(resume / "config.yaml"), *argv]
-        if given.model is None and given.data is None:
+        if is_built_in(given.model, given.data):
             parser.set_defaults(PRESETS[given.preset or "task"](name))
         elif given.preset is not None:
             raise UserError("--preset is of the built-in task, which --model and --data replace")

@@ -9,6 +9,10 @@ from typing import Any, Literal
 from fastpo import algorithms
 from fastpo.training.errors import UserError
 
+# a model of the built-in task is BUILT_IN and one of these: a Llama, which is the default, or one of S4 layers
+BUILT_IN = "builtin:"
+ARCHITECTURES = ("llama", "s4")
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -126,7 +130,8 @@ class TrainConfig:
     """The run; without --model and --data, a tiny transformer is trained on a built-in task.
 
     Args:
-        model: causal language model to train: a folder, a .gguf file or a name on the hub.
+        model: causal language model to train: a folder, a .gguf file or a name on the hub; or builtin:llama or
+            builtin:s4 for a tiny one on the built-in task.
         reference: what the policy is measured against, if not the model as it is before training.
         aux: a further model that some methods ask; of rto the one trained by DPO.
         data: what the algorithm trains on, in TRL's formats, .jsonl or .parquet.
@@ -177,11 +182,24 @@ class TrainConfig:
     @property
     def built_in(self) -> bool:
         """Whether this is the built-in task."""
-        return self.model is None and self.data is None
+        return is_built_in(self.model, self.data)
+
+    @property
+    def architecture(self) -> str:
+        """That of the built-in task's model."""
+        return ARCHITECTURES[0] if self.model is None else self.model.removeprefix(BUILT_IN)
 
     def check(self) -> None:
         """Raise UserError for values that make no run."""
-        if (self.model is None) != (self.data is None):
+        if self.model is not None and self.model.startswith(BUILT_IN):
+            if self.architecture not in ARCHITECTURES:
+                known = " and ".join(BUILT_IN + name for name in ARCHITECTURES)
+                raise UserError(f"--model {self.model}: there is no such model, but {known}")
+            if self.data is not None:
+                raise UserError(
+                    f"--model {self.model} is of the built-in task, which has its own data: leave out --data"
+                )
+        elif (self.model is None) != (self.data is None):
             given, missing = ("model", "data") if self.data is None else ("data", "model")
             raise UserError(f"--{given} needs --{missing}; without both, the built-in task is trained")
         if self.built_in and (self.reference or self.aux or self.eval_data):
@@ -326,6 +344,11 @@ _BUILT_IN: Mapping[str, Mapping[str, Any]] = {
     # the target is right in 95% where the reference is in 24%
     **{name: {"algorithm.beta": 0.25} for name in _TARGETS},
 }
+
+
+def is_built_in(model: str | None, data: str | None) -> bool:
+    """Whether these options ask for the built-in task."""
+    return data is None and (model is None or model.startswith(BUILT_IN))
 
 
 def built_in_defaults(algorithm: str) -> dict[str, Any]:

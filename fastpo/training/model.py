@@ -32,6 +32,9 @@ def _source(name: str) -> dict[str, str]:
 
 
 def _load(auto: Any, name: str, **options: Any) -> Any:
+    # which transformers then knows like its own
+    import fastpo.nn.language  # noqa: F401
+
     try:
         return auto.from_pretrained(**_source(name), **options)
     except (OSError, ValueError, KeyError, ImportError) as error:

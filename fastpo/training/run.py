@@ -87,6 +87,12 @@ def run(name: str, hyper: Mapping[str, Any], config: TrainConfig, resume: Path |
         raise UserError(f"--algorithm.{error}") from error
     if config.reference is not None and "reference" not in algorithm.models:
         raise UserError(f"--reference: {name} has no reference model")
+    if (
+        config.built_in
+        and config.architecture != "llama"
+        and (algorithms.denoises(name) or isinstance(algorithm, algorithms.RewardModel))
+    ):
+        raise UserError(f"--model {config.model}: {name} trains no causal language model, which this is")
     aux = algorithm.kind == "prompts" and "aux" in algorithm.anchors(1).values()  # type: ignore[attr-defined]
     if config.aux is not None and not aux:
         raise UserError(f"--aux: {name} asks no further model")
@@ -110,7 +116,10 @@ def run(name: str, hyper: Mapping[str, Any], config: TrainConfig, resume: Path |
     if config.built_in and not resume and accelerator.is_main_process:
         built = denoising_task if algorithms.denoises(name) else task
         with display.bar("fitting the reference", built.FIT_STEPS) as bar:
-            built.build(folder, config.seed, bar)
+            if built is task:
+                task.build(folder, config.seed, bar, config.architecture)
+            else:
+                denoising_task.build(folder, config.seed, bar)
             task.write_data(folder, config.seed, algorithm)
         if aux:
             task.prefer(folder, config.seed)
@@ -182,7 +191,8 @@ class Source(NamedTuple):
 
 
 def _source(display: Display, folder: Path, config: TrainConfig, algorithm: algorithms.Algorithm) -> Source:
-    model, data = config.model or str(folder / task.REFERENCE), config.data or str(folder / task.DATA[algorithm.kind])
+    model = str(folder / task.REFERENCE) if config.built_in or config.model is None else config.model
+    data = config.data or str(folder / task.DATA[algorithm.kind])
     tokenizer = load_tokenizer(model)
     held_out = config.eval_data
     if config.built_in and isinstance(algorithm, algorithms.RewardModel):

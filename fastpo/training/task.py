@@ -96,7 +96,26 @@ def _ids(text: str) -> list[int]:
     return [CHARACTERS.index(c) for c in text]
 
 
-def _new_model() -> Any:
+def _new_model(architecture: str) -> Any:
+    if architecture == "s4":
+        from fastpo.nn import S4Config, S4LanguageModel
+
+        # prompts and answers have 9 characters at most, which a step of 1/10 of the memory's length can see
+        return S4LanguageModel(
+            S4Config(
+                vocab_size=EOS + 1,
+                hidden_size=64,
+                num_hidden_layers=2,
+                intermediate_size=128,
+                d_state=16,
+                dt_min=0.02,
+                dt_max=0.5,
+                max_position_embeddings=16,
+                eos_token_id=EOS,
+                pad_token_id=EOS,
+                tie_word_embeddings=False,
+            )
+        )
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -244,10 +263,10 @@ def _annotated(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def build(folder: Path, seed: int, progress: Progress) -> None:
-    """Fit the reference and write it into the run's folder."""
+def build(folder: Path, seed: int, progress: Progress, architecture: str = "llama") -> None:
+    """Fit the reference, a Llama or of S4 layers, and write it into the run's folder."""
     torch.manual_seed(seed)
-    model = _new_model()
+    model = _new_model(architecture)
     _fit(model, seed, progress)
     model.save_pretrained(folder / REFERENCE)
     new_tokenizer().save_pretrained(folder / REFERENCE)
