@@ -13,7 +13,7 @@ What differs:
 
 - Nothing is compiled or cut into chunks of pairs: log-probs come from `fastpo.linear_logprobs`, in a buffer of a few
   megabytes. `compiled` and `chunk_size` are accepted, and say nothing here, but for the rows of logits that JSD holds.
-- Log-probs and losses are fp32 for bf16 and fp16 inputs, and fp64 for fp64. On a GPU the logits are not rounded to bf16.
+- Log-probs and losses are fp32 for bf16 and fp16 inputs, fp64 for fp64. On a GPU no logits are rounded to bf16.
 - A batch without a valid token has loss 0, where Liger divides 0 by 0. ORPO's log(1 - p) is exact near p = 1.
 - An option that Liger ignores raises: label_smoothing with other DPO losses than "exo_pair" and "robust".
 - "luspo" with a penalty or weights per token is a mean over sequences; Liger's is over padding too, and so depends on
@@ -147,8 +147,8 @@ def liger_fused_linear_dpo(
         compute_nll_loss, alpha: add alpha times the negative log-likelihood of the chosen tokens.
 
     Returns:
-        the loss, and: log-probs of chosen and rejected (B,), means of their logits, the negative log-likelihood, rewards
-        of chosen and rejected (B,).
+        the loss, and: log-probs of chosen and rejected (B,), means of their logits, the negative log-likelihood,
+        rewards of chosen and rejected (B,).
 
     Raises:
         ValueError: an unknown loss_type, a label_smoothing outside its domain or ignored, or what
@@ -431,6 +431,8 @@ def liger_fused_linear_grpo(
             with torch.no_grad():
                 reference = linear_logprobs(ref_input, ref_weight, ids, ref_bias, **score)
     more: dict[str, Any] = {"aggregation": _AGGREGATIONS[loss_type], "count_empty": True}
+    loss: Any
+    own: dict[str, float]
     if loss_type == "cispo":
         loss, own = losses.cispo, {"epsilon_low": 1.0, "epsilon_high": high - 1}
     elif loss_type == "sapo":
@@ -529,7 +531,7 @@ def liger_fused_linear_jsd(
         true_labels: (N,), `ignore_index` where nothing counts.
 
     Returns:
-        the loss; with `return_soft_hard_loss` a tuple of it, the divergence and the cross entropy, the last two constants.
+        the loss; with `return_soft_hard_loss` a tuple of it, the divergence and the cross entropy, both constants.
 
     Raises:
         ValueError: beta is not in [0, 1].
