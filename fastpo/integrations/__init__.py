@@ -1,1 +1,1 @@
-"""Drop-in replacements for other libraries; importing a module of this package imports none of them."""
+"""Drop-ins for other libraries, one module each."""

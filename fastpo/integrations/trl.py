@@ -453,12 +453,17 @@ def _scores(trainer: Any) -> Iterator[list[Any]]:
             None if aux_loss is None else aux_loss.detach(),
         )
 
-    trainer._get_per_token_logps_and_entropies = noted
+    name = "_get_per_token_logps_and_entropies"
+    own = vars(trainer).get(name)
+    setattr(trainer, name, noted)
     try:
         yield seen
     finally:
-        # the method of the class is there again
-        del trainer._get_per_token_logps_and_entropies
+        # the method of the class is there again, if it was
+        if own is None:
+            delattr(trainer, name)
+        else:
+            setattr(trainer, name, own)
 
 
 _AGGREGATIONS = {
