@@ -177,14 +177,9 @@ class _Policy:
     def __init__(self, model: Any, scored: Callable[[dict[str, Any]], bool]) -> None:
         self._model, self._scored = model, scored
         self.outputs: list[Any] = []
-        self.running = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.running = True
-        try:
-            output = self._model(*args, **kwargs)
-        finally:
-            self.running = False
+        output = self._model(*args, **kwargs)
         if not self._scored(kwargs):
             return output
         self.outputs.append(output)
@@ -199,12 +194,12 @@ def _by_the_head(kwargs: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def _references(trainer: Any, policy: _Policy) -> Iterator[list[Any]]:
-    """What the reference model returns, or the model that stands for it."""
+def _references(trainer: Any) -> Iterator[list[Any]]:
+    """What the trainer's models return: the last is the reference's, which may be the policy without its adapter."""
     seen: list[Any] = []
 
     def note(_: Any, __: Any, output: Any) -> None:
-        if not policy.running and getattr(output, "log_probs", None) is not None:
+        if getattr(output, "log_probs", None) is not None:
             seen.append(output)
 
     models = [m for m in (trainer.model, getattr(trainer, "ref_model", None)) if m is not None]
@@ -374,7 +369,7 @@ def _dpo(original: Any, fix: bool) -> Any:
             _left_to_trl(self, why)
             return original(self, model, inputs, return_outputs)
         policy = _Policy(model, _by_the_head)
-        with _references(self, policy) as references:
+        with _references(self) as references:
             result = original(self, policy, inputs, return_outputs)
         output = policy.outputs[0]
         completion = inputs["completion_mask"]
@@ -410,7 +405,7 @@ def _kto(original: Any) -> Any:
             _left_to_trl(self, f"loss_type={self.loss_type!r}")
             return original(self, model, inputs, return_outputs)
         policy = _Policy(model, _by_the_head)
-        with _references(self, policy) as references:
+        with _references(self) as references:
             result = original(self, policy, inputs, return_outputs)
         # the completions of others, for the KL, are before
         output = policy.outputs[-1]

@@ -426,6 +426,30 @@ def test_grpo_losses(case, ops):
     assert ops["PolicyObjective"] == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"_entropy_bonus_enabled": True}, "an entropy bonus"),
+        ({"loss_type": "new"}, "loss_type='new'"),
+        ({"loss_type": "sapo", "importance_sampling_level": "sequence"}, "'sapo' and importance_sampling_level"),
+        ({"loss_type": "cispo"}, "epsilon_high=0.2, a cap on the ratio below 1"),
+        ({"delta": 1.1}, "delta=1.1"),
+        ({"delta": 2.0, "importance_sampling_level": "sequence"}, "delta=2"),
+        ({"epsilon_low": 1.5}, "epsilon=1.5"),
+        ({"loss_type": "vespo", "ratio": torch.ones(1)}, "importance ratios of the sampler"),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_what_grpo_leaves_to_trl(change, why):
+    defaults = {"loss_type": "grpo", "importance_sampling_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2}
+    settings = {"_entropy_bonus_enabled": False, "delta": None, "ratio": None, **defaults, **change}
+    args = types.SimpleNamespace(delta=settings.pop("delta"))
+    inputs = {"importance_sampling_ratio": settings.pop("ratio")}
+    found = ours._check_grpo(types.SimpleNamespace(args=args, **settings), inputs)
+    assert found is None if why is None else why in found
+
+
 def test_functions_of_logits():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 5, 17, generator=generator).requires_grad_()
@@ -521,6 +545,12 @@ def test_another_version(owner, name, value, message, monkeypatch):
     with pytest.raises(ImportError, match=message):
         ours.patch()
     assert (utils.selective_log_softmax, trl.DPOTrainer._compute_loss) == before
+
+
+def test_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(ImportError, match="needs TRL"):
+        ours.patch()
 
 
 def test_imports_nothing():
