@@ -29,7 +29,7 @@ import yaml
 
 import fastpo
 from fastpo import algorithms, cli, kernels, losses
-from fastpo.kernels import _native
+from fastpo.kernels import _native, vocab_divergence
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -251,6 +251,7 @@ class TestVersions:
         if not _native.CPU.loaded:
             pytest.skip("there is no compiled library")
         committed = json.loads((ROOT / "tests" / "formulas.json").read_text())
+        assert [getattr(vocab_divergence, name) for name in committed.pop("divergences")] == list(range(5))
         for table, names in committed.items():
             found = getattr(_native.CPU, table)
             found = list(found) if isinstance(found, tuple) else sorted(found, key=found.get)
