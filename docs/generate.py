@@ -208,7 +208,7 @@ def gallery_table() -> str:
     runs = json.loads((ROOT / "docs" / "gallery" / "runs.json").read_text())
     lines = ["| method | share that is right, before | after | KL to the reference, nats |", "|---|---|---|---|"]
     for name, run in runs.items():
-        # of a reward model, of the held-out pairs; ties, which it begins with, count 0
+        # of a reward model, of the held-out pairs
         right = "" if "accuracy_after" in run else "reward_"
         keys = (f"{right}accuracy_before", f"{right}accuracy_after", "kl")
         values = [f"{run[key]:.2f}" if key in run else "" for key in keys]
