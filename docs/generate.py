@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ THEORY = {
     "average": "known on average",
     "property": "no theorem; its properties are tested",
 }
+# a kernel's name in benchmarks/gpu.py, where it is another
+MEASURED = {"vocab_divergence": "token_kl", "policy": "policy_objective"}
 LIBRARIES = {"trl": "TRL", "liger": "Liger", "verl": "verl", "openrlhf": "OpenRLHF", "rank_llm": "rank_llm"}
 
 
@@ -216,6 +219,37 @@ def gallery_table() -> str:
     return "\n".join(lines)
 
 
+def gpu_results(kernel: str, folder: Path = ROOT / "benchmarks" / "results") -> str:
+    """What `make gpu-check` measured of a kernel, a table for each GPU; empty if it measured nothing."""
+    lines = []
+    for path in sorted(folder.glob("gpu-*.json")):
+        report = json.loads(path.read_text())
+        cases = [case for case in report["cases"] if case["case"].split()[0] == MEASURED.get(kernel, kernel)]
+        timed = [
+            (case, {n: p["seconds"]["median"] for n, p in case["providers"].items() if "seconds" in p})
+            for case in cases
+        ]
+        timed = [(case, seconds) for case, seconds in timed if "fastpo" in seconds]
+        if not timed:
+            continue
+        where = report["environment"]
+        lines += [
+            f"**GPU: {where['gpu']}**, driver {where['driver']}, torch {where['torch']}, {where['date'][:10]}:",
+            "our time, and the others' over ours, medians of calls in turns; below 1x the other is faster.",
+            "",
+            "| case | ms | others |",
+            "|---|---|---|",
+        ]
+        for case, seconds in timed:
+            own = seconds.pop("fastpo")
+            others = ", ".join(f"{name} {value / own:.2f}x" for name, value in seconds.items())
+            lines.append(f"| {_cell(case['case'])} | {1e3 * own:.3f} | {_cell(others)} |")
+        lines.append("")
+        if path.with_suffix(".png").is_file():
+            lines += [f"![the same as bars](../results/{path.stem}.png)", ""]
+    return "\n".join(lines)
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Add what is made: a page, and the figures of the benchmarks."""
     from mkdocs.structure.files import File
@@ -227,7 +261,10 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Fill in what pages ask for: the table of the gallery, and the example."""
+    """Fill in what pages ask for: the table of the gallery, the example, and a kernel's results on GPUs."""
+    folder, _, name = page.file.src_uri.removesuffix(".md").rpartition("/")
+    if folder == "kernels" and (measured := gpu_results(name)):
+        return re.sub(r"\*\*GPU:\s+not\s+measured\.\*\*", f"\n\n{measured}", markdown)
     if page.file.src_uri == "gallery.md":
         return markdown.replace("<!-- gallery -->", gallery_table())
     if page.file.src_uri == "adding.md":

@@ -30,6 +30,7 @@ import yaml
 import fastpo
 from fastpo import algorithms, cli, kernels, losses
 from fastpo.kernels import _native, vocab_divergence
+from tests.losses.test_fixed_points import PAIRWISE
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -171,6 +172,11 @@ class TestReferences:
         for name, row in rows.items():
             if row["theory"] != "property":
                 assert {"point", "test"} <= set(notes.get(name, {})), name
+        # the test of many is one of this method
+        minimised = {
+            n for n, note in notes.items() if note.get("test") == "tests/losses/test_fixed_points.py::test_minimiser"
+        }
+        assert len(minimised) >= 15 and minimised <= {name for name, _ in PAIRWISE}
 
     def test_the_page_has_every_objective(self):
         page = generator().objectives_page()
@@ -185,6 +191,23 @@ class TestReferences:
             path.stem for path in Path(kernels.__file__).parent.glob("*.py") if not path.stem.startswith("_")
         } - {"completions"}  # on the page of linear_logprobs
         assert modules == {path.stem for path in (DOCS / "kernels").glob("*.md")} - {"index"}
+
+    def test_results_of_a_gpu(self, tmp_path):
+        """A table where there are results of the kernel, else what the page says."""
+        seconds = {
+            "fastpo": {"seconds": {"median": 2e-3}},
+            "eager": {"seconds": {"median": 3e-3}},
+            "TRL": {"status": "no"},
+        }
+        where = {"gpu": "X", "driver": "1", "torch": "2", "date": "2026-01-02T03:04"}
+        report = {"environment": where, "cases": [{"case": "token_kl 4 x 9, forward", "providers": seconds}]}
+        (tmp_path / "gpu-x.json").write_text(json.dumps(report))
+        table = generator().gpu_results("vocab_divergence", tmp_path)
+        assert "**GPU: X**" in table and "| token_kl 4 x 9, forward | 2.000 | eager 1.50x |" in table
+        assert generator().gpu_results("listwise", tmp_path) == ""
+        for path in (DOCS / "kernels").glob("*.md"):
+            text = path.read_text()
+            assert re.search(r"\*\*GPU(:\s+not\s+measured)?[.:]", text), path
 
     def test_every_function_is_documented_once(self):
         text = "\n".join(path.read_text() for path in DOCS.rglob("*.md"))
