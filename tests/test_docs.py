@@ -30,6 +30,7 @@ import yaml
 import fastpo
 from fastpo import algorithms, cli, kernels, losses
 from fastpo.kernels import _native, vocab_divergence
+from fastpo.reference import registry
 from tests.losses.test_fixed_points import PAIRWISE
 
 ROOT = Path(__file__).parents[1]
@@ -91,9 +92,10 @@ def commands(text: str) -> Iterator[list[str]]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Where a page is: a folder with the files that its commands name."""
+    """Where a page is: a folder with the files that its commands name, and a registry that it may add to."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(registry, "_ROWS", dict(registry._ROWS))
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     return tmp_path
 
@@ -139,6 +141,8 @@ def test_blocks_run(page, folder, monkeypatch):
                 assert block.language in ("yaml", "json", "cpp", "text"), f"{page}:{block.line}: {block.language}"
     finally:
         torch.random.set_rng_state(before)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def test_what_is_not_run():
