@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: demo test test-slow lint bench gpu-check clean
+.PHONY: demo test test-slow lint docs gallery bench gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/fastpo train dpo
@@ -24,6 +24,14 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inc' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
 	$(BIN)/mypy
+
+# into build/docs; a warning is an error
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# trains for minutes and overwrites docs/gallery
+gallery: $(VENV)/installed
+	$(BIN)/python docs/gallery.py
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/report.py
