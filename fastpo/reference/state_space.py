@@ -11,8 +11,8 @@ def _quotient(v: Tensor, d: Tensor, residue: Tensor) -> Tensor:
     pole = d == 0
     parts = torch.view_as_real(residue.detach().resolve_conj())
     # inf times a component of 0 would be NaN
-    limit = torch.view_as_complex(torch.where(parts == 0, parts, parts * torch.inf))
-    limit = torch.where(residue == 0, complex(torch.nan, torch.nan), limit)
+    infinite = torch.where(parts == 0, parts, parts * torch.inf)
+    limit = torch.view_as_complex(torch.where((residue == 0).unsqueeze(-1), torch.nan, infinite))
     return torch.where(pole, limit, v / torch.where(pole, 1, d))
 
 
