@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
@@ -170,8 +171,8 @@ def rising(name: str, cu_seqlens: Tensor | None, tokens: int) -> None:
 
 def readable(value: Tensor) -> bool:
     """Whether the values of a tensor may be looked at: on the CPU; on other devices, where reading waits for all work
-    queued there, only with FASTPO_DEBUG=1; never while a graph is traced or captured."""
-    if torch.compiler.is_compiling():
+    queued there, only with FASTPO_DEBUG=1; never while a graph is traced or captured, nor of tensors without any."""
+    if torch.compiler.is_compiling() or isinstance(value, FakeTensor):
         return False
     return value.device.type == "cpu" or (
         os.environ.get("FASTPO_DEBUG") == "1"

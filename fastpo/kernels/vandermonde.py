@@ -18,7 +18,7 @@ from fastpo.kernels.cuda import vandermonde as _launch
 from fastpo.reference import state_space as reference
 
 # leading dimensions broadcast; with `symmetric`, twice the real part
-torch.library.define("fastpo::vandermonde", "(Tensor v, Tensor x, int length, bool symmetric) -> Tensor")
+torch.library.define("fastpo::vandermonde", "(Tensor v, Tensor x, SymInt length, bool symmetric) -> Tensor")
 # Σ_l u_l e^(x_n l) and, `with_slope` (else it is empty), Σ_l l u_l e^(x_n l); u is real or complex
 torch.library.define(
     "fastpo::vandermonde_moments", "(Tensor u, Tensor x, bool with_slope) -> (Tensor moment, Tensor slope)"

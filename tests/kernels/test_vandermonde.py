@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 
 import fastpo
 from tests.device import to_device
@@ -309,6 +310,29 @@ class TestOps:
             for f in (function, compiled):
                 grads.append(torch.autograd.grad(sum(t.square().sum() for t in f(u, v, x)), (u, v, x)))
         assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(*grads, strict=True)) and counter.frame_count == 1
+
+    def test_shapes_alone(self):
+        """Tensors without values are not looked at."""
+        v, x = make(4, 9, torch.complex64)
+        with FakeTensorMode() as mode:
+            v, x = mode.from_tensor(v), mode.from_tensor(x)
+            assert fastpo.vandermonde(v, x, 9).shape == (2, 9)
+            assert fastpo.cauchy(v, x[0], x).shape == (2, 4)
+            assert fastpo.vandermonde_transpose(v, v, x).dtype == torch.complex64
+
+    def test_compiled_for_any_length(self):
+        torch._dynamo.reset()
+
+        def function(v: Tensor, x: Tensor, u: Tensor) -> Tensor:
+            return fastpo.vandermonde(v, x, u.shape[-1]) + fastpo.vandermonde_transpose(u, v, x).real.sum(-1, True)
+
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
+        for count, length in ((3, 7), (4, 11), (5, 20)):
+            v, x = make(count, length, torch.complex64)
+            u = torch.ones(length)
+            assert torch.equal(compiled(v, x, u), function(v, x, u))
+        assert counter.frame_count == 1
 
     def test_memory_is_that_of_arguments_and_results(self):
         v, x = (t.requires_grad_() for t in make(48, 3000, torch.complex64, (16,)))
