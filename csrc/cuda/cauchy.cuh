@@ -6,8 +6,8 @@
 // off.
 //
 // T is the precision of the tensors, A that of the arithmetic: double where the device has it at half the rate, as
-// there a sum is then off by its own rounding alone. Elsewhere that would be 30 times slower, and single precision is
-// computed in itself: each term to 4 ulp, and their sum compensated.
+// there a sum is then off by its own rounding alone. Others have a 32nd or a 64th of it, and compute single precision
+// in itself: each term to 4 ulp, and their sum compensated.
 #pragma once
 
 #include "complex.cuh"

@@ -26,12 +26,12 @@ template <class T>
 FASTPO_DEVICE Complex<T> multiply(T a, Complex<T> b) {
   return {a * b.re, a * b.im};
 }
+FASTPO_DEVICE double multiply(double a, double b) { return a * b; }
 template <class T>
 FASTPO_DEVICE void add(Complex<T>& sum, Complex<T> a) {
   sum.re += a.re;
   sum.im += a.im;
 }
-FASTPO_DEVICE double multiply(double a, double b) { return a * b; }
 // sum += a b, in fused steps
 template <class T>
 FASTPO_DEVICE void add_product(Complex<T>& sum, Complex<T> a, Complex<T> b) {
@@ -172,7 +172,7 @@ FASTPO_DEVICE Complex<double> power(Complex<double> x, Int64 l) {
   const double quarters = round_nearest(phase * 0.6366197723675814);
   double r = fused(-quarters, 1.5707963267948966, phase);
   r = fused(-quarters, 6.123233995736766e-17, r);
-  r = fused(-quarters, -1.4973849048591833e-33, r) + phase_lost;
+  r = fused(-quarters, -1.4973849048591698e-33, r) + phase_lost;
   // Taylor's series on |r| <= pi / 4: the first terms left out are below 6e-17 of the sine and 2e-18
   const double z = r * r;
   double sine = -1.0 / 1307674368000.0;
@@ -224,7 +224,6 @@ struct Parts {
   Int64 parts;   // of a row
   Int64 length;  // of a part
   int threads;
-  int per_warp;  // terms
   double* sums;  // (parts, rows, terms, 4), or null where there is but one part
 };
 
@@ -243,7 +242,6 @@ FASTPO_HOST_DEVICE Parts parts_of(Int64 rows, Int64 terms, Int64 length, int per
   p.parts = ceil_div(grains, ceil_div(grains, wanted));
   p.blocks = clamp<Int64>(ceil_div<Int64>(groups * p.parts, part_warps), 1, most_blocks);
   p.threads = part_threads;
-  p.per_warp = per_warp;
   return p;
 }
 

@@ -73,7 +73,6 @@ class Parts(ctypes.Structure):
         ("parts", ctypes.c_int64),
         ("length", ctypes.c_int64),
         ("threads", ctypes.c_int),
-        ("per_warp", ctypes.c_int),
         ("sums", ctypes.c_void_p),
     )
 
@@ -86,7 +85,7 @@ def parts_of(rows: int, terms: int, length: int, per_warp: int) -> Parts:
     wanted = min(max(_ENOUGH_WARPS // max(groups, 1), 1), grains)
     each = -(-grains // wanted)
     parts = -(-grains // each)
-    return Parts(blocks(groups * parts, PART_THREADS // WARP), parts, each * _PART_GRAIN, PART_THREADS, per_warp)
+    return Parts(blocks(groups * parts, PART_THREADS // WARP), parts, each * _PART_GRAIN, PART_THREADS)
 
 
 def pointer(t: Tensor | None) -> int | None:
