@@ -114,6 +114,9 @@ def run_shell(block: Block, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 patch.setattr(cli, "_run_to_resume", lambda *_: None)
                 _, config, _ = cli._parse(name, words[3:])
             config.check()
+            # whole names, where the parser takes beginnings
+            known = {option for action in cli._parser(name)._actions for option in action.option_strings}
+            assert {word for word in words if word.startswith("--")} <= known, where
         else:
             try:
                 code = cli.main(words[1:])
