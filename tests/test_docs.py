@@ -193,11 +193,15 @@ class TestReferences:
                 assert f"{{ #{name} }}" in page, name
         assert "log σ" in page and page.count("\n### ") > 100
 
-    def test_every_kernel_has_a_page(self):
-        modules = {
-            path.stem for path in Path(kernels.__file__).parent.glob("*.py") if not path.stem.startswith("_")
-        } - {"completions"}  # on the page of linear_logprobs
-        assert modules == {path.stem for path in (DOCS / "kernels").glob("*.md")} - {"index"}
+    def test_every_kernel_is_in_the_table(self):
+        """By its module's name, on the page that leads to the others."""
+        table = (DOCS / "kernels" / "index.md").read_text()
+        modules = {path.stem for path in Path(kernels.__file__).parent.glob("*.py") if not path.stem.startswith("_")}
+        # completions are on the page of linear_logprobs
+        for name in (modules | {"policy_objective"}) - {"completions", "policy"}:
+            assert f"`{name}`" in table, name
+        linked = set(re.findall(r"\]\((\w+\.md)\) \|", table))
+        assert linked == {path.name for path in (DOCS / "kernels").glob("*.md")} - {"index.md"}
 
     def test_results_of_a_gpu(self, tmp_path):
         """A table where there are results of the kernel, else what the page says."""
