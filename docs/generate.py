@@ -23,8 +23,6 @@ THEORY = {
     "average": "known on average",
     "property": "no theorem; its properties are tested",
 }
-# a kernel's name in benchmarks/gpu.py, where it is another
-MEASURED = {"vocab_divergence": "token_kl", "policy": "policy_objective"}
 LIBRARIES = {"trl": "TRL", "liger": "Liger", "verl": "verl", "openrlhf": "OpenRLHF", "rank_llm": "rank_llm"}
 
 
@@ -219,12 +217,12 @@ def gallery_table() -> str:
     return "\n".join(lines)
 
 
-def gpu_results(kernel: str, folder: Path = ROOT / "benchmarks" / "results") -> str:
-    """What `make gpu-check` measured of a kernel, a table for each GPU; empty if it measured nothing."""
+def gpu_results(names: Set[str], folder: Path = ROOT / "benchmarks" / "results") -> str:
+    """What `make gpu-check` measured of kernels or functions, a table for each GPU; empty if it measured nothing."""
     lines = []
     for path in sorted(folder.glob("gpu-*.json")):
         report = json.loads(path.read_text())
-        cases = [case for case in report["cases"] if case["case"].split()[0] == MEASURED.get(kernel, kernel)]
+        cases = [case for case in report["cases"] if case["case"].split()[0] in names]
         timed = [
             (case, {n: p["seconds"]["median"] for n, p in case["providers"].items() if "seconds" in p})
             for case in cases
@@ -263,7 +261,8 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Fill in what pages ask for: the table of the gallery, the example, and a kernel's results on GPUs."""
     folder, _, name = page.file.src_uri.removesuffix(".md").rpartition("/")
-    if folder == "kernels" and (measured := gpu_results(name)):
+    documented = {name, *re.findall(r"^::: fastpo\.(\w+)$", markdown, re.MULTILINE)}
+    if folder == "kernels" and (measured := gpu_results(documented)):
         return re.sub(r"\*\*GPU:\s+not\s+measured\.\*\*", f"\n\n{measured}", markdown)
     if page.file.src_uri == "gallery.md":
         return markdown.replace("<!-- gallery -->", gallery_table())
