@@ -140,6 +140,15 @@ def test_command_line_wins_over_yaml_wins_over_defaults(tmp_path):
     assert (generic[0]["beta"], generic[1].optim.lr, generic[1].batch.size) == (0.1, 1e-6, 32)
 
 
+def test_command_line_wins_over_a_preset():
+    _, task, _ = cli._parse("dpo", [])
+    _, short, _ = cli._parse("dpo", ["--preset", "ci"])
+    _, given, _ = cli._parse("dpo", ["--preset", "ci", "--steps", "3"])
+    assert short.steps < task.steps and short.optim.lr > task.optim.lr and short.eval_every == 0
+    assert (given.steps, given.optim.lr) == (3, short.optim.lr)
+    assert cli._parse("dpo", ["--preset", "task"])[1] == task
+
+
 @pytest.mark.parametrize("name", algorithms.names())
 def test_every_algorithm_takes_its_hyper_parameters(name):
     hyper, _, _ = cli._parse(name, ["--model", "m", "--data", "d"])
@@ -218,6 +227,8 @@ def test_model_and_data_need_each_other(fails):
     assert "--model needs --data" in fails("train", "dpo", "--model", "m")
     assert "--data needs --model" in fails("train", "dpo", "--data", "d.jsonl")
     assert "need --model and --data" in fails("train", "dpo", "--reference", "m")
+    assert "--preset is of the built-in task" in fails("train", "dpo", "--preset", "ci", "--model", "m", "--data", "d")
+    assert "--preset" in fails("train", "dpo", "--preset", "long")
 
 
 def test_tokenizer_without_eos(train, fails, tmp_path):

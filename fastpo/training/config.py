@@ -395,9 +395,13 @@ _CI: Mapping[str, Mapping[str, Any]] = {
     # both answers of a pair fall fast, and then part
     "apo_down": {"steps": 64},
     # the probability of an answer is learnt from its end to its beginning
-    "fl_detailed_balance": {"steps": 48, "optim.lr": 6e-4},
-    # two models, and who is described by which
-    "maxmin": {"steps": 32},
+    **{name: {"steps": 64, "optim.lr": 4e-4} for name in ("fl_detailed_balance", "subtrajectory_balance")},
+    # their margins would take probability from right answers too
+    **{name: {"optim.lr": 6e-4} for name in ("rso_hinge", "mallows_po")},
+    # a head that is drawn may rank well already; of two models it is to be found who is described by which
+    "reward_model": {"steps": 40},
+    "reaction_model": {"steps": 80},
+    "maxmin": {"steps": 48},
     # first of all, what the words for good and bad are
     "conditional_training": {"steps": 56},
     "chain_of_hindsight": {"steps": 56},
