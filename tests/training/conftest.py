@@ -145,7 +145,7 @@ def trained(
     monkeypatch.setattr(task, "_answers", lambda _, questions, seed: {q: [*answers(seed)[q]] for q in questions})
     for built in (task, denoising_task):
 
-        def copied(to: Path, seed: int, _: Any, built: Any = built) -> None:
+        def copied(to: Path, seed: int, *_: Any, built: Any = built) -> None:
             shutil.copytree(fitted(built, seed), to, dirs_exist_ok=True)
 
         monkeypatch.setattr(built, "build", copied)
