@@ -13,12 +13,14 @@ Each process writes, when all jobs are done, codes-RANK.json, and what it said o
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,10 @@ def run(job: dict[str, Any]) -> tuple[int, str]:
     ):
         code = main(argv)
     if torch.distributed.is_initialized():
+        # whoever frees a group joins its thread while holding the GIL, for which that thread waits if it is about to
+        # free the tensors of its last operation: what else holds the group goes first, and that thread has its time
+        gc.collect()
+        time.sleep(0.1)
         torch.distributed.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
     if "keep" in job and rank == "0":
