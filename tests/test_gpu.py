@@ -38,7 +38,7 @@ def test_the_benchmark(tmp_path):
     out = run("benchmarks/gpu.py", "--device", "cpu", "--small", "--output", str(tmp_path))
     assert out.returncode == 0, out.stderr[-3000:]
     report = json.loads((tmp_path / "gpu-none.json").read_text())
-    assert len(report["cases"]) == 15
+    assert len(report["cases"]) == 19
     for case in report["cases"]:
         assert case["providers"]["fastpo"]["status"] == case["providers"]["eager"]["status"] == "ok"
         assert case["providers"]["fastpo"]["seconds"]["median"] > 0

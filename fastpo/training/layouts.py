@@ -41,10 +41,12 @@ def find_layout(model: Any) -> Layout:
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.get_text_config().vocab_size
-    first, *others = (torch.randint(vocabulary, (n,), generator=generator) for n in (LEAST_PREFIX + 5, 3, 4, 8))
-    # one that continues a part of another, as completions of one prompt do
-    parts = [p.to(device) for p in (first, others[0], torch.cat([first[: LEAST_PREFIX + 1], others[1]]), others[2])]
+    config = model.config.get_text_config()
+    first, *others = (torch.randint(config.vocab_size, (n,), generator=generator) for n in (LEAST_PREFIX + 5, 3, 4, 8))
+    # one that continues a part of another, as completions of one prompt do; some models know no positions so far
+    longest = getattr(config, "max_position_embeddings", None)
+    parts = [first, others[0], torch.cat([first[: LEAST_PREFIX + 1], others[1]]), others[2]]
+    parts = [part[:longest].to(device) for part in parts]
     ids = torch.cat(parts)
     positions = torch.cat([torch.arange(len(p), device=device) for p in parts])
     everything = torch.arange(len(positions), device=device)

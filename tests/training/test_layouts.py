@@ -154,6 +154,12 @@ def test_recurrent_models_are_padded():
     assert find_layout(transformers.MambaForCausalLM(config).eval()) == "padded"
 
 
+def test_models_of_few_positions_are_asked_with_few_tokens():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=10)
+    assert find_layout(transformers.GPT2LMHeadModel(config).eval()) == "shared"
+
+
 def test_the_chosen_attention_is_not_saved(model, tmp_path):
     find_layout(model)
     model.save_pretrained(tmp_path)
