@@ -21,11 +21,11 @@ from pathlib import Path
 HERE = Path(__file__).parent
 HEAD = """# All methods
 
-Every method on the built-in task (sums, a model of 133,056 parameters) with `--preset ci`, from one fitted reference, by
-`python benchmarks/methods.py`: the share of right answers on held-out prompts before and after (of reward models, of
-held-out pairs in their order), the KL to the reference per answer, tokens per second in training on one core, and the
-peak memory of the process, most of which is torch and transformers. The runs are as short as a test may be, and say
-that a method works, not which is best.
+Every method on the built-in task (sums, a model of 133,056 parameters) with `--preset ci`, from one fitted reference,
+by `python benchmarks/methods.py`: the share of right answers on held-out prompts before and after (of reward models,
+of held-out pairs in their order), the KL to the reference per answer, tokens per second in training on one core, and
+the peak memory of the process, most of which is torch and transformers. The runs are as short as a test may be, and
+say that a method works, not which is best.
 """.splitlines()
 
 
