@@ -163,8 +163,9 @@ def _common(before: Sequence[int], tokens: Sequence[int]) -> int:
 
 def _shared(model: Any, input_ids: Tensor, position_ids: Tensor, keep: Tensor) -> Tensor:
     row = share(input_ids, position_ids)
-    if model.config._attn_implementation != ATTENTION:  # a copy of what was asked, a critic's
-        _takes_attention(model)
+    # asked again for a copy of what was asked, a critic's; other attention would ignore the row, and mix sequences
+    if not _takes_attention(model):
+        raise ValueError(f"shared prefixes need sdpa attention, the model has {model.config._attn_implementation}")
     # four dimensions: a mask of one's own, of which transformers makes no other
     nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
     found = {"attention_mask": nothing, ROW: row}
@@ -197,7 +198,9 @@ def last(out: Any) -> Tensor:
 
 def _takes_attention(model: Any) -> bool:
     """Give a model `attention`, if it has the attention that this one is made of."""
-    if model.config._attn_implementation not in ("sdpa", ATTENTION):
+    if model.config._attn_implementation == ATTENTION:
+        return True
+    if model.config._attn_implementation != "sdpa":
         return False
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask

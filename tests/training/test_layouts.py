@@ -148,6 +148,14 @@ def test_attention_that_is_not_known_here_is_refused(option):
         attention(torch.nn.Module(), q, k, k, None, **{ROW: row}, **option)
 
 
+def test_a_model_of_other_attention_is_refused_and_not_mixed_up():
+    model = tiny_model(VOCABULARY)
+    model.set_attn_implementation("eager")
+    ids, positions = flat(prefixed())
+    with pytest.raises(ValueError, match="the model has eager"):
+        run("shared", model, ids, positions, torch.arange(len(ids)))
+
+
 def test_recurrent_models_are_padded():
     torch.manual_seed(0)
     config = transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4)
