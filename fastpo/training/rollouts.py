@@ -183,24 +183,30 @@ class Mask(NamedTuple):
 
 
 class _Companion:
-    """The logits of another model at the tokens that the first one generates, with a cache of its own."""
+    """The logits of another model at the tokens that the first one generates, with a cache of its own.
 
-    def __init__(self, model: Any, mask: Tensor) -> None:
-        self.model, self.mask, self.cache = model, mask, None
+    As the first one, it computes each prompt once.
+    """
+
+    def __init__(self, model: Any, ids: Tensor, mask: Tensor, room: int) -> None:
+        self.model, self.mask = model, mask
+        self.cache = _begin(model, ids, mask, room, always=False).get("past_key_values")
+        self.seen = 0 if self.cache is None else ids.shape[1] - 1
 
     def logits(self, input_ids: Tensor) -> Tensor:
-        new = input_ids if self.cache is None else input_ids[:, -1:]
+        new = input_ids[:, self.seen :]
         missing = input_ids.shape[1] - self.mask.shape[1]
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), missing)], 1)
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        positions = _positions(self.mask)[:, self.seen :]
         out = self.model(
             input_ids=new,
             attention_mask=self.mask,
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
+            **_last_logits(self.model),
         )
-        self.cache = out.past_key_values
+        self.cache, self.seen = out.past_key_values, input_ids.shape[1]
         return out.logits[:, -1].float()
 
 
@@ -296,6 +302,16 @@ def _growing_layer() -> Any:
     return GrowingLayer
 
 
+def _positions(mask: Tensor) -> Tensor:
+    """Of tokens that are padded on the left."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def _last_logits(model: Any) -> dict[str, int]:
+    """What spares a model the logits of all tokens but the last, if it has such an argument."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
 def _begin(model: Any, ids: Tensor, mask: Tensor, room: int, *, always: bool) -> dict[str, Any]:
     """What `generate` takes as begun: the cache of all tokens of the prompts but the last, each prompt computed once.
 
@@ -310,17 +326,21 @@ def _begin(model: Any, ids: Tensor, mask: Tensor, room: int, *, always: bool) ->
         return {}
     alone, rows = torch.unique(torch.stack([ids, mask], -1), dim=0, return_inverse=True)
     ids, mask = alone[:, : max(width, 1), 0], alone[:, : max(width, 1), 1]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": True}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        inputs["logits_to_keep"] = 1
-    cache = model(**inputs).past_key_values
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": _positions(mask), "use_cache": True}
+    cache = model(**inputs, **_last_logits(model)).past_key_values
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    # others, as of windows or recurrent states, know better
-    if not width or type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+    from fastpo.nn.language import S4Cache
+
+    if not width:
         return {}
-    cache.layers = [_growing_layer()(layer.keys, layer.values, rows, room + 1) for layer in cache.layers]
+    if isinstance(cache, S4Cache):
+        cache.batch_select_indices(rows)
+    elif type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers):
+        cache.layers = [_growing_layer()(layer.keys, layer.values, rows, room + 1) for layer in cache.layers]
+    else:
+        # others, as of windows, know better
+        return {}
     return {"past_key_values": cache}
 
 
@@ -402,12 +422,13 @@ class TransformersEngine:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         draws = torch.stack([uniforms(sampling.seed, *key, sampling.max_new_tokens) for key in keys])
         decode = self.tokenizer.decode if sampling.stop_strings else None
-        companion = None if other is None else _Companion(other.model, mask)
+        room = sampling.max_new_tokens
+        companion = None if other is None else _Companion(other.model, ids, mask, room)
         choice = _Draws(draws, width, sampling, decode, other, companion)
         # completions of one prompt have one beginning
-        begun = _begin(model, ids, mask, sampling.max_new_tokens, always=self.largest is not None)
+        begun = _begin(model, ids, mask, room, always=self.largest is not None)
         config = GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens,
+            max_new_tokens=room,
             do_sample=False,
             use_cache=True,
             pad_token_id=0,

@@ -282,6 +282,16 @@ def test_rollout_engine(model):
                     close(one.logprobs, logprobs.gather(1, torch.tensor(one.ids)[:, None])[:, 0].detach())
 
 
+def test_a_prompt_is_computed_once(model):
+    """The rows of a prompt begin with one state."""
+    seen = []
+    hook = model.model.layers[0].register_forward_hook(lambda _, inputs, __: seen.append(tuple(inputs[0].shape[:2])))
+    engine = TransformersEngine(lambda function: function(model), tokens=1000)
+    engine.generate([[1, 2, 3, 4], [5, 6]], 3, Sampling(max_new_tokens=4))
+    hook.remove()
+    assert seen == [(2, 3)] + [(6, 1)] * 4
+
+
 def test_adapters(model):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)

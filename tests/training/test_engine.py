@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastpo.kernels import pack_allowed, token_logprobs, unpack_allowed
+from fastpo.training import rollouts
 from fastpo.training.rollouts import Mask, Mixture, Sampling, TransformersEngine, draw, nucleus, uniforms
 
 from .conftest import character_tokenizer, tiny_model
@@ -114,13 +115,42 @@ def test_the_ends_of_the_draws_never_have_no_weight():
     assert chosen[:, 0].tolist() == [7, 301]
 
 
-def test_a_prompt_is_computed_once(model):
-    seen = []
-    hook = model.model.layers[0].register_forward_hook(lambda _, inputs, __: seen.append(tuple(inputs[0].shape[:2])))
-    engine_of(model, tokens=1000).generate([PROMPTS[0], PROMPTS[2]], 3, Sampling(max_new_tokens=4))
-    hook.remove()
+COMPANIONS = {
+    "alone": lambda other: {},
+    "mixture": lambda other: {"mixture": Mixture(other, 0.3)},
+    "mask": lambda other: {"mask": Mask(other, 0.8, 2)},
+}
+
+
+@pytest.mark.parametrize("companion", COMPANIONS)
+def test_a_prompt_is_computed_once(model, other, companion):
+    seen = {model: [], other: []}
+
+    def note(layer, inputs, _):
+        seen[model if layer is model.model.layers[0] else other].append(tuple(inputs[0].shape[:2]))
+
+    hooks = [each.model.layers[0].register_forward_hook(note) for each in (model, other)]
+    prompts, sampling = [PROMPTS[0], PROMPTS[2]], Sampling(max_new_tokens=4)
+    engine_of(model, tokens=1000).generate(prompts, 3, sampling, **COMPANIONS[companion](other))
+    for hook in hooks:
+        hook.remove()
     # the prompts without their last tokens, then a token of every row
-    assert seen == [(2, 3)] + [(6, 1)] * 4
+    each = [(2, 3)] + [(6, 1)] * 4
+    assert seen == {model: each, other: [] if companion == "alone" else each}
+
+
+@pytest.mark.parametrize("companion", COMPANIONS)
+def test_shared_prompts_change_no_draw(model, other, companion, monkeypatch):
+    """As if every row computed its prompt."""
+    engine, sampling = engine_of(model, tokens=10_000), replace(SAMPLING, temperature=0.9, stop=())
+    shared = engine.generate(PROMPTS, 6, sampling, **COMPANIONS[companion](other))
+    monkeypatch.setattr(rollouts, "_begin", lambda *_, **__: {})
+    own = engine.generate(PROMPTS, 6, sampling, **COMPANIONS[companion](other))
+    assert len({tuple(rollout.ids) for _, rollout in everything(own)}) > 10
+    for (_, ours), (_, theirs) in zip(everything(shared), everything(own), strict=True):
+        assert ours.ids == theirs.ids and ours.ended == theirs.ended
+        torch.testing.assert_close(ours.logprobs, theirs.logprobs, **CLOSE)
+        assert ours.allowed is theirs.allowed is None or torch.equal(ours.allowed, theirs.allowed)
 
 
 def test_the_nucleus_is_the_smallest_set_that_reaches_its_probability():
