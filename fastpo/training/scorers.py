@@ -10,12 +10,18 @@ A function is called as TRL calls reward functions, with lists that have an entr
 **kwargs, and else those that it names. Of conversations the prompts and completions are lists of {"role", "content"}.
 It returns a list of numbers; None or NaN is an error, or with unscored="skip" a sample that is left out.
 
+An asynchronous function (`async def`) is awaited, in an event loop in a thread of its own that lives as long as the
+process, so that it may keep sessions. Several rewards begin together: asynchronous ones wait for what they ask while
+the others are computed.
+
 A judge's SPEC is a function of `prompts`, `first`, `second` and columns that returns probabilities of the first being
 preferred, or what a reward's may be: a Bradley-Terry judge, which prefers by the difference of rewards.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -23,8 +29,10 @@ import math
 import os
 import re
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
@@ -93,6 +101,37 @@ def _finite(value: Any) -> float | None:
     return None if math.isinf(value) else float(value)
 
 
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """The loop of all asynchronous functions. The caller's thread may have one of its own, as notebooks do."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="fastpo-rewards", daemon=True).start()
+    return loop
+
+
+# what waits for something that has begun, and gives what it returns or raises what it raises
+_Begun = Callable[[], Any]
+
+
+@contextlib.contextmanager
+def _beginning() -> Iterator[Callable[..., _Begun]]:
+    """What begins a call of an asynchronous function with keywords; at the end, what nobody waited for is cancelled."""
+    begun = []
+
+    async def called(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+        return await function(**given)
+
+    def begin(function: Callable[..., Any], /, **given: Any) -> _Begun:
+        begun.append(asyncio.run_coroutine_threadsafe(called(function, given), _loop()))
+        return begun[-1].result
+
+    try:
+        yield begin
+    finally:
+        for future in begun:
+            future.cancel()
+
+
 class _Function:
     """A function of the user, called with lists by name; whatever goes wrong is a UserError that names it."""
 
@@ -106,17 +145,30 @@ class _Function:
         by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self.takes = {p.name for p in by_name}
         self.needs = {p.name for p in by_name if p.default is p.empty}
+        # of an object that is called, its method is
+        self.asynchronous = any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
 
     def __call__(self, lists: Mapping[str, list[Any]], samples: Sequence[Sample]) -> list[float]:
         """Its numbers, NaN where there is none."""
+        with _beginning() as begin:
+            return self.begin(lists, samples, begin)()
+
+    def begin(
+        self, lists: Mapping[str, list[Any]], samples: Sequence[Sample], begin: Callable[..., _Begun]
+    ) -> Callable[[], list[float]]:
+        """What gives its numbers; if it is asynchronous, it has begun by `begin`."""
         if not samples:
-            return []
+            return list
         missing = sorted(self.needs - lists.keys())
         if missing:
             raise UserError(f"{self.name}: it takes {', '.join(missing)}, but the data have only: {', '.join(lists)}")
         given = lists if self.all else {name: values for name, values in lists.items() if name in self.takes}
+        wait = (begin if self.asynchronous else partial)(self.function, **given)
+        return lambda: self._numbers(wait, given, samples)
+
+    def _numbers(self, wait: _Begun, given: Mapping[str, list[Any]], samples: Sequence[Sample]) -> list[float]:
         try:
-            returned = self.function(**given)
+            returned = wait()
         except Exception as error:
             raise self._raised(error, given, samples) from error
         if isinstance(returned, (str, bytes, Mapping)) or not hasattr(returned, "__len__"):
@@ -134,12 +186,14 @@ class _Function:
     def _raised(self, error: Exception, given: Mapping[str, list[Any]], samples: Sequence[Sample]) -> UserError:
         """The error with its place, and the sample: the first one that raises alone."""
         of = f"a batch of {len(samples)} samples"
-        for i, sample in enumerate(samples):
-            try:
-                self.function(**{name: values[i : i + 1] for name, values in given.items()})
-            except Exception as alone:
-                error, of = alone, _tell(sample)
-                break
+        with _beginning() as begin:
+            ask = begin if self.asynchronous else partial
+            for i, sample in enumerate(samples):
+                try:
+                    ask(self.function, **{name: values[i : i + 1] for name, values in given.items()})()
+                except Exception as alone:
+                    error, of = alone, _tell(sample)
+                    break
         frame = traceback.extract_tb(error.__traceback__)[-1]
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         return UserError(f"{self.name}: raised {what} (line {frame.lineno} of {frame.filename}), for {of}")
@@ -169,7 +223,17 @@ class FunctionScorer:
         self.name, self.unscored = name, unscored
         self._call = _Function(function, name)
 
+    @property
+    def asynchronous(self) -> bool:
+        """Whether it is awaited."""
+        return self._call.asynchronous
+
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        with _beginning() as begin:
+            return self.begin(samples, begin)()
+
+    def begin(self, samples: Sequence[Sample], begin: Callable[..., _Begun]) -> Callable[[], list[float]]:
+        """What gives the rewards; of an asynchronous function, it has begun by `begin`."""
         turns = [_turns(sample) for sample in samples]
         lists = {
             **_columns(samples),
@@ -177,7 +241,8 @@ class FunctionScorer:
             "completions": [completion for _, completion in turns],
             "completion_ids": [sample.ids for sample in samples],
         }
-        return _scored(self.name, self._call(lists, samples), samples, self.unscored)
+        numbers = self._call.begin(lists, samples, begin)
+        return lambda: _scored(self.name, numbers(), samples, self.unscored)
 
 
 class FunctionJudge:
@@ -426,7 +491,15 @@ class Combined:
 
     def each(self, samples: Sequence[Sample]) -> dict[str, list[float]]:
         """Every reward of every sample, by name."""
-        return {part.name: part.scorer(samples) for part in self.parts}
+        with _beginning() as begin:
+            begun, found = {}, {}
+            for name, scorer, _ in self.parts:
+                if isinstance(scorer, FunctionScorer) and scorer.asynchronous:
+                    begun[name] = scorer.begin(samples, begin)
+            for name, scorer, _ in self.parts:
+                if name not in begun:
+                    found[name] = scorer(samples)
+            return {name: begun[name]() if name in begun else found[name] for name in self.names}
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
         return self.combine(self.each(samples))

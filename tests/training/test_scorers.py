@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import time
 
 import pytest
 import torch
@@ -99,8 +101,9 @@ class TestFunctions:
             ("[float('nan')]", "there is no reward (None or NaN) for"),
         ],
     )
-    def test_whatever_goes_wrong_names_function_and_sample(self, body, message, tmp_path, tokenizer):
-        spec = file(tmp_path, f"def good(completions, **_):\n    return {body}\n") + ":good"
+    @pytest.mark.parametrize("prefix", ["", "async "])
+    def test_whatever_goes_wrong_names_function_and_sample(self, prefix, body, message, tmp_path, tokenizer):
+        spec = file(tmp_path, f"{prefix}def good(completions, **_):\n    return {body}\n") + ":good"
         with pytest.raises(UserError) as caught:
             load_scorer([spec], tokenizer)([sample()])
         assert str(caught.value).startswith(f"{spec}: ") and message in str(caught.value)
@@ -127,6 +130,15 @@ class TestFunctions:
         with pytest.raises(UserError, match=r"raised OSError: no network .* for a batch of 4 samples"):
             FunctionScorer(never_alone, "f")(SAMPLES)
 
+    def test_the_sample_that_an_asynchronous_function_raises_for_is_found(self):
+        async def reward(completions):
+            await asyncio.sleep(0)
+            return [1 / len(c) for c in completions]
+
+        with pytest.raises(UserError, match=r"ZeroDivisionError.* of .*test_scorers.py\), for .* '' of") as caught:
+            FunctionScorer(reward, "reward")(SAMPLES)
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
     def test_a_function_that_hides_its_parameters(self):
         with pytest.raises(UserError, match="f: what it takes cannot be told: no signature found for builtin type"):
             FunctionScorer(dict, "f")
@@ -138,6 +150,81 @@ class TestFunctions:
     def test_unscored_samples_may_be_skipped(self):
         scorer = FunctionScorer(lambda completions: [None, float("nan"), 1, 0], "f", unscored="skip")
         assert [math.isnan(r) for r in scorer(SAMPLES)] == [True, True, False, False]
+
+
+def until(condition) -> None:
+    """Wait for something that another thread does."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+class TestAsynchronous:
+    def test_rewards_wait_together(self):
+        """Each answers only when all have begun, also one that is not asynchronous."""
+        begun: set[str] = set()
+
+        def waiting(name):
+            async def reward(completions):
+                begun.add(name)
+                while len(begun) < 3:
+                    await asyncio.sleep(0.001)
+                return [len(c) for c in completions]
+
+            return FunctionScorer(reward, name)
+
+        def plain(completions):
+            until(lambda: len(begun) == 2)
+            begun.add("plain")
+            return [1.0] * len(completions)
+
+        parts = [Part("a", waiting("a")), Part("plain", FunctionScorer(plain, "plain"), 10.0), Part("b", waiting("b"))]
+        both = Combined(parts)
+        assert both(SAMPLES) == [14.0, 16.0, 10.0, 22.0]
+        assert list(both.means) == ["a", "plain", "b"] and both.means["b"] == 2.75
+
+    def test_they_keep_their_loop(self):
+        """Sessions belong to one; and the caller may have another."""
+        loops = []
+
+        class Reward:
+            async def __call__(self, completions):
+                loops.append(asyncio.get_running_loop())
+                return [0.0] * len(completions)
+
+        scorer = FunctionScorer(Reward(), "reward")
+
+        async def notebook():
+            return scorer(SAMPLES)
+
+        assert scorer(SAMPLES) == asyncio.run(notebook()) == [0.0] * 4
+        assert loops[0] is loops[1] and loops[0].is_running()
+
+    def test_what_has_begun_is_cancelled_by_an_error(self):
+        seen = []
+
+        async def endless(completions):
+            seen.append("begun")
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                seen.append("cancelled")
+
+        def plain(completions):
+            until(lambda: seen)
+            raise OSError("no network")
+
+        parts = [Part("plain", FunctionScorer(plain, "plain")), Part("endless", FunctionScorer(endless, "endless"))]
+        with pytest.raises(UserError, match="plain: raised OSError"):
+            Combined(parts)(SAMPLES[:1])
+        until(lambda: seen == ["begun", "cancelled"])
+
+    def test_a_judge(self):
+        async def longer(first, second):
+            return [len(a) > len(b) for a, b in zip(first, second, strict=True)]
+
+        assert FunctionJudge(longer, "longer")([sample("a", "bc")], [sample("a", "b")]) == [1.0]
 
 
 class TestModels:
