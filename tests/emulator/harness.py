@@ -7,9 +7,11 @@ import ctypes
 import fcntl
 import shlex
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
@@ -84,6 +86,22 @@ def build_ops() -> Path:
     command = ["g++", "-shared", "-Wl,--no-undefined", *map(str, objects), *libraries, "-ltorch", "-ltorch_cpu"]
     subprocess.run([*command, "-lc10", "-o", str(library)], check=True)
     return library
+
+
+def assert_structs(size: Callable[[int], int], *structs: type[ctypes.Structure]) -> None:
+    """The launch from Python has the structs of the C++ side, whose sizes `size` tells."""
+    assert [size(which) for which in range(len(structs))] == [ctypes.sizeof(struct) for struct in structs]
+
+
+def few_blocks(shape: Callable[..., Any], blocks: int = 2) -> Callable[..., Any]:
+    """The function that shapes a launch, with so many blocks, which must then go on to further work."""
+
+    def shaped(*arguments: Any) -> Any:
+        s = shape(*arguments)
+        s.blocks = blocks
+        return s
+
+    return shaped
 
 
 def _extent(t: Tensor) -> tuple[int, int]:
@@ -185,3 +203,12 @@ def compiled_launch(library: Path) -> Iterator[None]:
         _OPS.extend(names)
     with in_place_of_cpu({name: getattr(torch.ops.fastpo_emulator, name).default for name in _OPS}):
         yield
+
+
+class Compiled:
+    """Runs the cases of a class on the compiled launch."""
+
+    @pytest.fixture(autouse=True)
+    def emulated(self, ops: Path) -> Iterator[None]:
+        with compiled_launch(ops):
+            yield

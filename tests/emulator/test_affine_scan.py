@@ -5,16 +5,13 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-from fastpo.kernels import _native
 from fastpo.kernels.cuda import affine_scan as launch
 from fastpo.kernels.cuda import arguments
-from tests.emulator.harness import Emulator, build, build_ops, compiled_launch, python_launch
+from tests.emulator.harness import Compiled, compiled_launch, few_blocks
 from tests.kernels import test_affine_scan as cases
 from tests.kernels.test_affine_scan import (
     HYPER,
@@ -27,35 +24,6 @@ from tests.kernels.test_affine_scan import (
     evaluate,
     scan,
 )
-
-
-@pytest.fixture(scope="module")
-def ops() -> Path:
-    return build_ops()
-
-
-@pytest.fixture(scope="module")
-def emulator() -> Emulator:
-    return Emulator(build())
-
-
-@pytest.fixture(params=[False, True], ids=["forward", "reverse"])
-def checked(emulator, request) -> Iterator[Emulator]:
-    """The ops launched from Python, threads and blocks in both orders."""
-    emulator.reversed = request.param
-    emulator.launched.clear()
-    with python_launch(emulator):
-        yield emulator
-    emulator.reversed = False
-
-
-class Compiled:
-    """Runs the cases of a class on the compiled launch."""
-
-    @pytest.fixture(autouse=True)
-    def emulated(self, ops):
-        with compiled_launch(ops):
-            yield
 
 
 class TestValues(Compiled, cases.TestValues):
@@ -118,11 +86,7 @@ class TestLaunchFromPython:
     def test_more_rows_than_blocks(self, checked, monkeypatch):
         """Blocks go on to further rows: shown with few blocks."""
 
-        def few(rows: int, tokens: int) -> arguments.Shape:
-            shape = arguments.team_shape(rows, tokens)
-            return arguments.Shape(2, shape.threads, shape.team, shape.rows)
-
-        monkeypatch.setattr(launch, "team_shape", few)
+        monkeypatch.setattr(launch, "team_shape", few_blocks(launch.team_shape))
         for layout, (rows, tokens) in itertools.product(LAYOUTS, [(70, 9), (5, 1100)]):
             compare(affine_case(layout, rows, tokens, torch.float32))
 
@@ -149,15 +113,6 @@ class TestLaunchFromPython:
 
 class TestShapes:
     """The launch from Python restates struct and grid of the C++ side."""
-
-    @pytest.fixture(params=["emulator", "_cuda"])
-    def exports(self, request, ops) -> ctypes.CDLL:
-        if request.param == "emulator":
-            return ctypes.CDLL(str(ops))
-        found = sorted(Path(_native.__file__).parents[1].glob("_cuda*.so"))
-        if not found:
-            pytest.skip("_cuda is not built: no nvcc")
-        return ctypes.CDLL(str(found[0]))
 
     def test_struct(self, exports):
         assert ctypes.sizeof(launch.Scan) == exports.fastpo_scan_size()

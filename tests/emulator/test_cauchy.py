@@ -5,18 +5,15 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import fastpo
-from fastpo.kernels import _native
 from fastpo.kernels.cuda import arguments
 from fastpo.kernels.cuda import cauchy as launch
-from tests.emulator.harness import Emulator, compiled_launch
-from tests.emulator.test_affine_scan import Compiled, checked, emulator, ops  # noqa: F401
+from tests.emulator.harness import Compiled, Emulator, assert_structs, compiled_launch, few_blocks
 from tests.kernels import test_cauchy as cases
 from tests.kernels.test_cauchy import assert_terms, by_dtype, by_form, make, one_thread, product, random  # noqa: F401
 
@@ -44,7 +41,7 @@ def gradients(case: list[Tensor], symmetric: bool, up: Tensor) -> tuple[Tensor, 
 
 
 @pytest.fixture
-def slow_double(checked) -> Iterator[Emulator]:  # noqa: F811
+def slow_double(checked) -> Iterator[Emulator]:
     """A device on which single precision is computed in itself."""
     checked.fast_double = False
     yield checked
@@ -56,7 +53,7 @@ class TestLaunchFromPython:
 
     @by_form
     @by_dtype
-    def test_shapes(self, checked, dtype, symmetric):  # noqa: F811
+    def test_shapes(self, checked, dtype, symmetric):
         for poles, nodes in [(0, 3), (1, 1), (5, 33), (66, 40), (3, 300)]:
             case = make(poles, nodes, dtype, seed=poles)
             assert_terms(product(*case, symmetric), *case, symmetric, dtype == torch.complex64)
@@ -112,7 +109,7 @@ class TestLaunchFromPython:
 
     @by_form
     @by_dtype
-    def test_gradients_at_a_pole(self, checked, dtype, symmetric):  # noqa: F811
+    def test_gradients_at_a_pole(self, checked, dtype, symmetric):
         """Not finite of the pole and of the node that is one, and as before of the others, to the bit."""
         case, up = make(9, 70, dtype, (2,)), random((2, 70), dtype, 3)
         case[1][4] = case[2][0, 2] + 1
@@ -131,7 +128,7 @@ class TestLaunchFromPython:
             # a node without an upstream gradient leaves no trace, wherever it is
             assert torch.allclose(before[i], missed[i], rtol=64 * torch.finfo(dtype).eps)
 
-    def test_parts(self, checked):  # noqa: F811
+    def test_parts(self, checked):
         """Few poles and many nodes: warps take parts of them, which are added up in their order."""
         case = make(3, 2500, torch.complex64, (1,))
         up = random((1, 2500), torch.complex64, 2)
@@ -143,34 +140,22 @@ class TestLaunchFromPython:
             assert (ours - truth).abs().max() <= torch.finfo(torch.float32).eps * truth.abs().max()
         assert all(map(torch.equal, found, gradients(case, True, up)))
 
-    def test_more_work_than_blocks(self, checked, monkeypatch):  # noqa: F811
+    def test_more_work_than_blocks(self, checked, monkeypatch):
         """Blocks go on to further work: shown with few blocks."""
         case = make(5, 300, torch.complex64, (4,))
         up = random((4, 300), torch.complex64, 2)
         want = [product(*case), *gradients(case, True, up)]
-        shape, parts = launch.cauchy_shape, launch.cauchy_parts
-
-        def few_blocks(*sizes: int) -> launch.CauchyShape:
-            s = shape(*sizes)
-            s.blocks = 2
-            return s
-
-        def few_warps(*sizes: int) -> arguments.Parts:
-            p = parts(*sizes)
-            p.blocks = 1
-            return p
-
-        monkeypatch.setattr(launch, "cauchy_shape", few_blocks)
-        monkeypatch.setattr(launch, "cauchy_parts", few_warps)
+        monkeypatch.setattr(launch, "cauchy_shape", few_blocks(launch.cauchy_shape, 2))
+        monkeypatch.setattr(launch, "cauchy_parts", few_blocks(launch.cauchy_parts, 1))
         found = [product(*case), *gradients(case, True, up)]
         assert all(map(torch.equal, found, want))
 
-    def test_broadcast(self, checked):  # noqa: F811
+    def test_broadcast(self, checked):
         """Operands are read where they are, by their strides."""
         cases.TestForward().test_leading_dimensions()
         cases.TestForward().test_views()
 
-    def test_equals_the_compiled_launch(self, checked, ops):  # noqa: F811
+    def test_equals_the_compiled_launch(self, checked, ops):
         for dtype, symmetric in itertools.product((torch.complex64, torch.complex128), (True, False)):
             case = make(9, 1500, dtype, (2,))
             up = random((2, 1500), dtype, 1)
@@ -183,18 +168,8 @@ class TestLaunchFromPython:
 class TestShapes:
     """The launch from Python restates structs and grids of the C++ side."""
 
-    @pytest.fixture(params=["emulator", "_cuda"])
-    def exports(self, request, ops) -> ctypes.CDLL:  # noqa: F811
-        if request.param == "emulator":
-            return ctypes.CDLL(str(ops))
-        found = sorted(Path(_native.__file__).parents[1].glob("_cuda*.so"))
-        if not found:
-            pytest.skip("_cuda is not built: no nvcc")
-        return ctypes.CDLL(str(found[0]))
-
     def test_structs(self, exports):
-        for which, struct in enumerate((launch.Cauchy, launch.CauchyShape, arguments.Parts)):
-            assert ctypes.sizeof(struct) == exports.fastpo_cauchy_struct_size(which)
+        assert_structs(exports.fastpo_cauchy_struct_size, launch.Cauchy, launch.CauchyShape, arguments.Parts)
 
     def test_grids(self, exports):
         out = (ctypes.c_longlong * 4)()

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 
-from fastpo.kernels import _native
-from fastpo.kernels.cuda import arguments
 from fastpo.kernels.cuda import listwise as launch
-from tests.emulator.harness import compiled_launch
-from tests.emulator.test_affine_scan import Compiled, checked, emulator, ops  # noqa: F401
+from tests.emulator.harness import Compiled, assert_structs, compiled_launch, few_blocks
 from tests.kernels import test_listwise as cases
 from tests.kernels.test_listwise import CASES, LAYOUTS, compare, evaluate, make, one_thread  # noqa: F401
 
@@ -42,24 +37,19 @@ class TestLaunchFromPython:
     """No access outside the tensors, at no shape, in no order of the threads."""
 
     @pytest.mark.parametrize("case", CASES)
-    def test_shapes(self, checked, case):  # noqa: F811
+    def test_shapes(self, checked, case):
         for i, (lists, items) in enumerate([(0, 3), (1, 0), (1, 1), (9, 5), (3, 33), (2, 66)]):
             layout, dtype = LAYOUTS[i % 4], cases.DTYPES[i % 3]
             compare(case, make(case, layout, lists, items, dtype, seed=i), reduction="none")
         assert set(checked.launched) <= {"listwise_f32", "listwise_f64", "listwise_sum"}
 
-    def test_more_lists_than_blocks(self, checked, monkeypatch):  # noqa: F811
-        def few(lists: int, items: int) -> arguments.Shape:
-            shape = launched(lists, items)
-            return arguments.Shape(2, shape.threads, shape.team, shape.rows)
-
-        launched = launch.list_shape
-        monkeypatch.setattr(launch, "list_shape", few)
+    def test_more_lists_than_blocks(self, checked, monkeypatch):
+        monkeypatch.setattr(launch, "list_shape", few_blocks(launch.list_shape))
         for case, (lists, items) in itertools.product(("list_mle", "lipo_lambda", "pro"), [(40, 3), (5, 65)]):
             compare(case, make(case, "masked", lists, items, torch.float64))
 
     @pytest.mark.parametrize("bad", [[0, 9, 6], [0, -1, 6], [3, 2, 6], [0, 4, 2_000_000_000], [-5, 0, 6], [0, 3, -2]])
-    def test_bad_boundaries_read_nothing(self, checked, bad):  # noqa: F811
+    def test_bad_boundaries_read_nothing(self, checked, bad):
         """Lists with bad boundaries have the loss NaN, and no gradient."""
         policy = torch.arange(6.0)
         loss, slopes, _ = torch.ops.fastpo.listwise(
@@ -68,7 +58,7 @@ class TestLaunchFromPython:
         inside = [0 <= a <= b <= 6 and (i > 0 or a == 0) for i, (a, b) in enumerate(itertools.pairwise(bad))]
         assert loss.isnan().tolist() == [not ok for ok in inside] and slopes.isfinite().all()
 
-    def test_long_lists_are_refused(self, checked):  # noqa: F811
+    def test_long_lists_are_refused(self, checked):
         flat = torch.zeros(1030)
         bounds = torch.tensor([0, 1026, 1030], dtype=torch.int32)
         loss, slopes, _ = torch.ops.fastpo.listwise(
@@ -77,7 +67,7 @@ class TestLaunchFromPython:
         assert loss.isnan().tolist() == [True, False]
         assert slopes[:1026].tolist() == [0.0] * 1026 and slopes[1026:].tolist() == [-2.0] * 4
 
-    def test_equals_the_compiled_launch(self, checked, ops):  # noqa: F811
+    def test_equals_the_compiled_launch(self, checked, ops):
         for case, layout in zip(CASES, itertools.cycle(LAYOUTS)):
             given = make(case, layout, 5, 20, torch.float32)
             ours = evaluate(case, given)
@@ -86,10 +76,5 @@ class TestLaunchFromPython:
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("where", ["emulator", "_cuda"])
-def test_structs(where, ops):  # noqa: F811
-    found = [ops] if where == "emulator" else sorted(Path(_native.__file__).parents[1].glob("_cuda*.so"))
-    if not found:
-        pytest.skip("_cuda is not built: no nvcc")
-    size = ctypes.CDLL(str(found[0])).fastpo_listwise_struct_size
-    assert [size(0), size(1)] == [ctypes.sizeof(launch.Listwise), ctypes.sizeof(launch.ListSum)]
+def test_structs(exports):
+    assert_structs(exports.fastpo_listwise_struct_size, launch.Listwise, launch.ListSum)

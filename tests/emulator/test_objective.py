@@ -10,8 +10,6 @@ import ctypes
 import itertools
 import math
 import mmap
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,39 +18,10 @@ import torch.nn.functional as F
 from fastpo.kernels import _native
 from fastpo.kernels.cuda import objective as launch
 from fastpo.reference.registry import objective
-from tests.emulator.harness import Emulator, build, build_ops, compiled_launch, python_launch
+from tests.emulator.harness import Compiled, assert_structs, compiled_launch, few_blocks
 from tests.kernels import test_objective as cases
 from tests.kernels.test_objective import LAYOUTS, compare, evaluate, make, random, strided
 from tests.losses import test_methods as methods
-
-
-@pytest.fixture(scope="module")
-def ops() -> Path:
-    return build_ops()
-
-
-@pytest.fixture(scope="module")
-def emulator() -> Emulator:
-    return Emulator(build())
-
-
-@pytest.fixture(params=[False, True], ids=["forward", "reverse"])
-def checked(emulator, request) -> Iterator[Emulator]:
-    """The ops launched from Python, threads and blocks in both orders."""
-    emulator.reversed = request.param
-    emulator.launched.clear()
-    with python_launch(emulator):
-        yield emulator
-    emulator.reversed = False
-
-
-class Compiled:
-    """Runs the cases of a class on the compiled launch."""
-
-    @pytest.fixture(autouse=True)
-    def emulated(self, ops):
-        with compiled_launch(ops):
-            yield
 
 
 class TestValues(Compiled, cases.TestValues): ...
@@ -129,15 +98,10 @@ class TestLaunchFromPython:
         """Blocks go on to further rows: shown with few blocks, as the real limit takes millions of rows."""
         rows, tokens = 700, 3
 
-        def few(shape):
-            return lambda *arguments: launch.Shape(
-                2, *[getattr(shape(*arguments), n) for n in ("threads", "team", "rows")]
-            )
-
         pairs = make("padded masked", rows, tokens, torch.float32, 1), make("packed", rows, tokens, torch.float32, 2)
         singles = make("summed", rows, 1, torch.float32, 1), make("summed", rows, 1, torch.float32, 2)
-        monkeypatch.setattr(launch, "objective_shape", few(launch.objective_shape))
-        monkeypatch.setattr(launch, "spread_shape", few(launch.spread_shape))
+        monkeypatch.setattr(launch, "objective_shape", few_blocks(launch.objective_shape))
+        monkeypatch.setattr(launch, "spread_shape", few_blocks(launch.spread_shape))
         compare(ROW, pairs)
         compare(ROW, singles)
 
@@ -295,24 +259,10 @@ class TestLargeTensors:
 class TestShapes:
     """The launch from Python restates structs and grids of the C++ side."""
 
-    LIBRARIES = pytest.mark.parametrize("where", ["emulator", "_cuda"])
-
-    @pytest.fixture
-    def exports(self, where, ops) -> ctypes.CDLL:
-        if where == "emulator":
-            return ctypes.CDLL(str(ops))
-        found = sorted(Path(_native.__file__).parents[1].glob("_cuda*.so"))
-        if not found:
-            pytest.skip("_cuda is not built: no nvcc")
-        return ctypes.CDLL(str(found[0]))
-
-    @LIBRARIES
     def test_structs(self, exports):
         structs = ("Layout", "Stream", "Objective", "Spread", "LossSum", "Shape", "SpreadSides")
-        sizes = [ctypes.sizeof(getattr(launch, name)) for name in structs]
-        assert sizes == [exports.fastpo_struct_size(i) for i in range(len(structs))]
+        assert_structs(exports.fastpo_struct_size, *(getattr(launch, name) for name in structs))
 
-    @LIBRARIES
     def test_grids(self, exports):
         out = (ctypes.c_longlong * 4)()
         sizes = [0, 1, 2, 31, 32, 33, 1000, 1023, 1024, 1025, 4096, 65_535, 65_536, 2**20, 2**22 + 1, 2**31, 2**33 + 7]

@@ -3,10 +3,8 @@ them, and as Python launches them, where the emulator knows which memory a launc
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ import torch
 from fastpo.kernels import _native
 from fastpo.kernels.cuda import policy as launch
 from fastpo.reference.policy import policies, policy
-from tests.emulator.harness import Emulator, build, build_ops, compiled_launch, python_launch
+from tests.emulator.harness import assert_structs, compiled_launch
 from tests.kernels.test_policy import CORRECTIONS, PENALTIES, compare, evaluate, make, settings
 
 ROWS = list(policies())
@@ -26,26 +24,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def ops():
-    return build_ops()
-
-
-@pytest.fixture(scope="module")
-def emulator() -> Emulator:
-    return Emulator(build())
-
-
-@pytest.fixture(params=[False, True], ids=["forward", "reverse"])
-def checked(emulator, request) -> Iterator[Emulator]:
-    """The op launched from Python, threads and blocks in both orders."""
-    emulator.reversed = request.param
-    emulator.launched.clear()
-    with python_launch(emulator):
-        yield emulator
-    emulator.reversed = False
 
 
 def every_method(dtypes, seed: int) -> None:
@@ -126,7 +104,5 @@ class TestLaunchFromPython:
         assert (slopes[~held] == 0).all() and slopes.isfinite().all()
 
 
-def test_structs(ops):
-    exports = ctypes.CDLL(str(ops))
-    sizes = [ctypes.sizeof(s) for s in (launch.PolicyObjective, launch.PolicySum)]
-    assert sizes == [exports.fastpo_policy_struct_size(i) for i in range(2)]
+def test_structs(exports):
+    assert_structs(exports.fastpo_policy_struct_size, launch.PolicyObjective, launch.PolicySum)

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 
-from fastpo.kernels import _native
-from fastpo.kernels.cuda import arguments
 from fastpo.kernels.cuda import segment_stats as launch
 from fastpo.reference.segments import MODES
-from tests.emulator.harness import compiled_launch
-from tests.emulator.test_affine_scan import Compiled, checked, emulator, ops  # noqa: F401
+from tests.emulator.harness import Compiled, compiled_launch, few_blocks
 from tests.kernels import test_segment_stats as cases
 from tests.kernels.test_segment_stats import LAYOUTS, make, normalize, stats
 
@@ -38,7 +34,7 @@ class TestLaunchFromPython:
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-    def test_shapes(self, checked, dtype, layout):  # noqa: F811
+    def test_shapes(self, checked, dtype, layout):
         eps = torch.finfo(dtype).eps if dtype == torch.float64 else torch.finfo(torch.float32).eps
         for i, (groups, members) in enumerate([(0, 3), (1, 0), (1, 1), (3, 31), (9, 5), (1, 1024), (2, 1100)]):
             case = make(layout, groups, members, dtype, seed=i)
@@ -50,18 +46,14 @@ class TestLaunchFromPython:
                     assert torch.allclose(ours, want, rtol=64 * eps, atol=64 * eps * members)
         assert set(checked.launched) == {"segment_stats"}
 
-    def test_more_segments_than_blocks(self, checked, monkeypatch):  # noqa: F811
-        def few(rows: int, tokens: int) -> arguments.Shape:
-            shape = arguments.team_shape(rows, tokens)
-            return arguments.Shape(2, shape.threads, shape.team, shape.rows)
-
-        monkeypatch.setattr(launch, "team_shape", few)
+    def test_more_segments_than_blocks(self, checked, monkeypatch):
+        monkeypatch.setattr(launch, "team_shape", few_blocks(launch.team_shape))
         for layout, (groups, members) in itertools.product(LAYOUTS, [(70, 4), (5, 1100)]):
             case = make(layout, groups, members, torch.float64)
             assert torch.allclose(*(normalize(case, backend) for backend in ("native", "reference")), rtol=1e-11)
 
     @pytest.mark.parametrize("bad", [[0, 9, 6], [0, -1, 6], [3, 2, 6], [0, 4, 2_000_000_000], [-5, 0, 6], [0, 3, -2]])
-    def test_bad_boundaries_read_nothing(self, checked, bad):  # noqa: F811
+    def test_bad_boundaries_read_nothing(self, checked, bad):
         """Segments with bad boundaries have NaN statistics, and what stands in no segment is NaN."""
         values = torch.arange(6.0)
         found, normal, _ = torch.ops.fastpo.segment_stats(
@@ -75,14 +67,14 @@ class TestLaunchFromPython:
                 held[a:b] = True
         assert torch.equal(normal.isnan(), ~held)
 
-    def test_bad_order_reads_nothing(self, checked):  # noqa: F811
+    def test_bad_order_reads_nothing(self, checked):
         order = torch.tensor([0, 9, -1, 2])
         _, normal, _ = torch.ops.fastpo.segment_stats(
             torch.tensor([1.0, 5, 3, 7]), None, None, order, torch.tensor([0, 4]), 0, 1, 0.0, False, False, 7
         )
         assert normal[[0, 2]].tolist() == [-1, 1] and normal[[1, 3]].isnan().all()
 
-    def test_equals_the_compiled_launch(self, checked, ops):  # noqa: F811
+    def test_equals_the_compiled_launch(self, checked, ops):
         for layout, dtype in itertools.product(LAYOUTS, (torch.float32, torch.float64, torch.bfloat16)):
             case = make(layout, 9, 20, dtype)
             ours = [normalize(case, mode=mode) for mode in MODES]
@@ -91,9 +83,5 @@ class TestLaunchFromPython:
             assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("where", ["emulator", "_cuda"])
-def test_struct(where, ops):  # noqa: F811
-    found = [ops] if where == "emulator" else sorted(Path(_native.__file__).parents[1].glob("_cuda*.so"))
-    if not found:
-        pytest.skip("_cuda is not built: no nvcc")
-    assert ctypes.sizeof(launch.Segments) == ctypes.CDLL(str(found[0])).fastpo_segments_size()
+def test_struct(exports):
+    assert ctypes.sizeof(launch.Segments) == exports.fastpo_segments_size()

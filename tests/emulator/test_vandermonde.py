@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import fastpo
-from fastpo.kernels import _native
-from fastpo.kernels.cuda import arguments
 from fastpo.kernels.cuda import vandermonde as launch
-from tests.emulator.harness import compiled_launch
-from tests.emulator.test_affine_scan import Compiled, checked, emulator, ops  # noqa: F401
+from tests.emulator.harness import Compiled, assert_structs, compiled_launch, few_blocks
 from tests.kernels import test_vandermonde as cases
 from tests.kernels.test_cauchy import by_dtype, by_form, random
 from tests.kernels.test_vandermonde import make, product, transpose
@@ -62,7 +58,7 @@ class TestLaunchFromPython:
 
     @by_form
     @by_dtype
-    def test_shapes(self, checked, dtype, symmetric):  # noqa: F811
+    def test_shapes(self, checked, dtype, symmetric):
         for count, length in [(1, 1), (17, 65), (5, 130), (2, 2100)]:
             v, x = make(count, length, dtype, seed=length)
             up = upstream(length, dtype, symmetric)
@@ -78,7 +74,7 @@ class TestLaunchFromPython:
         names = {"vandermonde", "vandermonde_moments", "vandermonde_moment_sums"}
         assert set(checked.launched) == names
 
-    def test_phases(self, checked):  # noqa: F811
+    def test_phases(self, checked):
         """The last steps of a long row, of which two blocks are run, against 80-bit floats."""
         length = 2**18
         v, x = torch.tensor([1 + 1j, 0.5 - 1j]), torch.tensor([-1e-6 + 3.1j, -2e-6 - 2.3j])
@@ -91,7 +87,7 @@ class TestLaunchFromPython:
             truth = 2 * (each * cases.wide(v)).sum(-1).real
             assert cases.np.abs(found[run].numpy() - truth).max() < 4e-7
 
-    def test_parts(self, checked):  # noqa: F811
+    def test_parts(self, checked):
         """Few terms and many steps: warps take parts of them, which are added up in their order."""
         v, x = make(3, 3000, torch.complex64, (1,))
         u = torch.randn(1, 3000, generator=torch.Generator().manual_seed(0))
@@ -101,33 +97,21 @@ class TestLaunchFromPython:
         assert (found - truth).abs().max() <= 4e-7 * truth.abs().max()
         assert torch.equal(found, transpose(u, v, x))
 
-    def test_more_work_than_blocks(self, checked, monkeypatch):  # noqa: F811
+    def test_more_work_than_blocks(self, checked, monkeypatch):
         """Blocks go on to further work: shown with few blocks."""
         v, x = make(5, 2100, torch.complex64, (4,))
         up = upstream(2100, torch.complex64, True, 4)
         want = [product(v, x, 2100), *gradients(v, x, 2100, True, up)]
-        shape, parts = launch.vandermonde_shape, launch.moment_parts
-
-        def few_blocks(*sizes: int) -> launch.VandermondeShape:
-            s = shape(*sizes)
-            s.blocks = 3
-            return s
-
-        def few_warps(*sizes: int) -> arguments.Parts:
-            p = parts(*sizes)
-            p.blocks = 1
-            return p
-
-        monkeypatch.setattr(launch, "vandermonde_shape", few_blocks)
-        monkeypatch.setattr(launch, "moment_parts", few_warps)
+        monkeypatch.setattr(launch, "vandermonde_shape", few_blocks(launch.vandermonde_shape, 3))
+        monkeypatch.setattr(launch, "moment_parts", few_blocks(launch.moment_parts, 1))
         found = [product(v, x, 2100), *gradients(v, x, 2100, True, up)]
         assert all(map(torch.equal, found, want))
 
-    def test_broadcast(self, checked):  # noqa: F811
+    def test_broadcast(self, checked):
         """Operands are read where they are, by their strides."""
         cases.TestForward().test_leading_dimensions_and_views()
 
-    def test_equals_the_compiled_launch(self, checked, ops):  # noqa: F811
+    def test_equals_the_compiled_launch(self, checked, ops):
         for dtype, symmetric in itertools.product((torch.complex64, torch.complex128), (True, False)):
             v, x = make(5, 1500, dtype)
             up = upstream(1500, dtype, symmetric)
@@ -140,18 +124,8 @@ class TestLaunchFromPython:
 class TestShapes:
     """The launch from Python restates structs and grids of the C++ side."""
 
-    @pytest.fixture(params=["emulator", "_cuda"])
-    def exports(self, request, ops) -> ctypes.CDLL:  # noqa: F811
-        if request.param == "emulator":
-            return ctypes.CDLL(str(ops))
-        found = sorted(Path(_native.__file__).parents[1].glob("_cuda*.so"))
-        if not found:
-            pytest.skip("_cuda is not built: no nvcc")
-        return ctypes.CDLL(str(found[0]))
-
     def test_structs(self, exports):
-        for which, struct in enumerate((launch.Vandermonde, launch.VandermondeShape)):
-            assert ctypes.sizeof(struct) == exports.fastpo_vandermonde_struct_size(which)
+        assert_structs(exports.fastpo_vandermonde_struct_size, launch.Vandermonde, launch.VandermondeShape)
 
     def test_grids(self, exports):
         out = (ctypes.c_longlong * 3)()
