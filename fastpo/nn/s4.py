@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 
 from fastpo.kernels import cauchy, vandermonde, vandermonde_transpose
 from fastpo.nn import hippo
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # the least decay rate that a system begins with: the logarithm of 0 is no parameter
 _MIN_DECAY = 1e-4
@@ -102,6 +105,17 @@ def _positive(name: str, value: Any) -> int:
     return value
 
 
+class KernelOptions(TypedDict, total=False):
+    """What both kernels are told beside their sizes and their init: see `S4Kernel`."""
+
+    d_state: int
+    channels: int
+    n_ssm: int | None
+    dt_min: float
+    dt_max: float
+    dt_tie: bool
+
+
 class _Kernel(nn.Module):
     """What both kernels have: the parameters of H systems, and how the recurrence is run.
 
@@ -110,18 +124,21 @@ class _Kernel(nn.Module):
     the A and B of number h modulo S.
     """
 
+    # what an init may be
+    known: ClassVar[tuple[str, ...]]
+
     def __init__(
         self,
         d_model: int,
         l_max: int,
-        *,
-        d_state: int,
-        channels: int,
-        n_ssm: int | None,
-        dt_min: float,
-        dt_max: float,
-        dt_tie: bool,
         init: str | Sequence[str],
+        *,
+        d_state: int = 64,
+        channels: int = 1,
+        n_ssm: int | None = None,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_tie: bool = True,
     ) -> None:
         super().__init__()
         self.d_model, self.l_max = _positive("d_model", d_model), _positive("l_max", l_max)
@@ -134,6 +151,8 @@ class _Kernel(nn.Module):
         self.inits = (init,) if isinstance(init, str) else tuple(init)
         if not self.inits or self.n_ssm % len(self.inits):
             raise ValueError(f"n_ssm {self.n_ssm} must be a multiple of the number of inits, {len(self.inits)}")
+        for name in self.inits:
+            hippo._known("init", name, self.known)
         if not 0 < dt_min <= dt_max < math.inf:
             raise ValueError(f"dt_min and dt_max must be positive and in this order, got {dt_min} and {dt_max}")
         self.dt_min, self.dt_max = dt_min, dt_max
@@ -214,59 +233,41 @@ class S4Kernel(_Kernel):
     """
 
     l_kernel: Tensor
+    known = hippo.MEASURES
 
     def __init__(
         self,
         d_model: int,
         l_max: int,
         *,
-        d_state: int = 64,
-        channels: int = 1,
         init: str | Sequence[str] = "legs",
         rank: int | None = None,
-        n_ssm: int | None = None,
-        dt_min: float = 0.001,
-        dt_max: float = 0.1,
-        dt_tie: bool = True,
         double: bool | None = None,
+        **options: Unpack[KernelOptions],
     ) -> None:
         """
         Args:
             d_model: H, the number of systems.
             l_max: the longest sequence, at least 1.
-            d_state: N, even.
-            channels: outputs of each.
             init: a measure of `hippo.MEASURES`, or several, among which the systems are divided.
             rank: R, at least that of the measures (2 for "legt", else 1), which it is by default.
-            n_ssm: S, how many different A and B there are; divides d_model, by which it is given by default.
-            dt_min, dt_max: where steps are drawn.
-            dt_tie: whether the states of a system have one step.
             double: whether products are computed in fp64 with parameters in single precision. By default for "legt" and
                 "fout": their normal parts hardly decay, so that poles come near nodes, where the terms of Woodbury's
                 identity cancel (measured in single precision: gradients of dt are off by 1% to 80%; of "legs" by 2e-4).
+            options: `d_state`, N, even (64 by default); `channels`, outputs of each (1); `n_ssm`, S, how many different
+                A and B there are, which divides d_model (d_model); `dt_min` and `dt_max`, where steps are drawn (0.001
+                and 0.1); `dt_tie`, whether the states of a system have one step (True).
 
         Raises:
             TypeError, ValueError: an argument outside its domain.
         """
-        super().__init__(
-            d_model,
-            l_max,
-            d_state=d_state,
-            channels=channels,
-            n_ssm=n_ssm,
-            dt_min=dt_min,
-            dt_max=dt_max,
-            dt_tie=dt_tie,
-            init=init,
-        )
-        for name in self.inits:
-            hippo._known("init", name, hippo.MEASURES)
+        super().__init__(d_model, l_max, init, **options)
         least = max(2 if name == "legt" else 1 for name in self.inits)
         self.rank = least if rank is None else _positive("rank", rank)
         if self.rank < least:
             raise ValueError(f"rank must be at least {least} for {', '.join(self.inits)}, got {self.rank}")
         self.double_products = any(name != "legs" for name in self.inits) if double is None else bool(double)
-        self.P = nn.Parameter(torch.empty(self.rank, self.n_ssm, d_state // 2, 2))
+        self.P = nn.Parameter(torch.empty(self.rank, self.n_ssm, self.d_state // 2, 2))
         # a number beside it, since a kernel that is compiled may not look into a tensor
         self.register_buffer("l_kernel", torch.tensor(l_max))
         self.length = l_max
@@ -398,43 +399,27 @@ class S4DKernel(_Kernel):
     Source: S4D (2206.11893).
     """
 
+    known = hippo.DIAGONALS
+
     def __init__(
         self,
         d_model: int,
         l_max: int,
         *,
-        d_state: int = 64,
-        channels: int = 1,
         init: str | Sequence[str] = "legs",
         disc: Literal["zoh", "bilinear"] = "zoh",
-        n_ssm: int | None = None,
-        dt_min: float = 0.001,
-        dt_max: float = 0.1,
-        dt_tie: bool = True,
+        **options: Unpack[KernelOptions],
     ) -> None:
         """
         Args:
-            d_model, l_max, d_state, channels, n_ssm, dt_min, dt_max, dt_tie: as of `S4Kernel`; kernels may be longer
-                than l_max.
+            d_model, l_max, options: as of `S4Kernel`; kernels may be longer than l_max.
             init: of `hippo.DIAGONALS`, or several.
             disc: how it is discretised: "zoh", inputs held constant between steps, or "bilinear".
 
         Raises:
             TypeError, ValueError: an argument outside its domain.
         """
-        super().__init__(
-            d_model,
-            l_max,
-            d_state=d_state,
-            channels=channels,
-            n_ssm=n_ssm,
-            dt_min=dt_min,
-            dt_max=dt_max,
-            dt_tie=dt_tie,
-            init=init,
-        )
-        for name in self.inits:
-            hippo._known("init", name, hippo.DIAGONALS)
+        super().__init__(d_model, l_max, init, **options)
         hippo._known("disc", disc, ("zoh", "bilinear"))
         self.disc = disc
         self.reset_parameters()
