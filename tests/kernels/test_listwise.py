@@ -169,6 +169,19 @@ class TestValues:
         assert out.loss.item() == 5000.0
         assert torch.autograd.grad(out.loss, policy)[0].tolist() == [[-1.0, -1.0, 2.0]]
 
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_far_and_near_scores(self, backend):
+        """Beside the largest stand others nearly as large, whose sums count as the distances to the far ones do."""
+        policy = torch.tensor([[0.0, 0.3, 999.6, 1000.0, 3000.0, 2999.5, 2999.2]], dtype=torch.float64)
+        log_sums = policy.requires_grad_().flip(1).logcumsumexp(1).flip(1)
+        (slopes,) = torch.autograd.grad((log_sums - policy)[:, :-1].sum(), policy)
+        with fastpo.use_backend(backend):
+            out = losses.list_mle(policy, None, torch.arange(7.0, 0.0, -1.0)[None], beta=1.0)
+        assert out.loss.item() == pytest.approx((log_sums - policy)[:, :-1].sum().item(), rel=1e-14)
+        # log-sums of 3,000 are rounded, both here and there, in seven exponents
+        atol = 2 * 7 * 3000 * 2.0**-52
+        assert torch.allclose(torch.autograd.grad(out.loss, policy)[0], slopes, rtol=0, atol=atol)
+
     @by_case
     def test_packed_is_padded(self, case):
         given = make(case, "padded", 5, 16, torch.float32)

@@ -659,6 +659,25 @@ class TestShared:
             torch.testing.assert_close(grad, torch.where(dropped[:, None], 0, plain))
             assert out.metrics.sum("dropped") == (dropped[:, None] & self.MASK).sum()
 
+    def test_bounds_of_sequences_are_sharp(self, backend):
+        """One that is inside by a ten thousandth stays, and one as far outside goes."""
+        common = {"old_logprobs": self.OLD, "rollout_logprobs": self.ROLL}
+        n = self.MASK.sum(1)
+        product = torch.where(self.MASK, self.OLD - self.ROLL, 0).sum(1)
+        for share, gone in ((1 + 1e-4, 0), (1 - 1e-4, 5)):
+            for made, logs in ((RolloutCorrection.mis, product), (RolloutCorrection.sequence_mask, product / n)):
+                assert logs[0] < 0 < logs[1]
+                correction = made(*(share * logs).exp().tolist())
+                out, _ = self.run("ppo", backend, **common, correction=correction)
+                assert out.metrics.sum("rejected") == gone
+        # of the rollout, or else of the old policy
+        for given in (common, {"old_logprobs": self.OLD}):
+            drift = ((given.get("rollout_logprobs", self.OLD) - self.P) * self.MASK).sum(1) / n
+            assert drift[0] > 0 > drift[1]
+            for share, gone in ((1 + 1e-4, 0), (1 - 1e-4, 2)):
+                out, _ = self.run("ppo", backend, -self.A, **given, off_policy_threshold=share * drift[0].item())
+                assert out.metrics.sum("dropped") == gone
+
     def test_policy_mask(self, backend):
         """Only the policy term; penalty and denominators stay."""
         chosen = torch.tensor([[True, False, True], [False, True, True]])

@@ -91,6 +91,19 @@ class TestForward:
         rounded = 2 * (v * torch.exp(x * torch.arange(length)[:, None])).sum(-1).real
         assert np.abs(rounded.numpy() - truth).max() > 1e-3
 
+    @by_form
+    def test_far_powers(self, symmetric):
+        """Of e^-620 as many digits as of 1: the exponent's rounding is put right, in chunks that begin beside powers
+        of two."""
+        x = torch.tensor([[-0.05 + 0.7j], [-0.051 + 1.1j], [-0.047 - 2.3j]], dtype=torch.complex128)
+        length, v = 12_400, torch.tensor([0.6 - 0.8j], dtype=torch.complex128)
+        each = powers(x, length) * wide(v)
+        truth, sizes = each[..., 0], np.abs(each)
+        if symmetric:
+            truth, sizes = 2 * truth.real, 2 * sizes
+        error = np.abs(product(v, x, length, symmetric).numpy() - truth)
+        assert (error <= allowed(sizes, truth, -1, torch.complex128, "native", x)).all()
+
     def test_scale(self):
         """Powers from subnormal to overflow, beyond what complex64 holds of one factor."""
         x = torch.tensor([-3 + 1j, -0.7 + 0.2j])
