@@ -32,12 +32,16 @@ from .test_run import (
 from .workers import before_step, interrupt
 
 accelerate = pytest.importorskip("accelerate")
+AutoTokenizer = pytest.importorskip("transformers").AutoTokenizer
+
+from fastpo.nn import S4Config, S4LanguageModel  # noqa: E402
+
 pytestmark = pytest.mark.usefixtures("threads")
 
 # a sum over examples, in more and smaller forwards, and with a reference that moves; two methods that look at the whole
 # step, of which one remembers, and one that asks the reference itself at every step; reward models whose annotators are
-# assigned from all pairs; and three that sample: one with two steps a turn, one with a critic, and one that samples
-# more for some prompts only
+# assigned from all pairs; three that sample: one with two steps a turn, one with a critic, and one that samples more
+# for some prompts only; and a model of S4 layers, whose Fourier transforms are as long as a forward's longest sequence
 SAMPLING = ("--reward.of", "REWARD", "--rollout.max_new_tokens", "6", "--rollout.tokens", "200", "--max_length", "64")
 METHODS = {
     "dpo": ("dpo",),
@@ -50,6 +54,7 @@ METHODS = {
     "grpo": ("grpo", *SAMPLING, "--rollout.minibatches", "2", "--algorithm.samples", "3"),
     "ppo": ("ppo", *SAMPLING, "--algorithm.samples", "2"),
     "xrpo": ("xrpo", *SAMPLING, "--algorithm.samples", "2"),
+    "s4": ("dpo", "--model", "S4", "--batch.tokens", "60"),
 }
 PARALLEL = ("ddp", "fsdp2")
 # what is stopped after three of six steps, and with what it is continued
@@ -81,11 +86,23 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def command(model_folder, data):
-    reward = str(Path(data).with_name("reward.py")) + ":vowels"
+def s4_folder(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("s4")
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "d_state": 8, "max_position_embeddings": 64}
+    config = S4Config(vocab_size=len(tokenizer), dt_min=0.02, dt_max=0.5, initializer_range=0.3, **sizes)
+    S4LanguageModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(model_folder, s4_folder, data):
+    words = {"REWARD": str(Path(data).with_name("reward.py")) + ":vowels", "S4": str(s4_folder)}
 
     def command(method: str, output: Path, *more: str) -> list[str]:
-        name, *own = (reward if word == "REWARD" else word for word in METHODS[method])
+        name, *own = (words.get(word, word) for word in METHODS[method])
         return options(model_folder, data, output, "--eval_data", data, *own, *more, name=name)
 
     return command

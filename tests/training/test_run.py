@@ -197,7 +197,7 @@ def assert_about_the_same_run(one: Path, other: Path) -> None:
     assert ours.keys() == theirs.keys()
     for key, weight in ours.items():
         # weights are of the order of 1, and the optimiser's steps of the learning rate 1e-2
-        assert float((weight - theirs[key]).norm()) <= TOLERANCE * float(theirs[key].norm()), key
+        assert float((weight - theirs[key]).double().norm()) <= TOLERANCE * float(theirs[key].double().norm()), key
 
 
 def test_torchrun_does_what_one_process_does(straight, model_folder, data, tmp_path):
