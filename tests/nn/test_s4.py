@@ -312,7 +312,11 @@ def test_half_precision():
     assert (y.float() - found[:, 5].float()).norm() < 0.05 * found[:, 5].float().norm()
 
 
-@pytest.mark.parametrize("options", [*LAYERS[:3], {"bidirectional": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"kernel": "dplr", "init": ("legs", "legt"), "channels": 2}, {"kernel": "diag", "bidirectional": True}],
+    ids=str,
+)
 def test_compiled(options):
     layer = S4Layer(4, 16, d_state=8, **options)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -440,7 +444,7 @@ def test_learns_a_delay():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     found = {}
-    for name, steps in (("s4", 320), ("bag", 320)):
+    for name, steps in (("s4", 240), ("bag", 120)):
         torch.manual_seed(0)
         mix = Bag() if name == "bag" else S4Layer(32, 128, d_state=32, dt_min=0.01)
         model = Reader(mix)
