@@ -372,6 +372,8 @@ GRPO = [
     {"loss_type": "grpo", "quantile": 0.5, "beta": 0.1},
     {"loss_type": "dapo", "sampler": True, "beta": 0.1},
     {"loss_type": "grpo", "sampler": True, "off_policy": 0.05, "training": False},
+    {"loss_type": "luspo", "sampler": "sequence", "level": "sequence"},
+    {"loss_type": "cispo", "epsilon_high": 1.3, "sampler": "sequence", "beta": 0.1},
     {"loss_type": "dapo", "bonus": 0.2, "quantile": 0.5},
     {"loss_type": "grpo", "bonus": 0.2, "adaptive": True},
 ]
@@ -450,7 +452,10 @@ def grpo_both(case: dict[str, Any]) -> Any:
         "num_items_in_batch": torch.tensor(70),
     }
     if sampler:
-        inputs["importance_sampling_ratio"] = (batch["old"] - batch["sampled"]).exp().clamp(max=1.2)
+        logratio = batch["old"] - batch["sampled"]
+        logratio = logratio.sum(1, keepdim=True) if sampler == "sequence" else logratio
+        # truncated, or masked where it is far
+        inputs["importance_sampling_ratio"] = logratio.exp().clamp(max=1.2).masked_fill(logratio < -0.5, 0)
         inputs["sampling_per_token_logps"] = batch["sampled"].clone()
         inputs["sampling_per_token_logps"][0, 0] = torch.nan
     return both_ways(lambda: policy._compute_loss(trainer, None, inputs), leaf)
@@ -496,6 +501,30 @@ def test_what_grpo_leaves_to_trl(change, why):
     else:
         found = ours._check_grpo(trainer, inputs)
         assert found is None if why is None else why in found
+
+
+@pytest.mark.parametrize("fix", [False, True])
+def test_rewards_in_half_precision(fix):
+    """TRL's loss of bf16 scores is bf16; `fix` leaves it in fp32."""
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    scores = torch.linspace(-1, 2, 2 * B).bfloat16()
+    model = torch.nn.Module()
+    model.forward = lambda **_: SequenceClassifierOutput(logits=scores.unsqueeze(-1))
+    trainer = types.SimpleNamespace(
+        model=model,
+        accelerator=accelerator(),
+        args=types.SimpleNamespace(center_rewards_coefficient=0.1),
+        _metrics={"train": collections.defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    step = lambda: trl.RewardTrainer.compute_loss(trainer, model, {"attention_mask": torch.ones(1)})  # noqa: E731
+    theirs = step()
+    with ours.patch(fix=fix):
+        mine = step()
+    assert theirs.dtype == torch.bfloat16 and mine.dtype == (torch.float32 if fix else torch.bfloat16)
+    torch.testing.assert_close(mine.float(), theirs.float(), rtol=2**-6, atol=0)
 
 
 def test_functions_of_logits():

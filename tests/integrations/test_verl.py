@@ -142,6 +142,25 @@ def test_policy_losses(core, name, mode, more, weighted, monkeypatch):
     assert mine[2] == pytest.approx(theirs[2], rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl"])
+def test_what_has_moved_too_far(core, name):
+    """4,096 tokens on both sides of both bounds."""
+    generator = torch.Generator().manual_seed(4)
+    old, noise, a = torch.randn(3, 64, 64, generator=generator)
+    old = -old.abs() - 0.1
+    new = (old + 0.4 * noise).clamp(max=-0.01)
+    mask = torch.ones(64, 64, dtype=torch.int64)
+    results = both_ways(
+        core,
+        "POLICY_LOSS_REGISTRY",
+        name,
+        lambda loss: loss(old, new, a, mask, "token-mean", actor(clip_ratio_low=0.07)),
+    )
+    (want, theirs), (found, mine) = results
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
+    assert mine == pytest.approx(theirs, rel=1e-5) and 0.1 < mine["actor/pg_clipfrac"] < 0.9
+
+
 @pytest.mark.parametrize("name", [name for name, loss in ours._LOSSES.items() if not loss.takes_weights])
 def test_penalties_with_weights_stay(core, name):
     x = batch()
