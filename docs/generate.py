@@ -23,6 +23,14 @@ THEORY = {
     "average": "known on average",
     "property": "no theorem; its properties are tested",
 }
+# where the formulas of a kind of data are held to closed forms
+CLOSED_FORMS = {
+    "pairs": "tests/losses/test_closed_forms.py",
+    "pairs of the policy": "tests/losses/test_closed_forms.py",
+    "single completions": "tests/losses/test_closed_forms.py",
+    "rollouts": "tests/kernels/test_policy.py",
+    "lists": "tests/losses/test_lists.py",
+}
 LIBRARIES = {"trl": "TRL", "liger": "Liger", "verl": "verl", "openrlhf": "OpenRLHF", "rank_llm": "rank_llm"}
 
 
@@ -57,6 +65,13 @@ def trained() -> dict[str, list[str]]:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def closed_form(row: Mapping[str, Any]) -> str:
+    """The file that has the closed form of a row without a theorem, if it names it."""
+    path = CLOSED_FORMS.get(row["data"], "")
+    named = path and re.search(rf"\b{row['name']}\b", (ROOT / path).read_text())
+    return path if named and row["theory"] == "property" else ""
 
 
 def _code(text: object) -> str:
@@ -130,6 +145,7 @@ def objective(row: Mapping[str, Any], note: Mapping[str, str], algorithms: list[
         "inputs": "; ".join(f"`{name}`, {_text(about)}" for name, about in row["inputs"].items()),
         "fixed point": _text(note.get("point", THEORY[row["theory"]])),
         "proof": _code(note["test"]) if "test" in note else "",
+        "closed form": _code(closed) if (closed := closed_form(row)) and "test" not in note else "",
         "elsewhere": _elsewhere(row, note),
         "trained by": ", ".join(map(_code, algorithms)),
     }
@@ -180,8 +196,9 @@ The *fixed point* is the policy to which the objective provably leads, under ful
 answers (or a tree of two tokens), with r the reward, ref the reference, c or Z a normaliser and u = π/ref; *proof* is
 the test that minimises the objective, compares the policy with it (a total variation below 1e-9 unless the test says
 otherwise), and fails for a planted error. Some claims that are often read are false; what stands here is what was
-enumerated. *Elsewhere* says which libraries have it under which name, as far as they were read (TRL 1.16, Liger 0.8.5,
-verl of January 2026, OpenRLHF); it is no list of all.
+enumerated. *closed form* is the file that holds a formula without a theorem to one. *Elsewhere* says which libraries
+have it under which name, as far as they were read (TRL 1.16, Liger 0.8.5, verl of January 2026, OpenRLHF); it is no
+list of all.
 
 """
 

@@ -187,6 +187,15 @@ class TestReferences:
         }
         assert len(minimised) >= 15 and minimised <= {name for name, _ in PAIRWISE}
 
+    def test_closed_forms(self):
+        """Of rows without a theorem, where there is a table of them."""
+        made = generator()
+        rows = {row["name"]: row for row in made.rows()}
+        assert made.closed_form(rows["slic"]) == "tests/losses/test_closed_forms.py"
+        assert made.closed_form(rows["dpo"]) == ""
+        found = [name for name, row in rows.items() if made.closed_form(row)]
+        assert len(found) > 30 and all((ROOT / path).is_file() for path in made.CLOSED_FORMS.values())
+
     def test_the_page_has_every_objective(self):
         page = generator().objectives_page()
         for name in losses.__all__:

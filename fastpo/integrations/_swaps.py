@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -50,7 +51,8 @@ class Swaps:
 
     def __init__(self, library: str, version: str, swaps: list[Swap]) -> None:
         self._library, self._version = library, version
-        self._undo: list[tuple[Any, str, Any]] = []
+        # owner, name, what was there, what stands there since
+        self._undo: list[tuple[Any, str, Any, Any]] = []
         self._replaced: dict[int, tuple[Any, Any]] = {}
         found = [f for f in map(self._find, swaps) if f is not None]
         aliases: dict[int, Any] = {}
@@ -88,7 +90,7 @@ class Swaps:
         return _Found(owner, name, original, swap)
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
-        self._undo.append((owner, name, vars(owner)[name]))
+        self._undo.append((owner, name, vars(owner)[name], value))
         setattr(owner, name, value)
 
     def _rename(self, by_identity: dict[int, Any], *, remember: bool) -> None:
@@ -105,9 +107,14 @@ class Swaps:
                         setattr(module, attribute, by_identity[id(value)])
 
     def undo(self) -> None:
-        """Everything as it was, in modules imported since too."""
-        for owner, name, original in reversed(self._undo):
-            setattr(owner, name, original)
+        """Everything as it was, in modules imported since too; what others have replaced since stays, and warns."""
+        for owner, name, original, ours in reversed(self._undo):
+            if vars(owner).get(name) is ours:
+                setattr(owner, name, original)
+            else:
+                warnings.warn(
+                    f"{owner.__name__}.{name} was replaced again since fastpo did, and is left as it is", stacklevel=4
+                )
         self._undo.clear()
         self._rename({i: original for i, (_, original) in self._replaced.items()}, remember=False)
         self._replaced.clear()

@@ -15,6 +15,8 @@ What is replaced, in TRL 1.16:
   function of the last name in `trl.kernels`, by `fastpo.token_logprobs`;
 - `trl.kernels.ChunkedLogProbFunction`, which the fused heads of all trainers apply, by `fastpo.linear_logprobs`; the
   heads then leave tokens without a label out of every product, on a CPU too;
+- `ChunkedDivergenceFunction` of its distillation trainer, by `fastpo.token_kl` and `token_jsd`, a few rows of logits at
+  a time;
 - the losses of DPOTrainer, KTOTrainer, GRPOTrainer, RLOOTrainer and RewardTrainer, by those of `fastpo.losses`.
 
 The numbers are TRL's, up to the rounding of fp32 sums, and so are its conventions: which tokens count, denominators,
@@ -22,12 +24,18 @@ IPO's averages, the cap of CISPO, the dtype of log-probs of bf16 logits. `patch(
 are wrong, and prints what that changes (`FIXES`).
 
 A patched loss runs TRL's own `_compute_loss` on log-probs without gradient, so that what is logged is by TRL's code
-and names, and then computes the loss, and its gradient, by ours from the same log-probs. A combination of options that
-ours do not have keeps TRL's loss, with a warning that names it. An option that TRL accepts and does not read raises.
+and names, and computes the loss, and its gradient, by ours from the same log-probs. DPO's formulas are left out of
+TRL's run; of the others' what is computed twice is elementwise, on numbers per token, and without gradient: there is
+no second forward of any model. A combination of options that ours do not have keeps TRL's loss, with a warning that
+names it, and so does a batch whose log-ratios pass 20, where ours are cut and TRL's are not. An option that TRL accepts
+and does not read raises ValueError at the first loss.
+
+Where numbers differ by more than that rounding: exponents of f-divergences stop at 80, before fp32 overflows. On a GPU
+the tiles of a bf16 head's logits are fp32, where TRL's are rounded to bf16. Under autocast a head's gradients are
+rounded to bf16, as a linear layer's are, where TRL's are fp32.
 
 Under DeepSpeed's ZeRO-3 the head's weight is there only while it is gathered, which `linear_logprobs` does not know of:
-such a head is computed by TRL's function. `ChunkedDivergenceFunction` (distillation) and the SFT loss of the fused head
-beyond its log-probs stay TRL's.
+such a head is computed by TRL's functions. The SFT loss of the fused head beyond its log-probs stays TRL's.
 """
 
 from __future__ import annotations
@@ -43,11 +51,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpo import linear_logprobs, losses, token_logprobs
+from fastpo import linear_logprobs, losses, token_jsd, token_kl, token_logprobs
+from fastpo.integrations._linear import Head, of_logits
 from fastpo.integrations._swaps import Swap, Swaps
 
 FIXES = {
-    "half precision": "log-probs and entropies of bf16 and fp16 logits are fp32, not rounded to the logits' dtype",
+    "half precision": "log-probs, entropies and reward losses of bf16 and fp16 logits are fp32, not rounded to them",
     "DPO, sigmoid with label_smoothing": "is conservative DPO; TRL does not read label_smoothing there",
     "DPO, alpha_divergence": "has the paper's exponent -alpha; TRL's is alpha - 1, so its alpha is 1 - alpha",
     "DPO, bco_pair": "has the paper's reward shift, a moving average over steps; TRL has none",
@@ -67,14 +76,25 @@ _STATISTICS = {
 _HALVES = (torch.bfloat16, torch.float16)
 
 
-class _Heads:
-    """Stands for `ChunkedLogProbFunction`."""
+class _Function:
+    """Stands for a `torch.autograd.Function`, whose `apply` it has."""
 
     def __init__(self, original: Any) -> None:
         self._original = original
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)
+
+
+def _as_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A head of the hidden states' dtype; autocast casts both."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        return weight, bias
+    return weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+
+
+class _Heads(_Function):
+    """Stands for `ChunkedLogProbFunction`."""
 
     def apply(
         self,
@@ -92,8 +112,7 @@ class _Heads:
         if hasattr(weight, "ds_id") or not logit_scale > 0:
             options = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
             return self._original.apply(hidden, weight, bias, targets, *options)
-        if not torch.is_autocast_enabled(hidden.device.type):
-            weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        weight, bias = _as_hidden(hidden, weight, bias)
         asked: Any = tuple(_STATISTICS[name] for name in _OUTPUTS if name in outputs)
         found: Any = linear_logprobs(
             hidden,
@@ -111,6 +130,54 @@ class _Heads:
         if statistics[-1] is not None:
             statistics[-1] = statistics[-1] == targets
         return (found.logprobs, *statistics)
+
+
+class _Divergences(_Function):
+    """Stands for `ChunkedDivergenceFunction`."""
+
+    def apply(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        student_bias: Tensor | None,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        teacher_bias: Tensor | None,
+        beta: float,
+        temperature: float = 1.0,
+        student_logit_scale: float = 1.0,
+        student_final_logit_softcapping: float | None = None,
+        teacher_logit_scale: float = 1.0,
+        teacher_final_logit_softcapping: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        shapes = (student_logit_scale, student_final_logit_softcapping)
+        teachers_shapes = (teacher_logit_scale, teacher_final_logit_softcapping)
+        student = (student_hidden, student_weight, student_bias)
+        teacher = (teacher_hidden, teacher_weight, teacher_bias)
+        if any(hasattr(weight, "ds_id") for weight in (student_weight, teacher_weight)):
+            return self._original.apply(*student, *teacher, beta, temperature, *shapes, *teachers_shapes)
+
+        def shaped(logits: Tensor, scale: float, cap: float | None) -> Tensor:
+            logits = logits if scale == 1.0 else logits * scale
+            return logits if cap is None else cap * torch.tanh(logits / cap)
+
+        def compute(logits: Tensor, others: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            logits, others = shaped(logits, *shapes), shaped(others, *teachers_shapes)
+            if beta in (0, 1):
+                each = token_kl(logits, others, direction="reverse" if beta else "forward", temperature=temperature)
+            else:
+                each = token_jsd(logits, others, beta=beta, temperature=temperature)
+            if torch.is_grad_enabled():
+                # of the backward: the entropy has no gradient
+                return each, each.detach()
+            index = torch.zeros_like(each, dtype=torch.int64)
+            found = token_logprobs(logits, index, temperature=temperature, stats=("entropy",))
+            assert found.entropy is not None
+            return each, found.entropy
+
+        ours, others = (Head(hidden, *_as_hidden(hidden, weight, bias)) for hidden, weight, bias in (student, teacher))
+        divergence, entropy = of_logits(ours, others, compute)
+        return divergence, entropy.detach()
 
 
 def _scored(logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None, entropy: bool) -> Any:
@@ -194,6 +261,20 @@ def _by_the_head(kwargs: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
+def _for_a_while(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of an object's own; afterwards what it had, or what its class has."""
+    had, before = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+@contextlib.contextmanager
 def _references(trainer: Any) -> Iterator[list[Any]]:
     """What the trainer's models return: the last is the reference's, which may be the policy without its adapter."""
     seen: list[Any] = []
@@ -270,6 +351,8 @@ _DIVERGENCES = {"forward_kl": "forward_kl", "js_divergence": "jsd", "alpha_diver
 def _check_dpo(trainer: Any, fix: bool) -> str | None:
     """Why the loss is left to TRL, or None; ValueError for options that nothing reads."""
     types = trainer.loss_types
+    if trainer.ld_alpha is not None and set(types) == {"sft"}:
+        raise ValueError(f"TRL does not read ld_alpha={trainer.ld_alpha:g} with loss_type={types}")
     if trainer.label_smoothing and not any(t in _SMOOTHED or (fix and t == "sigmoid") for t in types):
         more = ": trl.patch(fix=True) makes it conservative DPO" if "sigmoid" in types else ""
         raise ValueError(f"TRL does not read label_smoothing={trainer.label_smoothing:g} with loss_type={types}{more}")
@@ -369,7 +452,9 @@ def _dpo(original: Any, fix: bool) -> Any:
             _left_to_trl(self, why)
             return original(self, model, inputs, return_outputs)
         policy = _Policy(model, _by_the_head)
-        with _references(self) as references:
+        # TRL's run is for what it logs: without its formulas
+        nothing = _for_a_while(self, "loss_types", []), _for_a_while(self, "loss_weights", [])
+        with _references(self) as references, nothing[0], nothing[1]:
             result = original(self, policy, inputs, return_outputs)
         output = policy.outputs[0]
         completion = inputs["completion_mask"]
@@ -433,33 +518,50 @@ def _kto(original: Any) -> Any:
     return _compute_loss
 
 
+class _Seen:
+    """What the policy's log-probs and entropies are when TRL's loss asks for them.
+
+    Attributes:
+        left: why TRL's loss is kept, or None.
+        chosen: TRL's mask of tokens of high entropy, if it made one.
+    """
+
+    logps: Tensor
+    entropies: Tensor
+    aux_loss: Tensor | None
+    left: str | None = None
+    chosen: Tensor | None = None
+
+
 @contextlib.contextmanager
-def _scores(trainer: Any) -> Iterator[list[Any]]:
-    """What the policy's log-probs and entropies are when TRL's loss asks for them; it gets them without a gradient."""
-    ask = trainer._get_per_token_logps_and_entropies
-    seen: list[Any] = []
+def _scores(trainer: Any, farthest: Callable[[Tensor], Tensor]) -> Iterator[_Seen]:
+    """TRL's loss gets log-probs and entropies without a gradient, unless `farthest` of the log-probs is above 20."""
+    seen = _Seen()
 
     def noted(*args: Any, **kwargs: Any) -> Any:
-        logps, entropies, aux_loss = ask(*args, **kwargs)
-        seen.append((logps, entropies, aux_loss))
-        return (
-            logps.detach(),
-            None if entropies is None else entropies.detach(),
-            None if aux_loss is None else aux_loss.detach(),
-        )
+        out = ask(*args, **kwargs)
+        seen.logps, seen.entropies, seen.aux_loss = out
+        if farthest(seen.logps.detach()) > _FARTHEST:
+            seen.left = f"log-ratios above {_FARTHEST:g}"
+            return out
+        return tuple(None if t is None else t.detach() for t in out)
 
-    name = "_get_per_token_logps_and_entropies"
-    own = vars(trainer).get(name)
-    setattr(trainer, name, noted)
-    try:
-        yield seen
-    finally:
-        # the method of the class is there again, if it was
-        if own is None:
-            delattr(trainer, name)
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        seen.chosen = choose(*args, **kwargs)
+        return seen.chosen
+
+    ask: Any = trainer._get_per_token_logps_and_entropies
+    choose: Any = getattr(trainer, "get_high_entropy_mask", None)
+    with _for_a_while(trainer, "_get_per_token_logps_and_entropies", noted):
+        if choose is None:
+            yield seen
         else:
-            setattr(trainer, name, own)
+            with _for_a_while(trainer, "get_high_entropy_mask", kept):
+                yield seen
 
+
+# at which ours cut log-ratios; below -20 they are nothing under an exponential
+_FARTHEST = 20.0
 
 _AGGREGATIONS = {
     "grpo": "seq_mean_token_mean",
@@ -474,20 +576,20 @@ _AGGREGATIONS = {
 
 
 def _check_grpo(trainer: Any, inputs: dict[str, Any]) -> str | None:
-    """Why the loss is left to TRL, or None."""
+    """Why the loss is left to TRL, or None; ValueError for options that nothing reads."""
     name, level, high = trainer.loss_type, trainer.importance_sampling_level, trainer.epsilon_high
+    delta = trainer.args.delta
+    if delta is not None and name in ("cispo", "sapo", "vespo"):
+        raise ValueError(f"TRL does not read delta={delta:g} with loss_type={name!r}")
     if name not in _AGGREGATIONS or level not in ("token", "sequence"):
         return f"loss_type={name!r} and importance_sampling_level={level!r}"
-    if trainer._entropy_bonus_enabled:
-        return "an entropy bonus"
     if level == "sequence" and name in ("cispo", "sapo", "vespo"):
         return f"loss_type={name!r} and importance_sampling_level='sequence'"
     if name == "cispo" and high < 1:
         return f"loss_type='cispo' and epsilon_high={high:g}, a cap on the ratio below 1"
     if name == "vespo" and inputs.get("importance_sampling_ratio") is not None:
         return "loss_type='vespo' and importance ratios of the sampler"
-    delta = trainer.args.delta
-    if delta is not None and name not in ("cispo", "sapo", "vespo") and (level == "sequence" or delta <= 1 + high):
+    if delta is not None and (level == "sequence" or delta <= 1 + high):
         return f"delta={delta:g}, importance_sampling_level={level!r} and epsilon_high={high:g}"
     if name not in ("cispo", "sapo", "vespo") and not 0 <= trainer.epsilon_low <= 1:
         return f"epsilon={trainer.epsilon_low:g}"
@@ -512,17 +614,38 @@ def _grpo_method(trainer: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
     return losses.grpo, {**clip, "delta": math.inf if args.delta is None else args.delta}
 
 
+def _entropy_coefficient(trainer: Any) -> float:
+    """Of this step: TRL's run may change it for the next one."""
+    if not trainer._entropy_bonus_enabled:
+        return 0.0
+    if trainer.use_adaptive_entropy and trainer._last_world_entropy > trainer.args.entropy_target:
+        return 0.0
+    return float(trainer.entropy_coef)
+
+
 def _grpo(original: Any) -> Any:
     @functools.wraps(original)
     def _compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Any:
         if (why := _check_grpo(self, inputs)) is not None:
             _left_to_trl(self, why)
             return original(self, model, inputs)
-        with _scores(self) as seen:
-            original(self, model, inputs)
-        logps, entropies, aux_loss = seen[0]
         mask = inputs["completion_mask"]
         mask = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+        counts, old = mask.bool(), inputs.get("old_per_token_logps")
+
+        def farthest(logps: Tensor) -> Tensor:
+            ratios = [] if old is None else [logps - old]
+            if self.beta != 0.0:
+                ratios.append(inputs["ref_per_token_logps"] - logps)
+            return max((torch.where(counts, r, 0).amax() for r in ratios), default=logps.new_zeros(()))
+
+        coefficient = _entropy_coefficient(self)
+        with _scores(self, farthest) as seen:
+            result = original(self, model, inputs)
+        if seen.left is not None:
+            _left_to_trl(self, seen.left)
+            return result
+        logps = seen.logps
         training = self.model.training
         window = self.current_gradient_accumulation_steps if training else 1.0
         loss, own = _grpo_method(self)
@@ -533,13 +656,11 @@ def _grpo(original: Any) -> Any:
             options["num_items"] = items * window / self.args.steps_per_generation if training else items
         elif self.loss_type == "dr_grpo":
             options["max_length"] = self.max_completion_length
-        if self.top_entropy_quantile < 1.0:
-            chosen = self.get_high_entropy_mask(entropies.detach(), mask, 1 - self.top_entropy_quantile)
-            options["policy_mask"] = chosen.bool()
+        if seen.chosen is not None:
+            options["policy_mask"] = seen.chosen.bool()
         if self.beta != 0.0:
             options["reference_logprobs"] = inputs["ref_per_token_logps"]
             options["kl_corrected"] = bool(self.args.use_bias_correction_kl)
-        old = inputs.get("old_per_token_logps")
         if self.off_policy_mask_threshold is not None:
             options["off_policy_threshold"] = self.off_policy_mask_threshold
             old = logps.detach() if old is None else old
@@ -551,9 +672,13 @@ def _grpo(original: Any) -> Any:
             # every method's loss is proportional to |A|
             weighted = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
             advantages = (weighted * inputs["importance_sampling_ratio"]).expand_as(logps)
-        out = loss(logps, advantages, old, mask=mask.bool(), beta=self.beta, **own, **options)
+        out = loss(logps, advantages, old, mask=counts, beta=self.beta, **own, **options)
         scaled = out.loss if "num_items" in options else out.loss / window
-        return _with_aux(self, scaled, aux_loss, window)
+        if coefficient:
+            acted = counts if seen.chosen is None else counts & seen.chosen.bool()
+            bonus = torch.where(acted, seen.entropies, 0).sum() / acted.sum().clamp(min=1)
+            scaled = scaled - coefficient * bonus / window
+        return _with_aux(self, scaled, seen.aux_loss, window)
 
     return _compute_loss
 
@@ -564,24 +689,30 @@ def _rloo(original: Any) -> Any:
         if not 0 <= self.epsilon_low <= 1:
             _left_to_trl(self, f"epsilon={self.epsilon_low:g}")
             return original(self, model, inputs)
-        with _scores(self) as seen:
-            original(self, model, inputs)
-        logps, _, aux_loss = seen[0]
+        old = inputs["old_logps"].unsqueeze(1)
+
+        def total(logps: Tensor) -> Tensor:
+            return torch.where(inputs["completion_mask"].bool(), logps, 0).sum(1, keepdim=True)
+
+        with _scores(self, lambda logps: (total(logps) - old).amax()) as seen:
+            result = original(self, model, inputs)
+        if seen.left is not None:
+            _left_to_trl(self, seen.left)
+            return result
         # PPO of completions, each of which is one action
-        total = torch.where(inputs["completion_mask"].bool(), logps, 0).sum(1, keepdim=True)
         out = losses.ppo(
-            total,
+            total(seen.logps),
             inputs["advantages"],
-            inputs["old_logps"].unsqueeze(1),
+            old,
             epsilon_low=self.epsilon_low,
             epsilon_high=self.epsilon_high,
         )
-        return _with_aux(self, out.loss, aux_loss)
+        return _with_aux(self, out.loss, seen.aux_loss)
 
     return _compute_loss
 
 
-def _reward(original: Any) -> Any:
+def _reward(original: Any, fix: bool) -> Any:
     @functools.wraps(original)
     def compute_loss(
         self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -593,6 +724,8 @@ def _reward(original: Any) -> Any:
         loss = losses.bradley_terry(chosen, rejected, margin=inputs.get("margin", 0.0)).loss
         if (centre := self.args.center_rewards_coefficient) is not None:
             loss = loss + centre * (chosen + rejected).square().mean()
+        # of bf16 scores TRL's is bf16
+        loss = loss if fix else loss.to(chosen.dtype)
         return (loss, output) if return_outputs else loss
 
     return compute_loss
@@ -620,8 +753,12 @@ def _swaps(fix: bool) -> list[Swap]:
             optional=True,
         ),
         Swap("trl.kernels.chunked_logprob", "ChunkedLogProbFunction", _Heads),
-        # whether the fused head gives on only the tokens that have a label
-        Swap(utils, "_use_triton", lambda _: lambda device: True, ("device",), everywhere=False),
+        Swap("trl.kernels.chunked_divergence", "ChunkedDivergenceFunction", _Divergences),
+        # whether heads and divergences are given only the tokens that count
+        *(
+            Swap(module, "_use_triton", lambda _: lambda device: True, ("device",), everywhere=False)
+            for module in (utils, "trl.trainer.distillation_trainer")
+        ),
         Swap(
             "trl.trainer.dpo_trainer",
             "DPOTrainer._compute_loss",
@@ -634,7 +771,7 @@ def _swaps(fix: bool) -> list[Swap]:
         Swap(
             "trl.trainer.reward_trainer",
             "RewardTrainer.compute_loss",
-            _reward,
+            functools.partial(_reward, fix=fix),
             (*trainer, "return_outputs", "num_items_in_batch"),
         ),
     ]

@@ -210,6 +210,28 @@ def test_jsd(options):
         torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=5e-6)
 
 
+def test_jsd_sums_the_weights_gradient_in_fp32():
+    """Over 48 blocks of one row: bf16 products, of which each is rounded, and a sum that is not."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        x = {name: t.detach().to(dtype) for name, t in leaves(torch.bfloat16).items() if t.is_floating_point()}
+        weight, labels = x["weight"].requires_grad_(), leaves()["target"].reshape(-1)
+        hidden, teacher = x["hidden"].reshape(-1, H), x["ref_hidden"].reshape(-1, H)
+        loss = ours.LigerFusedLinearJSDLoss(chunk_size=1)(hidden, weight, teacher, x["ref_weight"], labels)
+        found.append(torch.autograd.grad(loss, weight)[0].double())
+    assert (found[0] - found[1]).norm() < 2**-8 * found[1].norm()
+
+
+def test_options_are_attributes():
+    """What is set afterwards counts, as with Liger's modules."""
+    x = leaves()
+    module = ours.LigerFusedLinearCPOLoss(beta=0.3)
+    assert (module.beta, module.alpha, module.compiled, module.chunk_size) == (0.3, 1.0, True, 1)
+    module.beta = 0.7
+    arguments = x["weight"], x["hidden"], x["target"]
+    assert module(*arguments)[0] == ours.LigerFusedLinearCPOLoss(beta=0.7)(*arguments)[0]
+
+
 def test_functions_and_second_backward():
     """As autograd functions they are called by place; a frozen head, fp64 and gradgradcheck's domain work."""
     x = leaves(torch.float64)
@@ -275,6 +297,7 @@ def test_luspo_does_not_see_padding(more):
         ("GRPO", {"loss_type": "sapo", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
         ("GRPO", {"importance_sampling_level": "word"}, "importance_sampling_level must be"),
         ("GRPO", {"delta": 1.1}, "delta must be above"),
+        ("GRPO", {"delta": 2.0, "loss_type": "sapo"}, "delta=2 has no meaning for loss_type='sapo'"),
     ],
 )
 def test_bad_options(name, options, message):

@@ -21,6 +21,7 @@ import trl
 from trl.trainer import utils
 
 import fastpo
+from fastpo.integrations import _linear
 from fastpo.integrations import trl as ours
 from fastpo.kernels import _native
 from tests.training.conftest import character_tokenizer, tiny_model, tiny_reward_model
@@ -66,7 +67,7 @@ def prompts(kind: str) -> datasets.Dataset:
     rows = [{"prompt": w + " ", "chosen": w + "a" * (i % 4), "rejected": "b" + w} for i, w in enumerate(WORDS)]
     if kind == "kto":
         rows = [{"prompt": r["prompt"], "completion": r["chosen"], "label": i % 3 > 0} for i, r in enumerate(rows)]
-    if kind in ("grpo", "rloo"):
+    if kind in ("grpo", "rloo", "distillation"):
         rows = [{"prompt": r["prompt"]} for r in rows]
     return datasets.Dataset.from_list(rows)
 
@@ -93,6 +94,8 @@ def run(kind: str, tokenizer: Any, folder: Any, peft: bool = False, **options: A
     }
     if kind in ("grpo", "rloo"):
         common |= {"max_completion_length": 6, "num_generations": 2, "gradient_checkpointing": False}
+    if kind == "distillation":
+        common |= {"max_completion_length": 6, "gradient_checkpointing": False}
     if kind == "reward":
         # an accuracy that is not of the padding
         model = tiny_reward_model(vocabulary, pad=tokenizer.pad_token_id)
@@ -102,9 +105,11 @@ def run(kind: str, tokenizer: Any, folder: Any, peft: bool = False, **options: A
         saved.generation_config.eos_token_id = tokenizer.eos_token_id
         saved.save_pretrained(folder / "model")
         model = type(saved).from_pretrained(folder / "model")
-    name = {"dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO", "reward": "Reward"}[kind]
+    name = {"reward": "Reward", "distillation": "Distillation"}.get(kind, kind.upper())
     args = getattr(trl, f"{name}Config")(**{**common, **options})
     more: dict[str, Any] = {"reward_funcs": length_reward} if kind in ("grpo", "rloo") else {}
+    if kind == "distillation":
+        more["teacher_model"] = tiny_model(vocabulary, seed=5)
     if "eval_steps" in options:
         more["eval_dataset"] = prompts(kind)
     if peft:
@@ -146,6 +151,7 @@ def same(theirs: list[dict[str, Any]], mine: list[dict[str, Any]]) -> None:
         ("grpo", {"loss_type": "grpo", "beta": 0.1, "num_iterations": 2, "delta": 1.5}, "PolicyObjective"),
         ("rloo", {"beta": 0.1, "num_iterations": 2}, "PolicyObjective"),
         ("reward", {"center_rewards_coefficient": 0.1}, "Objective"),
+        ("distillation", {"beta": 0.3}, "VocabDivergence"),
     ],
     ids=lambda x: x if isinstance(x, str) else ", ".join(x),
 )
@@ -156,7 +162,7 @@ def test_trainers(kind, options, kernel, tokenizer, tmp_path, ops):
         mine = run(kind, tokenizer, tmp_path, **options)
     same(theirs, mine)
     assert ops[kernel] >= STEPS
-    assert ops["LinearLogprobs"] >= (0 if kind == "reward" else STEPS)
+    assert ops["LinearLogprobs"] >= (0 if kind in ("reward", "distillation") else STEPS)
 
 
 B, T = 6, 9
@@ -183,6 +189,7 @@ def accelerator() -> Any:
         reduce=lambda x, reduction: x,
         pad_across_processes=lambda x, **_: x,
         num_processes=1,
+        sync_gradients=True,
     )
 
 
@@ -294,6 +301,7 @@ def test_what_ours_lack_stays_trls(ops):
     [
         ("sigmoid", {"label_smoothing": 0.1}, r"does not read label_smoothing=0.1 .*patch\(fix=True\)"),
         ("apo_zero", {"f_divergence_type": "forward_kl"}, "does not read f_divergence_type='forward_kl'"),
+        ("sft", {"ld_alpha": 0.5}, "does not read ld_alpha=0.5"),
     ],
 )
 def test_options_that_trl_ignores(loss_type, options, message):
@@ -313,8 +321,6 @@ def test_options_that_trl_ignores(loss_type, options, message):
         ),
         ("sppo_hard", {}, "sppo", {}),
         ("bco_pair", {}, "bco_pair", {}),
-        # one process has all pairs
-        ("aot", {}, "aot", {}),
     ],
 )
 def test_fix(loss_type, options, name, more, capsys):
@@ -332,8 +338,23 @@ def test_fix(loss_type, options, name, more, capsys):
         extra = [(0.3 * (a - ref_a)).mean() / 2 + (0.3 * (b - ref_b)).mean() / 2]
     want = getattr(fastpo.losses, name)(*models, *extra, beta=0.3, chosen_mask=chosen, rejected_mask=rejected, **more)
     torch.testing.assert_close(mine[0], want.loss, rtol=2e-5, atol=1e-6)
-    if loss_type != "aot":
-        assert abs(mine[0] - theirs[0]) > 1e-4 * abs(theirs[0])
+    assert abs(mine[0] - theirs[0]) > 1e-4 * abs(theirs[0])
+
+
+@pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired"])
+def test_fix_sorts_over_all_ranks(loss_type, monkeypatch):
+    """What that changes with several is in tests/losses/test_ranks.py."""
+    groups = []
+    sort = getattr(fastpo.losses, loss_type)
+    monkeypatch.setattr(ours, "_distributed", lambda: True)
+    monkeypatch.setattr(
+        ours.losses,
+        loss_type,
+        lambda *args, process_group, **kwargs: groups.append(process_group) or sort(*args, **kwargs),
+    )
+    for fix in (False, True):
+        dpo_both(loss_type, {}, fix=fix)
+    assert groups == [None, True]
 
 
 GRPO = [
@@ -351,13 +372,17 @@ GRPO = [
     {"loss_type": "grpo", "quantile": 0.5, "beta": 0.1},
     {"loss_type": "dapo", "sampler": True, "beta": 0.1},
     {"loss_type": "grpo", "sampler": True, "off_policy": 0.05, "training": False},
+    {"loss_type": "luspo", "sampler": "sequence", "level": "sequence"},
+    {"loss_type": "cispo", "epsilon_high": 1.3, "sampler": "sequence", "beta": 0.1},
+    {"loss_type": "dapo", "bonus": 0.2, "quantile": 0.5},
+    {"loss_type": "grpo", "bonus": 0.2, "adaptive": True},
 ]
 
 
-@pytest.mark.parametrize("case", GRPO, ids=lambda c: ", ".join(f"{v}" for v in c.values()))
-def test_grpo_losses(case, ops):
+def grpo_both(case: dict[str, Any]) -> Any:
     batch = tokens(7, B)
     batch["shifted"][2] = False
+    batch["old"] = batch["old"] - case.get("far", 0.0)
     mask = batch["shifted"].long()
     leaf = batch["policy"].requires_grad_()
     policy = trl.GRPOTrainer
@@ -378,6 +403,10 @@ def test_grpo_losses(case, ops):
             vespo_k_neg=3.0,
             vespo_lambda_neg=2.0,
             steps_per_generation=4,
+            entropy_target=10.0,
+            entropy_coef_delta=0.0,
+            entropy_coef_min=0.0,
+            entropy_coef_max=1.0,
         ),
         loss_type=case["loss_type"],
         importance_sampling_level=case.get("level", "token"),
@@ -386,7 +415,11 @@ def test_grpo_losses(case, ops):
         beta=case.get("beta", 0.0),
         top_entropy_quantile=case.get("quantile", 1.0),
         off_policy_mask_threshold=case.get("off_policy"),
-        _entropy_bonus_enabled=False,
+        _entropy_bonus_enabled="bonus" in case,
+        use_adaptive_entropy=case.get("adaptive", False),
+        entropy_coef=case.get("bonus", 0.0),
+        _last_world_entropy=0.1,
+        _entropy_window_stats=None,
         use_vllm=sampler,
         vllm_importance_sampling_correction=sampler,
         current_gradient_accumulation_steps=2,
@@ -403,7 +436,7 @@ def test_grpo_losses(case, ops):
 
     class Trainer(types.SimpleNamespace):
         def _get_per_token_logps_and_entropies(self, *_: Any, **__: Any) -> Any:
-            return leaf, -batch["entropy"], leaf.sum() * 0.01
+            return leaf, -batch["entropy"] * (1 + leaf), leaf.sum() * 0.01
 
     del trainer._get_per_token_logps_and_entropies
     trainer = Trainer(**vars(trainer))
@@ -419,17 +452,31 @@ def test_grpo_losses(case, ops):
         "num_items_in_batch": torch.tensor(70),
     }
     if sampler:
-        inputs["importance_sampling_ratio"] = (batch["old"] - batch["sampled"]).exp().clamp(max=1.2)
+        logratio = batch["old"] - batch["sampled"]
+        logratio = logratio.sum(1, keepdim=True) if sampler == "sequence" else logratio
+        # truncated, or masked where it is far
+        inputs["importance_sampling_ratio"] = logratio.exp().clamp(max=1.2).masked_fill(logratio < -0.5, 0)
         inputs["sampling_per_token_logps"] = batch["sampled"].clone()
         inputs["sampling_per_token_logps"][0, 0] = torch.nan
-    close(*both_ways(lambda: policy._compute_loss(trainer, None, inputs), leaf))
+    return both_ways(lambda: policy._compute_loss(trainer, None, inputs), leaf)
+
+
+@pytest.mark.parametrize("case", GRPO, ids=lambda c: ", ".join(f"{v}" for v in c.values()))
+def test_grpo_losses(case, ops):
+    close(*grpo_both(case))
     assert ops["PolicyObjective"] == 1
+
+
+def test_far_log_ratios_stay_trls(ops):
+    """Ours are cut at 20; TRL's exponential is not."""
+    with pytest.warns(UserWarning, match="log-ratios above 20 keeps TRL's own loss"):
+        close(*grpo_both({"loss_type": "grpo", "far": 25.0}))
+    assert not ops
 
 
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"_entropy_bonus_enabled": True}, "an entropy bonus"),
         ({"loss_type": "new"}, "loss_type='new'"),
         ({"loss_type": "sapo", "importance_sampling_level": "sequence"}, "'sapo' and importance_sampling_level"),
         ({"loss_type": "cispo"}, "epsilon_high=0.2, a cap on the ratio below 1"),
@@ -437,17 +484,47 @@ def test_grpo_losses(case, ops):
         ({"delta": 2.0, "importance_sampling_level": "sequence"}, "delta=2"),
         ({"epsilon_low": 1.5}, "epsilon=1.5"),
         ({"loss_type": "vespo", "ratio": torch.ones(1)}, "importance ratios of the sampler"),
+        ({"loss_type": "sapo", "delta": 2.0}, ValueError("does not read delta=2 with loss_type='sapo'")),
         ({}, None),
     ],
     ids=str,
 )
 def test_what_grpo_leaves_to_trl(change, why):
     defaults = {"loss_type": "grpo", "importance_sampling_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2}
-    settings = {"_entropy_bonus_enabled": False, "delta": None, "ratio": None, **defaults, **change}
+    settings = {"delta": None, "ratio": None, **defaults, **change}
     args = types.SimpleNamespace(delta=settings.pop("delta"))
     inputs = {"importance_sampling_ratio": settings.pop("ratio")}
-    found = ours._check_grpo(types.SimpleNamespace(args=args, **settings), inputs)
-    assert found is None if why is None else why in found
+    trainer = types.SimpleNamespace(args=args, **settings)
+    if isinstance(why, ValueError):
+        with pytest.raises(ValueError, match=str(why)):
+            ours._check_grpo(trainer, inputs)
+    else:
+        found = ours._check_grpo(trainer, inputs)
+        assert found is None if why is None else why in found
+
+
+@pytest.mark.parametrize("fix", [False, True])
+def test_rewards_in_half_precision(fix):
+    """TRL's loss of bf16 scores is bf16; `fix` leaves it in fp32."""
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    scores = torch.linspace(-1, 2, 2 * B).bfloat16()
+    model = torch.nn.Module()
+    model.forward = lambda **_: SequenceClassifierOutput(logits=scores.unsqueeze(-1))
+    trainer = types.SimpleNamespace(
+        model=model,
+        accelerator=accelerator(),
+        args=types.SimpleNamespace(center_rewards_coefficient=0.1),
+        _metrics={"train": collections.defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    step = lambda: trl.RewardTrainer.compute_loss(trainer, model, {"attention_mask": torch.ones(1)})  # noqa: E731
+    theirs = step()
+    with ours.patch(fix=fix):
+        mine = step()
+    assert theirs.dtype == torch.bfloat16 and mine.dtype == (torch.float32 if fix else torch.bfloat16)
+    torch.testing.assert_close(mine.float(), theirs.float(), rtol=2**-6, atol=0)
 
 
 def test_functions_of_logits():
@@ -484,9 +561,11 @@ def test_functions_of_logits():
         assert utils.selective_log_softmax(logits.bfloat16(), index).dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"])
 def test_fused_head(dtype, ops):
     """All outputs, softcap, scale, bias and temperature; without any label the gradient is 0."""
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast")
+    dtype = torch.float32 if dtype == "autocast" else dtype
     heads = utils._ChunkedLogProbFunction
     generator = torch.Generator().manual_seed(0)
     shapes = [(7, 8), (19, 8), (19,)]
@@ -495,7 +574,8 @@ def test_fused_head(dtype, ops):
 
     def everything() -> list[Tensor]:
         options = (0.8, 16, 30.0, 0.5, ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
-        logps, entropy, *others = utils._ChunkedLogProbFunction.apply(hidden, weight, bias, targets, *options)
+        with autocast:
+            logps, entropy, *others = utils._ChunkedLogProbFunction.apply(hidden, weight, bias, targets, *options)
         grads = torch.autograd.grad((logps * torch.arange(7)).sum() + entropy.sum(), leaves)
         return [logps, entropy, *others, *grads]
 
@@ -508,9 +588,99 @@ def test_fused_head(dtype, ops):
         assert not any(g.any() for g in torch.autograd.grad(out[0].sum(), leaves))
     assert utils._ChunkedLogProbFunction is heads and ops["LinearLogprobs"] == 2
     # bf16 logits are rounded by both, but not at the same places: a few eps of the largest term
-    tolerance = {} if dtype == torch.float32 else {"rtol": 4e-2, "atol": 4e-2}
+    rounded = dtype != torch.float32 or autocast._enabled
+    tolerance = {"rtol": 4e-2, "atol": 4e-2} if rounded else {}
     for a, b in zip(theirs, mine, strict=True):
         torch.testing.assert_close(b, a, **tolerance)
+
+
+DIVERGENCES = [
+    {"beta": 0.0, "student_final_logit_softcapping": 2.0},
+    {"beta": 1.0, "teacher_logit_scale": 0.5, "temperature": 0.7},
+    {"beta": 0.3, "student_logit_scale": 2.0, "teacher_final_logit_softcapping": 3.0},
+]
+
+
+@pytest.mark.parametrize("options", DIVERGENCES, ids=lambda o: f"{o['beta']:g}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_divergences(options, dtype, ops, monkeypatch):
+    """Of a student and a wider teacher, in blocks of rows; without any row the gradient is 0."""
+    from trl.trainer import distillation_trainer
+
+    monkeypatch.setattr(_linear, "_LOGITS", {"cpu": 4 * 19})
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(7, 8), (19, 8), (19,), (7, 12), (19, 12), (19,)]
+    heads = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+    leaves = [t.requires_grad_() for t in heads[:3]]
+    order = ("temperature", "student_logit_scale", "student_final_logit_softcapping")
+    order += ("teacher_logit_scale", "teacher_final_logit_softcapping")
+    values = {**dict.fromkeys(order, 1.0), **{n: None for n in order if "softcapping" in n}, **options}
+    upstream = torch.arange(1.0, 8)
+
+    def everything() -> list[Tensor]:
+        apply = distillation_trainer.ChunkedDivergenceFunction.apply
+        divergence, entropy = apply(*heads, options["beta"], *(values[name] for name in order))
+        assert not entropy.requires_grad
+        return [divergence.detach(), entropy, *torch.autograd.grad((divergence * upstream).sum(), leaves)]
+
+    theirs = everything()
+    with ours.patch():
+        mine = everything()
+        empty = [heads[0][:0], *heads[1:3], heads[3][:0], *heads[4:]]
+        out = distillation_trainer.ChunkedDivergenceFunction.apply(*empty, options["beta"])
+        assert not any(g.any() for g in torch.autograd.grad(out[0].sum(), leaves))
+    assert ops["VocabDivergence"] > 2
+    # TRL's KL is a difference of sums of some tens, in fp32; both widen bf16 before products, and round gradients
+    grads = {"rtol": 5e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for i, (a, b) in enumerate(zip(theirs, mine, strict=True)):
+        torch.testing.assert_close(b, a, **(grads if i > 1 else {"rtol": 2e-5, "atol": 2e-6}))
+
+
+def test_second_derivative_of_a_divergence():
+    head = [torch.randn(5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    other = torch.randn(5, 4, dtype=torch.float64)
+
+    def divergence(hidden: Tensor, weight: Tensor) -> Tensor:
+        apply = ours._Divergences(None).apply
+        return apply(hidden, weight, None, other, other, None, 0.4, 0.9, 1.0, 3.0)[0]
+
+    assert torch.autograd.gradcheck(divergence, head) and torch.autograd.gradgradcheck(divergence, head)
+
+
+class Doubled(trl.DPOTrainer):
+    def __init__(self, trainer: Any) -> None:
+        vars(self).update(vars(trainer))
+
+    def _compute_loss(self, *args: Any) -> Any:
+        return 2 * super()._compute_loss(*args)
+
+
+def test_the_context(ops):
+    """An error ends it; trainers that were there before are in it, and so is what a subclass inherits."""
+    names = ("DPO", "KTO", "GRPO", "RLOO", "Reward")
+    before = {name: dict(vars(getattr(trl, f"{name}Trainer"))) for name in names}
+    batch = tokens(5)
+    trainer, model, inputs = dpo_trainer(batch, "sigmoid")
+    with pytest.raises(ZeroDivisionError), ours.patch():
+        mine = trl.DPOTrainer._compute_loss(trainer, model, inputs, False)
+        torch.testing.assert_close(Doubled(trainer)._compute_loss(model, inputs, False), 2 * mine)
+        assert ops["Objective"] == 2
+        1 / 0  # noqa: B018
+    for name, attributes in before.items():
+        assert dict(vars(getattr(trl, f"{name}Trainer"))) == attributes
+    torch.testing.assert_close(mine, trl.DPOTrainer._compute_loss(trainer, model, inputs, False))
+    assert ops["Objective"] == 2 and trainer.loss_types == ["sigmoid"] and trainer.loss_weights == [1.0]
+
+
+def test_replaced_by_another_since(monkeypatch):
+    """Their replacement stays."""
+    monkeypatch.setattr(utils, "entropy_from_logits", utils.entropy_from_logits)
+    ours.patch()
+    theirs = lambda logits, chunk_size=128: logits  # noqa: E731
+    utils.entropy_from_logits = theirs
+    with pytest.warns(UserWarning, match="entropy_from_logits was replaced again since fastpo did"):
+        ours.unpatch()
+    assert utils.entropy_from_logits is theirs
 
 
 def test_names_imported_elsewhere(monkeypatch):

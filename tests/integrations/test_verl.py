@@ -50,6 +50,7 @@ class Config(types.SimpleNamespace):
 def actor(**more: Any) -> Any:
     """verl's own configuration where it is, as it asserts the type."""
     policy = {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.1, "clip_cov_ub": 1.0, "kl_cov_ratio": 0.2, "ppo_kl_coef": 0.3}
+    policy["dro_beta"] = 0.7
     settings = {"clip_ratio": 0.2, "clip_ratio_low": 0.1, "clip_ratio_high": 0.15, "clip_ratio_c": 1.3}
     settings |= {"tau_pos": 1.0, "tau_neg": 1.05, "global_batch_info": {}, **more}
     if REAL is None:
@@ -72,7 +73,8 @@ def batch() -> dict[str, Tensor]:
     return {
         "mask": mask,
         "old": old,
-        "new": old + 0.3 * draw(ROWS, WIDTH),
+        # of probabilities
+        "new": (old + 0.3 * draw(ROWS, WIDTH)).clamp(max=-0.01),
         "advantages": draw(ROWS, WIDTH),
         "weights": draw(ROWS, WIDTH).abs() + 0.1,
         "rewards": draw(ROWS, WIDTH) * mask,
@@ -102,6 +104,7 @@ INFO = {"dp_size": 2, "batch_num_tokens": 91, "global_batch_size": 16, "loss_sca
         *[("vanilla", mode, {}) for mode in ours._MODES],
         *[("vanilla", mode, {"global_batch_info": INFO}) for mode in ours._MODES],
         *[(name, "token-mean", {}) for name in ours._LOSSES if name != "vanilla"],
+        *[(name, "", {}) for name in ("gspo", "vanilla", "geo_mean")],
         ("gspo", "seq-mean-token-mean", {"global_batch_info": INFO}),
         ("sapo", "token-mean", {"global_batch_info": INFO}),
     ],
@@ -109,7 +112,7 @@ INFO = {"dp_size": 2, "batch_num_tokens": 91, "global_batch_size": 16, "loss_sca
 )
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 def test_policy_losses(core, name, mode, more, weighted, monkeypatch):
-    if name == "kl_cov" and weighted:
+    if weighted and not ours._LOSSES[name].takes_weights:
         pytest.skip("stays verl's")
     x, config = batch(), actor(**more)
     leaf = x["new"].requires_grad_()
@@ -124,9 +127,10 @@ def test_policy_losses(core, name, mode, more, weighted, monkeypatch):
             log_prob=leaf,
             advantages=x["advantages"],
             response_mask=x["mask"],
-            loss_agg_mode=mode,
             config=config,
             rollout_is_weights=weights,
+            # without one, each loss has a default of its own
+            **({"loss_agg_mode": mode} if mode else {}),
         )
         return value.detach(), torch.autograd.grad(value, leaf)[0], metrics
 
@@ -138,14 +142,34 @@ def test_policy_losses(core, name, mode, more, weighted, monkeypatch):
     assert mine[2] == pytest.approx(theirs[2], rel=1e-5, abs=1e-6)
 
 
-def test_kl_cov_with_weights_stays(core):
+@pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl"])
+def test_what_has_moved_too_far(core, name):
+    """4,096 tokens on both sides of both bounds."""
+    generator = torch.Generator().manual_seed(4)
+    old, noise, a = torch.randn(3, 64, 64, generator=generator)
+    old = -old.abs() - 0.1
+    new = (old + 0.4 * noise).clamp(max=-0.01)
+    mask = torch.ones(64, 64, dtype=torch.int64)
+    results = both_ways(
+        core,
+        "POLICY_LOSS_REGISTRY",
+        name,
+        lambda loss: loss(old, new, a, mask, "token-mean", actor(clip_ratio_low=0.07)),
+    )
+    (want, theirs), (found, mine) = results
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
+    assert mine == pytest.approx(theirs, rel=1e-5) and 0.1 < mine["actor/pg_clipfrac"] < 0.9
+
+
+@pytest.mark.parametrize("name", [name for name, loss in ours._LOSSES.items() if not loss.takes_weights])
+def test_penalties_with_weights_stay(core, name):
     x = batch()
-    original = core.POLICY_LOSS_REGISTRY["kl_cov"]
+    original = core.POLICY_LOSS_REGISTRY[name]
     arguments = (x["old"], x["new"], x["advantages"], x["mask"], "token-mean", actor(), x["weights"])
     want = original(*arguments)[0]
     ours.register()
     with pytest.warns(UserWarning, match="keeps verl's own loss"):
-        assert core.POLICY_LOSS_REGISTRY["kl_cov"](*arguments)[0] == want
+        assert core.POLICY_LOSS_REGISTRY[name](*arguments)[0] == want
 
 
 @pytest.mark.parametrize("name", list(ours._ESTIMATORS))
@@ -153,7 +177,7 @@ def test_estimators(core, name):
     x = batch()
     # in pass@k a group has two
     index = np.where(INDEX == "c", "b", INDEX) if name == "grpo_passk" else INDEX
-    takes = ours._ESTIMATORS[name][2]
+    takes = ours._ESTIMATORS[name].takes
     given = {
         "token_level_rewards": x["rewards"],
         "response_mask": x["mask"],
@@ -193,6 +217,8 @@ def test_functions(core, functions):
     logits = torch.randn(4, 5, 17, generator=generator).requires_grad_()
     labels = torch.randint(17, (4, 5), generator=generator)
 
+    squares: list[Tensor] = []
+
     def everything() -> list[Tensor]:
         flat = logits.reshape(-1, 17)
         out = [
@@ -200,15 +226,37 @@ def test_functions(core, functions):
             functions.entropy_from_logits(logits),
             functions.entropy_from_logits_with_chunking(flat, chunk_size=3),
         ]
+        squares.append(functions.calculate_sum_pi_squared_from_logits(logits).detach())
         return [*out, *(torch.autograd.grad(t.square().sum(), logits)[0] for t in out)]
 
     theirs = everything()
     ours.register()
     for a, b in zip(theirs, everything(), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(*squares, rtol=1e-5, atol=2e-6)
     assert functions.logprobs_from_logits(logits.bfloat16(), labels).dtype == torch.float32
     ours.unregister()
     assert functions.logprobs_from_logits is not ours.logprobs_from_logits
+
+
+def test_fused_head(core, monkeypatch):
+    """Of impl_backend=torch, without the logits."""
+    head = importlib.import_module(verl_standin.FUSED).FusedLinearForPPO()
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = leaves = [torch.randn(*s, 8, generator=generator).requires_grad_() for s in ((4, 5), (17,))]
+    ids = torch.randint(17, (4, 5), generator=generator)
+
+    def everything() -> list[Tensor]:
+        logps, entropy = head.forward(hidden_states=hidden, vocab_weights=weight, input_ids=ids, temperature=0.7)
+        loss = (logps * torch.arange(5)).sum() + entropy.square().sum()
+        return [logps.detach(), entropy.detach(), *torch.autograd.grad(loss, leaves)]
+
+    theirs, calls, call = everything(), [], _native.call
+    monkeypatch.setattr(_native, "call", lambda op, *args: calls.append(op.__self__.__name__) or call(op, *args))
+    ours.register()
+    for a, b in zip(theirs, everything(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+    assert calls == ["_LinearLogprobs"]
 
 
 def test_functions_of_the_module(core):
@@ -216,10 +264,20 @@ def test_functions_of_the_module(core):
     before = core.compute_grpo_outcome_advantage
     ours.register()
     ours.register()
-    assert core.compute_grpo_outcome_advantage is core.ADV_ESTIMATOR_REGISTRY["grpo"] is ours.grpo
+    assert core.compute_grpo_outcome_advantage is core.ADV_ESTIMATOR_REGISTRY["grpo"] is not before
     ours.unregister()
     ours.unregister()
     assert core.compute_grpo_outcome_advantage is before
+
+
+def test_registered_again_since(core, monkeypatch):
+    """A plug-in of the user's stays."""
+    monkeypatch.setitem(core.POLICY_LOSS_REGISTRY, "gspo", core.POLICY_LOSS_REGISTRY["gspo"])
+    ours.register()
+    theirs = core.POLICY_LOSS_REGISTRY["gspo"] = lambda *_: None
+    with pytest.warns(UserWarning, match="verl's gspo was registered again"):
+        ours.unregister()
+    assert core.POLICY_LOSS_REGISTRY["gspo"] is theirs
 
 
 @pytest.mark.parametrize("what", ["loss", "estimator", "function"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import types
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 CORE, FUNCTIONS = "verl.trainer.ppo.core_algos", "verl.utils.torch_functional"
+FUSED = "verl.utils.experimental.torch_functional"
 
 
 def mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -44,13 +44,13 @@ def policy_losses() -> dict[str, Any]:
         values = zip(names, (high, kl, low), strict=True)
         return {f"actor/{name}": mean(value.float(), mask).item() for name, value in values}
 
-    def entry(function: Any, own_mode: str | None = None) -> Any:
+    def entry(name: str, function: Any, default: str = "token-mean", own_mode: str | None = None) -> Any:
         def loss(
             old_log_prob: Tensor,
             log_prob: Tensor,
             advantages: Tensor,
             response_mask: Tensor,
-            loss_agg_mode: str = "token-mean",
+            loss_agg_mode: str = default,
             config: Any = None,
             rollout_is_weights: Tensor | None = None,
         ) -> tuple[Tensor, dict[str, Any]]:
@@ -58,6 +58,7 @@ def policy_losses() -> dict[str, Any]:
             weights = 1 if rollout_is_weights is None else rollout_is_weights
             return aggregate(each * weights, response_mask, own_mode or loss_agg_mode, config), found
 
+        loss.__name__ = f"compute_policy_loss_{name}"
         return loss
 
     def vanilla(old: Tensor, new: Tensor, a: Tensor, mask: Tensor, config: Any) -> Any:
@@ -88,6 +89,26 @@ def policy_losses() -> dict[str, Any]:
         ratio = (new - old).exp()
         bounded = ratio.clamp(1 - config.clip_ratio_low, 1 + config.clip_ratio_high).detach()
         return -a * bounded * new, metrics(ratio != bounded, old - new, 0 * old, mask)
+
+    def dppo(close: Any) -> Any:
+        def loss(old: Tensor, new: Tensor, a: Tensor, mask: Tensor, config: Any) -> Any:
+            ratio, most = (new - old).exp().detach(), config.get("clip_ratio_c", 20.0)
+            valid = close(old.exp(), new.exp().detach(), a > 0, config.clip_ratio_low, config.clip_ratio_high).float()
+            found = metrics(1 - valid, old - new, (ratio > most) * valid, mask)
+            return -a * ratio.clamp(max=most) * new * valid, found
+
+        return loss
+
+    def tv(p: Tensor, q: Tensor, up: Tensor, low: float, high: float) -> Tensor:
+        return torch.where(up, q - p <= high, p - q <= low)
+
+    def kl(p: Tensor, q: Tensor, up: Tensor, low: float, high: float) -> Tensor:
+        far = p * (p / q).log() + (1 - p) * ((1 - p + 1e-8) / (1 - q + 1e-8)).log()
+        return torch.where(up, (far <= high) | (q <= p), (far <= low) | (q >= p))
+
+    def dro(old: Tensor, new: Tensor, a: Tensor, mask: Tensor, config: Any) -> Any:
+        each = config.policy_loss.dro_beta / 2 * (new - old).square() - new * a
+        return each, {"actor/ppo_kl": mean(old - new, mask).item()}
 
     def kl_cov(old: Tensor, new: Tensor, a: Tensor, mask: Tensor, config: Any) -> Any:
         counts = mask > 0
@@ -127,9 +148,13 @@ def policy_losses() -> dict[str, Any]:
         outside = d != bounded
         return loss.mean(), metrics(outside & (a > 0), -d, outside & (a < 0), mask)
 
-    plain = {"vanilla": vanilla, "gspo": gspo, "gpg": gpg, "cispo": cispo, "kl_cov": kl_cov, "clip_cov": clip_cov}
-    out = {name: entry(function) for name, function in plain.items()}
-    return {**out, "sapo": entry(sapo, "seq-mean-token-mean"), "geo_mean": geo_mean}
+    plain = {"vanilla": vanilla, "gpg": gpg, "cispo": cispo, "kl_cov": kl_cov, "clip_cov": clip_cov, "dro": dro}
+    plain |= {"dppo_tv": dppo(tv), "dppo_kl": dppo(kl)}
+    rows = "seq-mean-token-mean"
+    out = {name: entry(name, function) for name, function in plain.items()}
+    out |= {"gspo": entry("gspo", gspo, rows), "sapo": entry("sapo", sapo, rows, rows)}
+    geo_mean.__name__ = "compute_policy_loss_geo_mean"
+    return {**out, "geo_mean": geo_mean}
 
 
 def estimators() -> dict[str, Any]:
@@ -174,10 +199,6 @@ def estimators() -> dict[str, Any]:
             centre, std = (0, 1) if alone else (scores[group].mean(), scores[group].std())
             out.append((scores[i] - centre) / ((std + epsilon) if norm_adv_by_std_in_grpo else 1))
         return spread(out, response_mask)
-
-    @functools.wraps(grpo)
-    def grpo_vectorized(*args: Any, **kwargs: Any) -> Any:
-        return grpo(*args, **kwargs)
 
     def grpo_passk(
         token_level_rewards: Tensor,
@@ -285,7 +306,16 @@ def estimators() -> dict[str, Any]:
 
 def modules() -> dict[str, types.ModuleType]:
     """What stands in sys.modules."""
-    names = ["verl", "verl.trainer", "verl.trainer.ppo", CORE, "verl.utils", FUNCTIONS]
+    names = [
+        "verl",
+        "verl.trainer",
+        "verl.trainer.ppo",
+        CORE,
+        "verl.utils",
+        FUNCTIONS,
+        "verl.utils.experimental",
+        FUSED,
+    ]
     out = {name: types.ModuleType(name) for name in names}
     for name, module in out.items():
         module.__path__ = []  # type: ignore[attr-defined]
@@ -300,7 +330,8 @@ def modules() -> dict[str, types.ModuleType]:
         setattr(core, f"compute_policy_loss_{name}", function)
     for name, function in core.ADV_ESTIMATOR_REGISTRY.items():  # type: ignore[attr-defined]
         tail = "advantage_return" if name == "gae" else "outcome_advantage"
-        setattr(core, f"compute_{name}_{tail}", function)
+        function.__name__ = f"compute_{name}_{tail}"
+        setattr(core, function.__name__, function)
 
     def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
         return logits.float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
@@ -312,6 +343,22 @@ def modules() -> dict[str, types.ModuleType]:
     def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
         return entropy_from_logits(logits)
 
-    for function in (logprobs_from_logits, entropy_from_logits, entropy_from_logits_with_chunking):
+    def calculate_sum_pi_squared_from_logits(logits: Tensor) -> Tensor:
+        return logits.softmax(-1).square().sum(-1)
+
+    class FusedLinearForPPO:
+        def forward(
+            self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+        ) -> tuple[Tensor, Tensor]:
+            logits = hidden_states @ vocab_weights.T / temperature
+            return logprobs_from_logits(logits, input_ids), entropy_from_logits(logits)
+
+    for function in (
+        logprobs_from_logits,
+        entropy_from_logits,
+        entropy_from_logits_with_chunking,
+        calculate_sum_pi_squared_from_logits,
+    ):
         setattr(functions, function.__name__, function)
+    out[FUSED].FusedLinearForPPO = FusedLinearForPPO  # type: ignore[attr-defined]
     return out

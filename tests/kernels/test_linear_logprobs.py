@@ -1156,3 +1156,18 @@ class TestBadInput:
         for name in ("logprobs", "entropy", "logsumexp", "log_sum_p2", "mean_logit", "d_hidden"):
             assert torch.equal(ours[name][keep], clean[name][keep]) and ours[name][2].isnan().all(), name
         assert ours["top1"][2] == 0
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("memory_budget", [0, None])
+def test_blocks_of_rows_are_summed_in_fp32(memory_budget, monkeypatch):
+    """Equal terms of 2,048 rows, in blocks of four: in bf16 a sum of them stops growing after 256 blocks."""
+    small_tiles(monkeypatch, 4, 1 << 20)
+    hidden = torch.ones(2048, 8, dtype=torch.bfloat16)
+    weight = torch.zeros(16, 8, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(2048, dtype=torch.int64)
+    out = fastpo.linear_logprobs(hidden, weight, targets, memory_budget=memory_budget)
+    (grad,) = torch.autograd.grad(out.sum(), weight)
+    # all numbers are multiples of powers of two
+    want = torch.where(torch.arange(16) == 0, 2048 * 15 / 16, -2048 / 16).unsqueeze(1).expand(16, 8)
+    assert torch.equal(grad.float(), want)

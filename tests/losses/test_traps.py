@@ -244,6 +244,17 @@ class TestTraps:
             found = at(torch.tensor(a, dtype=dtype), torch.tensor(b, dtype=dtype), "orpo", **lengths)
             assert all(x.isfinite().all() for x in found), (a, b)
 
+    @pytest.mark.parametrize("backend", ["native", "reference"])
+    def test_orpo_keeps_its_digits_there(self, backend):
+        """log(1 - p) by its letters is off by 6e-4 at p = e^-0.0001."""
+        a, b = -1e-4, -3e-3
+        odds = [x - math.log(-math.expm1(x)) for x in (a, b)]
+        want = -a + math.log1p(math.exp(odds[1] - odds[0]))
+        w, worse = torch.tensor([a]), torch.tensor([b])
+        with fastpo.use_backend(backend):
+            found = losses.orpo(w, worse, lambda_=1.0, chosen_lengths=ONE, rejected_lengths=ONE).loss
+        assert found.item() == pytest.approx(want, rel=2e-6)
+
     def test_exponentials_of_bad_completions(self):
         """alpha_po and chi_po at log-ratios whose exponential overflows fp32."""
         lengths = {"chosen_lengths": ONE, "rejected_lengths": ONE}
