@@ -1,7 +1,8 @@
 """What the documentation takes from the code: mkdocs calls these functions (`hooks` in mkdocs.yml).
 
 Written anew at every build: the page of all objectives, from the registry and docs/objectives.yaml; the table of the
-gallery, from docs/gallery/runs.json. Figures of benchmarks/results are made files of the site.
+gallery, from docs/gallery/runs.json; the table of what may be wrong with an installation, from fastpo/_remedies.py.
+Figures of benchmarks/results are made files of the site.
 """
 
 from __future__ import annotations
@@ -217,6 +218,61 @@ def gallery_table() -> str:
     return "\n".join(lines)
 
 
+# what the checks of `fastpo info` would fill into their rows; the command for a checkout is another
+REBUILD = "build again, as below"
+NVRTC = {"nvrtc": "pip install cupy-cuda12x nvidia-cuda-nvrtc-cu12"}
+FOUND = {
+    "torch": {"found": "2.9.1", "oldest": "2.10"},
+    "not built": {
+        "libraries": "_cpu and _host",
+        "reason": "not built (no C++ compiler: there is no c++)",
+        "compiler": "a C++20 compiler is needed, ...",
+        "rebuild": REBUILD,
+    },
+    "library": {
+        "file": "_host.cpython-310-x86_64-linux-gnu.so",
+        "error": "there is none for this Python",
+        "mismatch": "; it is for Python 3.10, and this is 3.12.1",
+        "rebuild": REBUILD,
+    },
+    "version": {"file": "_cpu.abi3.so", "built": "0.1.0", "version": "0.2.0", "rebuild": REBUILD},
+    "instruction set": {"forced": "default", "best": "avx512"},
+    "driver": {
+        "file": "_cuda.abi3.so",
+        "built": "13.0",
+        "driver": "12.8",
+        "instead": "the reference serves",
+        **NVRTC,
+    },
+    "architecture": {"device": "the GPU", "reason": "_cuda has no code for the compute capability 7.5", **NVRTC},
+    "NVRTC": {
+        "library": "not built (there was no nvcc)",
+        "reason": "CuPy, which would compile it by NVRTC, is not installed",
+        **NVRTC,
+    },
+    "CuPy": {"installed": "cupy-cuda13x", "wanted": "12", **NVRTC},
+    "Triton": {"platform": "CUDA 12.8", "triton": "triton"},
+    "kernel": {
+        "function": "affine_scan",
+        "device": "cpu",
+        "reason": "the native kernel gives a wrong result",
+        "rebuild": REBUILD,
+    },
+}
+
+
+def findings_table() -> str:
+    """What `fastpo info` may find, in words as they could be."""
+    from fastpo._remedies import ROWS
+
+    lines = ["| one sees | `fastpo info` says | what mends it |", "|---|---|---|"]
+    for row in ROWS.values():
+        found = row.found(**FOUND[row.check])
+        says = f"*{row.check}{' (broken)' if row.broken else ''}*: {_text(found.found)}"
+        lines.append(f"| {_cell(_text(row.symptom))} | {_cell(says)} | {_cell(_text(found.remedy))} |")
+    return "\n".join(lines)
+
+
 def gpu_results(names: Set[str], folder: Path = ROOT / "benchmarks" / "results") -> str:
     """What `make gpu-check` measured of kernels or functions, a table for each GPU; empty if it measured nothing."""
     lines = []
@@ -259,13 +315,15 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Fill in what pages ask for: the table of the gallery, the example, and a kernel's results on GPUs."""
+    """Fill in what pages ask for: the table of the gallery, what may be wrong, the example, and results on GPUs."""
     folder, _, name = page.file.src_uri.removesuffix(".md").rpartition("/")
     documented = {name, *re.findall(r"^::: fastpo\.(\w+)$", markdown, re.MULTILINE)}
     if folder == "kernels" and (measured := gpu_results(documented)):
         return re.sub(r"\*\*GPU:\s+not\s+measured\.\*\*", f"\n\n{measured}", markdown)
     if page.file.src_uri == "gallery.md":
         return markdown.replace("<!-- gallery -->", gallery_table())
+    if page.file.src_uri == "install.md":
+        return markdown.replace("<!-- findings -->", findings_table())
     if page.file.src_uri == "adding.md":
         code = (ROOT / "examples" / "new_algorithm.py").read_text()
         return markdown.replace("<!-- example -->", f"```python\n{code}```")
