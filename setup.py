@@ -7,7 +7,6 @@ leaves _cuda out; CUDA_HOME is where nvcc is looked for first.
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -177,7 +176,7 @@ def make_command():
             record(package)
 
         def leave_out(self, extension, error):
-            compiler = shlex.split(get_cxx_compiler())[0]
+            compiler = get_cxx_compiler()
             if sys.platform != "win32" and not shutil.which(compiler):
                 error = FileNotFoundError(f"no C++ compiler: there is no {compiler}")
             leave_out(extension.name.removeprefix("fastpo."), error)

@@ -108,7 +108,7 @@ def _not_built() -> Iterator[Words]:
     for name, error in (("_cpu", _native.CPU.error), ("_host", _native.HOST_ERROR)):
         if error and not _files(name):
             missing.setdefault(error, []).append(name)
-    compilers = filter(None, [*shlex.split(os.environ.get("CXX", ""))[:1], "c++", "g++", "clang++", "clang-cl"])
+    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++", "clang-cl")
     here = next(filter(None, map(shutil.which, compilers)), None)
     needed = "a C++20 compiler is needed, g++ 11 or clang 14 or newer, from the packages of the system"
     for reason, names in missing.items():

@@ -126,7 +126,7 @@ class TestTorch:
 class TestLibraries:
     def test_not_built(self, copy):
         (copy / "fastpo" / "not_built.json").write_text('{"_cpu": "no C++ compiler: there is no c++"}')
-        report = Report(copy, PATH="/nowhere", CXX="my-c++ -v")
+        report = Report(copy, PATH="/nowhere", CXX="my-c++")
         assert report.code == 0
         (cpu, host) = report.findings
         assert {f.check for f in report.findings} == {"not built"} and not cpu.broken
@@ -137,7 +137,7 @@ class TestLibraries:
 
     def test_not_built_and_a_compiler_is_here(self, copy):
         (copy / "my-c++").touch(mode=0o755)
-        report = Report(copy, PATH=str(copy), CXX="my-c++ -v")
+        report = Report(copy, PATH=str(copy), CXX="my-c++")
         assert report.only("not built").found == f"_cpu and _host: not built; {copy / 'my-c++'} is here now"
 
     @native
