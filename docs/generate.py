@@ -267,9 +267,9 @@ def findings_table() -> str:
 
     lines = ["| one sees | `fastpo info` says | what mends it |", "|---|---|---|"]
     for row in ROWS.values():
-        found = row.found(**FOUND[row.check])
-        says = f"*{row.check}{' (broken)' if row.broken else ''}*: {_text(found.found)}"
-        lines.append(f"| {_cell(_text(row.symptom))} | {_cell(says)} | {_cell(_text(found.remedy))} |")
+        says, remedy = (_text(text.format(**FOUND[row.check])) for text in (row.finding, row.remedy))
+        says = f"*{row.check}{' (broken)' if row.broken else ''}*: {says}"
+        lines.append(f"| {' | '.join(map(_cell, (_text(row.symptom), says, remedy)))} |")
     return "\n".join(lines)
 
 

@@ -28,7 +28,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that may be wrong. `{}` stands for what a check fills in; `symptom` is how a user meets it."""
+    """One thing that may be wrong. `{}` stands for what a check fills in; `symptom` is how a user meets it.
+
+    Commands stand between backticks, which the documentation keeps and a terminal does not need.
+    """
 
     check: str
     symptom: str
@@ -37,7 +40,9 @@ class Row:
     broken: bool
 
     def found(self, **words: str) -> Finding:
-        return Finding(self.check, self.finding.format(**words), self.remedy.format(**words), self.broken)
+        return Finding(
+            self.check, self.finding.format(**words), self.remedy.replace("`", "").format(**words), self.broken
+        )
 
 
 ROWS = {
@@ -47,7 +52,7 @@ ROWS = {
             "torch",
             "`import fastpo` is an ImportError",
             "torch {found} is installed, and fastpo needs torch {oldest} or newer",
-            'pip install --upgrade "torch>={oldest}"',
+            '`pip install --upgrade "torch>={oldest}"`',
             broken=True,
         ),
         Row(
@@ -75,49 +80,49 @@ ROWS = {
             "instruction set",
             "CPU kernels are slower than the benchmarks say",
             "FASTPO_CPU_CAPABILITY={forced} is in the environment, and this processor has {best}",
-            "unset FASTPO_CPU_CAPABILITY",
+            "`unset FASTPO_CPU_CAPABILITY`",
             broken=False,
         ),
         Row(
             "driver",
             "CUDA devices are not served by the compiled library",
             "{file} was built with CUDA {built}, and the driver runs CUDA {driver} at most; {instead}",
-            "update the NVIDIA driver to one that runs CUDA {built}, or let NVRTC serve: {nvrtc}",
+            "update the NVIDIA driver to one that runs CUDA {built}, or let NVRTC serve: `{nvrtc}`",
             broken=False,
         ),
         Row(
             "architecture",
             "a GPU that is old, or newer than the driver, is served by the reference",
             "{device}: {reason}; the reference serves it",
-            "let NVRTC serve: {nvrtc} && export FASTPO_CUDA=0",
+            "let NVRTC serve: `{nvrtc} && export FASTPO_CUDA=0`",
             broken=False,
         ),
         Row(
             "NVRTC",
             "CUDA devices are served by the reference",
             "_cuda: {library}; {reason}; the reference serves CUDA devices",
-            "{nvrtc}",
+            "`{nvrtc}`",
             broken=False,
         ),
         Row(
             "CuPy",
             "a kernel that NVRTC compiles fails when it is called",
             "{installed} is installed, and torch with this driver needs CuPy for CUDA {wanted}",
-            "pip uninstall --yes {installed} && {nvrtc}",
+            "`pip uninstall --yes {installed} && {nvrtc}`",
             broken=True,
         ),
         Row(
             "Triton",
             "log-probabilities and divergences on a GPU are served by the reference",
             "torch has {platform}, and Triton is not installed: the reference serves what walks the vocabulary",
-            'pip install "{triton}"',
+            '`pip install "{triton}"`',
             broken=False,
         ),
         Row(
             "kernel",
             "wrong numbers, or an error from inside a kernel",
             "{function} on {device}: {reason}",
-            '{rebuild}; until then fastpo.use_backend("reference"). What stays is a bug: fastpo info --json',
+            '{rebuild}; until then `fastpo.use_backend("reference")`. What stays is a bug: `fastpo info --json`',
             broken=True,
         ),
     )

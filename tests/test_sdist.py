@@ -20,13 +20,14 @@ ROOT = Path(fastpo.__file__).parents[1]
 TOP = ("CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
 # written by setuptools
 MADE = {"PKG-INFO", "setup.cfg"}
+INSTALL = [sys.executable, "-m", "pip", "install", "-v", "--no-deps", "--no-build-isolation", "--no-index", "--target"]
 pytestmark = [pytest.mark.once, pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source tree")]
 
 
-def run(*command: str, cwd: Path) -> str:
-    """Without a compiler; returns what was printed."""
+def run(*command: str, cwd: Path, **given: str) -> str:
+    """Without a compiler, unless a PATH is given; returns what was printed."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FASTPO_") and k not in ("CC", "CXX")}
-    environment |= {"PATH": "/nowhere", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    environment |= {"PATH": "/nowhere", "PIP_DISABLE_PIP_VERSION_CHECK": "1", **given}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -74,8 +75,7 @@ def test_without_a_compiler(sdist, tmp_path):
     """It installs, the build says that nothing was compiled, the reference serves, and `fastpo info` has the remedy."""
     made, wanted = sdist
     target = tmp_path / "site"
-    options = ["-v", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(target)]
-    said = run(sys.executable, "-m", "pip", "install", *options, str(made), cwd=tmp_path)
+    said = run(*INSTALL, str(target), str(made), cwd=tmp_path)
     for name in ("_cpu", "_host"):
         assert f"fastpo: {name} is not built: no C++ compiler: there is no c++" in said
     # what NVRTC compiles, and what type checkers read
@@ -103,3 +103,22 @@ def test_without_a_compiler(sdist, tmp_path):
     (finding,) = json.loads(findings)
     assert finding["found"].startswith("_cpu and _host: not built (no C++ compiler: there is no c++); a C++20 compiler")
     assert finding["remedy"].endswith(f"--no-binary fastpo {made}") and not finding["broken"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cuda", [False, True])
+def test_with_a_compiler(cuda, sdist, tmp_path):
+    """All libraries are built, _cuda where there is nvcc and it is not declined. Minutes each."""
+    made, _ = sdist
+    if cuda and not shutil.which("nvcc"):
+        pytest.skip("there is no nvcc")
+    target = tmp_path / "site"
+    wanted = {"FASTPO_REQUIRE_NATIVE": "1", "PATH": os.environ["PATH"], **({} if cuda else {"FASTPO_CUDA": "0"})}
+    run(*INSTALL, str(target), str(made), cwd=tmp_path, **wanted)
+    built = {path.name.partition(".")[0] for path in (target / "fastpo").glob("_*.so")}
+    assert built == {"_cpu", "_host"} | ({"_cuda"} if cuda else set())
+    assert not (target / "fastpo" / "not_built.json").exists()
+    done = python("import json, fastpo; print(json.dumps(fastpo.info().as_dict()))", target)
+    said = json.loads(done.stdout)
+    assert said["findings"] == [] and said["libraries"]["_cpu"]["path"].startswith(str(target)), done.stderr
+    assert {s["backend"] for s in said["services"] if s["device"] != "cuda"} == {"compiled"}
