@@ -246,7 +246,7 @@ FOUND = {
     },
     "architecture": {"device": "the GPU", "reason": "_cuda has no code for the compute capability 7.5", **NVRTC},
     "NVRTC": {
-        "library": "not built (there was no nvcc)",
+        "library": "not built (fastpo was built without nvcc)",
         "reason": "CuPy, which would compile it by NVRTC, is not installed",
         **NVRTC,
     },

@@ -79,9 +79,10 @@ def _find(name: str) -> list[Path]:
 def _not_built(name: str) -> str:
     """Why there is no library, in the words that setup.py left."""
     try:
-        why = json.loads((_PACKAGE / "not_built.json").read_text()).get(name)
-    except OSError:
-        why = "there was no nvcc" if name == "_cuda" else None
+        left = json.loads((_PACKAGE / "not_built.json").read_text())
+    except (OSError, ValueError):
+        left = {}
+    why = left.get(name, "fastpo was built without nvcc" if name == "_cuda" else None)
     return f"not built ({why})" if why else "not built"
 
 
