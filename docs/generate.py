@@ -1,8 +1,9 @@
 """What the documentation takes from the code: mkdocs calls these functions (`hooks` in mkdocs.yml).
 
+What may be wrong with an installation is a table of fastpo/_remedies.py.
+
 Written anew at every build: the page of all objectives, from the registry and docs/objectives.yaml; the table of the
-gallery, from docs/gallery/runs.json; the table of what may be wrong with an installation, from fastpo/_remedies.py.
-Figures of benchmarks/results are made files of the site.
+gallery, from docs/gallery/runs.json. Figures of benchmarks/results are made files of the site.
 """
 
 from __future__ import annotations
@@ -205,19 +206,6 @@ def objectives_page() -> str:
     return "\n".join(lines)
 
 
-def gallery_table() -> str:
-    """First and last values of the runs of docs/gallery.py."""
-    runs = json.loads((ROOT / "docs" / "gallery" / "runs.json").read_text())
-    lines = ["| method | share that is right, before | after | KL to the reference, nats |", "|---|---|---|---|"]
-    for name, run in runs.items():
-        # of a reward model, of the held-out pairs
-        right = "" if "accuracy_after" in run else "reward_"
-        keys = (f"{right}accuracy_before", f"{right}accuracy_after", "kl")
-        values = [f"{run[key]:.2f}" if key in run else "" for key in keys]
-        lines.append(f"| [`{name}`](objectives.md#{name}) | {' | '.join(values)} |")
-    return "\n".join(lines)
-
-
 # what the checks of `fastpo info` would fill into their rows; the command for a checkout is another
 REBUILD = "build again, as below"
 NVRTC = {"nvrtc": "pip install cupy-cuda12x nvidia-cuda-nvrtc-cu12"}
@@ -273,6 +261,19 @@ def findings_table() -> str:
     return "\n".join(lines)
 
 
+def gallery_table() -> str:
+    """First and last values of the runs of docs/gallery.py."""
+    runs = json.loads((ROOT / "docs" / "gallery" / "runs.json").read_text())
+    lines = ["| method | share that is right, before | after | KL to the reference, nats |", "|---|---|---|---|"]
+    for name, run in runs.items():
+        # of a reward model, of the held-out pairs
+        right = "" if "accuracy_after" in run else "reward_"
+        keys = (f"{right}accuracy_before", f"{right}accuracy_after", "kl")
+        values = [f"{run[key]:.2f}" if key in run else "" for key in keys]
+        lines.append(f"| [`{name}`](objectives.md#{name}) | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
 def gpu_results(names: Set[str], folder: Path = ROOT / "benchmarks" / "results") -> str:
     """What `make gpu-check` measured of kernels or functions, a table for each GPU; empty if it measured nothing."""
     lines = []
@@ -315,16 +316,16 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Fill in what pages ask for: the table of the gallery, what may be wrong, the example, and results on GPUs."""
+    """Fill in what pages ask for: the table of the gallery, the example, and a kernel's results on GPUs."""
     folder, _, name = page.file.src_uri.removesuffix(".md").rpartition("/")
     documented = {name, *re.findall(r"^::: fastpo\.(\w+)$", markdown, re.MULTILINE)}
     if folder == "kernels" and (measured := gpu_results(documented)):
         return re.sub(r"\*\*GPU:\s+not\s+measured\.\*\*", f"\n\n{measured}", markdown)
     if page.file.src_uri == "gallery.md":
         return markdown.replace("<!-- gallery -->", gallery_table())
-    if page.file.src_uri == "install.md":
-        return markdown.replace("<!-- findings -->", findings_table())
     if page.file.src_uri == "adding.md":
         code = (ROOT / "examples" / "new_algorithm.py").read_text()
         return markdown.replace("<!-- example -->", f"```python\n{code}```")
+    if page.file.src_uri == "install.md":
+        return markdown.replace("<!-- findings -->", findings_table())
     return markdown
