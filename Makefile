@@ -15,9 +15,9 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-# every algorithm with three seeds in place of one
+# every algorithm with three seeds in place of one, and a build from the source distribution, with and without CUDA
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow or not slow" tests/training/test_trained.py
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow or not slow" tests/training/test_trained.py tests/test_sdist.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ Settings are in pyproject.toml. Environment: FASTPO_REQUIRE_NATIVE=1 makes a fai
 leaves _cuda out; CUDA_HOME is where nvcc is looked for first.
 """
 
+import json
 import os
 import re
 import shutil
@@ -113,11 +114,35 @@ def compile_device_code(nvcc, folder):
     return objects
 
 
+# by library, why it is not built
+NOT_BUILT = {}
+
+
+def record(package):
+    """What `fastpo info` says of libraries that were not built, beside them."""
+    file = Path(package, "not_built.json")
+    if NOT_BUILT:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(NOT_BUILT, indent=2))
+    else:
+        file.unlink(missing_ok=True)
+
+
+def leave_out(name, error):
+    """Install without a library: the reference serves in its place."""
+    if REQUIRE:
+        raise error
+    NOT_BUILT[name] = " ".join(str(error).split())
+    print(f"fastpo: {name} is not built: {NOT_BUILT[name]}", file=sys.stderr)
+
+
 class Sources(build_py):
     """A wheel carries the device code, as fastpo/csrc; a source tree is used where it is."""
 
     def run(self):
         super().run()
+        # there may be nothing to build
+        record("fastpo" if self.editable_mode else Path(self.build_lib, "fastpo"))
         if self.editable_mode:
             return
         for pattern in DEVICE_SOURCES:
@@ -128,29 +153,38 @@ class Sources(build_py):
 
 
 def make_command():
-    """A build_ext that falls back to an install without libraries, which then runs on the reference."""
+    """A build_ext that leaves out what cannot be built."""
     try:
-        from torch.utils.cpp_extension import BuildExtension
+        from torch.utils.cpp_extension import BuildExtension, get_cxx_compiler
 
         modules = extensions()
     except ImportError as error:
-        if REQUIRE:
-            raise
-        print(f"fastpo: not building the compiled libraries: {error}", file=sys.stderr)
+        for name in ("_cpu", "_host"):
+            leave_out(name, error)
         return build_ext, []
 
     class Build(BuildExtension):
         def run(self):
+            package = Path(self.get_ext_fullpath("fastpo._cpu")).parent
+            for extension in self.extensions:
+                extension.define_macros.append(("FASTPO_VERSION", self.distribution.get_version()))
             try:
                 super().run()
-            except Exception as error:
-                if REQUIRE:
-                    raise
-                print(f"fastpo: the compiled libraries were not built: {error}", file=sys.stderr)
-                self.extensions = []
+            except Exception as error:  # before one of them was begun
+                for extension in self.extensions:
+                    self.leave_out(extension, error)
+            record(package)
+
+        def leave_out(self, extension, error):
+            compiler = get_cxx_compiler()
+            if sys.platform != "win32" and not shutil.which(compiler):
+                error = FileNotFoundError(f"no C++ compiler: there is no {compiler}")
+            leave_out(extension.name.removeprefix("fastpo."), error)
+            # the others do not need it
+            self.extensions = [other for other in self.extensions if other is not extension]
 
         def build_extensions(self):
-            for extension in list(self.extensions):
+            for extension in self.extensions:
                 if extension.name != "fastpo._cuda":
                     continue
                 try:
@@ -158,12 +192,14 @@ def make_command():
                     extension.extra_objects = compile_device_code(nvcc, Path(self.build_temp, "cuda"))
                     extension.library_dirs += cuda_libraries(nvcc)
                 except (OSError, subprocess.CalledProcessError) as error:
-                    if REQUIRE:
-                        raise
-                    # the other libraries do not need it
-                    print(f"fastpo: _cuda is not built: {error}", file=sys.stderr)
-                    self.extensions.remove(extension)
+                    self.leave_out(extension, error)
             super().build_extensions()
+
+        def build_extension(self, extension):
+            try:
+                super().build_extension(extension)
+            except Exception as error:
+                self.leave_out(extension, error)
 
     return Build, modules
 

@@ -1,5 +1,7 @@
 """What the documentation takes from the code: mkdocs calls these functions (`hooks` in mkdocs.yml).
 
+What may be wrong with an installation is a table of fastpo/_remedies.py.
+
 Written anew at every build: the page of all objectives, from the registry and docs/objectives.yaml; the table of the
 gallery, from docs/gallery/runs.json. Figures of benchmarks/results are made files of the site.
 """
@@ -221,6 +223,61 @@ def objectives_page() -> str:
     return "\n".join(lines)
 
 
+# what the checks of `fastpo info` would fill into their rows; the command for a checkout is another
+REBUILD = "build again, as below"
+NVRTC = {"nvrtc": "pip install cupy-cuda12x nvidia-cuda-nvrtc-cu12"}
+FOUND = {
+    "torch": {"found": "2.9.1", "oldest": "2.10"},
+    "not built": {
+        "libraries": "_cpu and _host",
+        "reason": "not built (no C++ compiler: there is no c++)",
+        "compiler": "a C++20 compiler is needed, ...",
+        "rebuild": REBUILD,
+    },
+    "library": {
+        "file": "_host.cpython-310-x86_64-linux-gnu.so",
+        "error": "there is none for this Python",
+        "mismatch": "; it is for Python 3.10, and this is 3.12.1",
+        "rebuild": REBUILD,
+    },
+    "version": {"file": "_cpu.abi3.so", "built": "0.1.0", "version": "0.2.0", "rebuild": REBUILD},
+    "instruction set": {"forced": "default", "best": "avx512"},
+    "driver": {
+        "file": "_cuda.abi3.so",
+        "built": "13.0",
+        "driver": "12.8",
+        "instead": "the reference serves",
+        **NVRTC,
+    },
+    "architecture": {"device": "the GPU", "reason": "_cuda has no code for the compute capability 7.5", **NVRTC},
+    "NVRTC": {
+        "library": "not built (fastpo was built without nvcc)",
+        "reason": "CuPy, which would compile it by NVRTC, is not installed",
+        **NVRTC,
+    },
+    "CuPy": {"installed": "cupy-cuda13x", "wanted": "12", **NVRTC},
+    "Triton": {"platform": "CUDA 12.8", "triton": "triton"},
+    "kernel": {
+        "function": "affine_scan",
+        "device": "cpu",
+        "reason": "the native kernel gives a wrong result",
+        "rebuild": REBUILD,
+    },
+}
+
+
+def findings_table() -> str:
+    """What `fastpo info` may find, in words as they could be."""
+    from fastpo._remedies import ROWS
+
+    lines = ["| one sees | `fastpo info` says | what mends it |", "|---|---|---|"]
+    for row in ROWS.values():
+        says, remedy = (_text(text.format(**FOUND[row.check])) for text in (row.finding, row.remedy))
+        says = f"*{row.check}{' (broken)' if row.broken else ''}*: {says}"
+        lines.append(f"| {' | '.join(map(_cell, (_text(row.symptom), says, remedy)))} |")
+    return "\n".join(lines)
+
+
 def gallery_table() -> str:
     """First and last values of the runs of docs/gallery.py."""
     runs = json.loads((ROOT / "docs" / "gallery" / "runs.json").read_text())
@@ -286,4 +343,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     if page.file.src_uri == "adding.md":
         code = (ROOT / "examples" / "new_algorithm.py").read_text()
         return markdown.replace("<!-- example -->", f"```python\n{code}```")
+    if page.file.src_uri == "install.md":
+        return markdown.replace("<!-- findings -->", findings_table())
     return markdown

@@ -2,6 +2,10 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from fastpo import _remedies
+
+_remedies.require_torch()
+
 from fastpo import advantages, data, losses, nn, rewards, schedules, scores
 from fastpo._info import info
 from fastpo.kernels import (

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import platform
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastpo import losses
+from fastpo import _diagnosis, losses
+from fastpo._remedies import Finding
 from fastpo.kernels import _native
 from fastpo.kernels.affine_scan import affine_scan
 from fastpo.kernels.cauchy import cauchy
@@ -27,12 +30,13 @@ _DISTRIBUTIONS = {"cupy": ("cupy", "cupy-cuda12x", "cupy-cuda13x", "cupy-rocm-7-
 
 @dataclass
 class Service:
-    """What serves one function on one device type, and why what would be faster does not."""
+    """What serves one function on one device type, and why what would be faster does not, or what is wrong with it."""
 
     function: str
     device: str
     backend: str
     reason: str | None = None
+    failed: bool = False
 
 
 @dataclass
@@ -41,15 +45,23 @@ class Info:
 
     version: str
     python: str
+    machine: dict[str, Any]
     packages: dict[str, str | None]
     libraries: dict[str, dict[str, Any]]
     services: list[Service] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def broken(self) -> bool:
+        """Whether something that is here does not work; what is merely absent, the reference serves."""
+        return any(finding.broken for finding in self.findings)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"fastpo {self.version}, Python {self.python}"]
+        lines = [f"fastpo {self.version}, Python {self.python}, {self.machine['system']}, {self.machine['processor']}"]
+        lines += [f"  {name}={value}" for name, value in self.machine["environment"].items()]
         lines += [f"  {name:14}{found or 'not installed'}" for name, found in self.packages.items()]
         lines.append("libraries")
         for name, facts in self.libraries.items():
@@ -58,16 +70,20 @@ class Info:
         lines.append("what serves what")
         for s in self.services:
             lines.append(f"  {s.function:18}{s.device:6}{s.backend}" + (f" ({s.reason})" if s.reason else ""))
+        if self.findings:
+            lines.append("what can be mended")
+            lines += ["  " + str(finding).replace("\n", "\n  ") for finding in self.findings]
         return "\n".join(lines)
 
 
-def _installed(name: str) -> str | None:
-    for distribution in _DISTRIBUTIONS.get(name, (name,)):
-        try:
-            return version(distribution)
-        except PackageNotFoundError:
-            continue
-    return None
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    return name
 
 
 def _probe_vocabulary(device: torch.device) -> bool:
@@ -145,24 +161,34 @@ def _services() -> list[Service]:
             server = _native.server(name, device)
             if reason is None and device.type == "cuda" and not torch.cuda.is_available():
                 reason = f"no CUDA device here; {server} would serve one"
+            service = Service(name, device.type, "reference" if reason else server, reason)
             if reason is None:
                 try:
                     with _native.use_backend("native"):
-                        reason = None if probe(device) else "the native kernel gives a wrong result"
+                        service.reason = None if probe(device) else "the native kernel gives a wrong result"
                 except Exception as error:
-                    reason = f"the native kernel failed: {error}"
-            services.append(Service(name, device.type, "reference" if reason else server, reason))
-    services.append(Service("packing", "host", "Python" if _native.HOST_ERROR else "compiled", _native.HOST_ERROR))
+                    service.reason = f"the native kernel failed: {error}"
+                service.failed = service.reason is not None
+            services.append(service)
+    packing = Service("packing", "host", "Python" if _native.HOST_ERROR else "compiled", _native.HOST_ERROR)
     if not _probe_packing():
-        services[-1].reason = "gives a wrong result"
-    return services
+        packing.reason, packing.failed = "gives a wrong result", True
+    return [*services, packing]
+
+
+def _failed(services: list[Service]) -> Iterator[_diagnosis.Words]:
+    for s in services:
+        if s.failed:
+            words = {"function": s.function, "device": s.device, "reason": str(s.reason)}
+            yield {**words, "rebuild": _diagnosis.rebuild()}
 
 
 def info() -> Info:
-    """Versions, what was built and for which instruction sets, and per function and device what serves it.
+    """Versions, what was built and for which instruction sets, per function and device what serves it, and what is
+    wrong with this installation, with the command that mends it.
 
     Returns:
-        an `Info`; `print(fastpo.info())` is the report, `.as_dict()` its data.
+        an `Info`; `print(fastpo.info())` is the report, `.as_dict()` its data, `.findings` what is wrong.
     """
     cpu: dict[str, Any] = {"path": str(_native.CPU.path), "error": _native.CPU.error}
     if _native.CPU.loaded:
@@ -174,10 +200,19 @@ def info() -> Info:
         cuda["built with"] = f"CUDA {_native.dotted(_native.cuda_built_with(_native.CUDA.path))}"
         cuda["driver"] = f"CUDA {_native.dotted(driver)}" if driver else "none"
     host = {"path": getattr(_native._HOST, "__file__", None), "error": _native.HOST_ERROR}
+    services, gpus = _services(), torch.cuda.device_count() if torch.cuda.is_available() else 0
     return Info(
-        version=_installed("fastpo") or "0+unknown",
+        version=_diagnosis.sources_version() or "0+unknown",
         python=platform.python_version(),
-        packages={name: _installed(name) for name in _PACKAGES},
+        machine={
+            "system": f"{platform.system()} {platform.machine()}",
+            "processor": processor(),
+            "threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(gpus)],
+            "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTPO_")},
+        },
+        packages={name: _diagnosis.installed(*_DISTRIBUTIONS.get(name, (name,))) for name in _PACKAGES},
         libraries={"_cpu": cpu, "_cuda": cuda, "_host": host},
-        services=_services(),
+        services=services,
+        findings=_diagnosis.diagnose(_failed(services)),
     )

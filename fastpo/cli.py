@@ -189,12 +189,18 @@ def _bench(argv: list[str]) -> int:
 
 
 def _info(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="fastpo info", description="What was built and what serves each op.")
-    parser.parse_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="fastpo info",
+        description="What was built, what serves each op, and what is wrong, with the command that mends it.",
+        epilog="It ends with 1 where something that is here does not work; what is absent, plain torch serves.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for a bug report")
+    given = parser.parse_args(argv)
     import fastpo
 
-    print(fastpo.info())
-    return 0
+    found = fastpo.info()
+    print(json.dumps(found.as_dict(), indent=2) if given.json else found)
+    return int(found.broken)
 
 
 def _algorithms(argv: list[str]) -> int:

@@ -28,7 +28,7 @@ import torch
 import yaml
 
 import fastpo
-from fastpo import algorithms, cli, kernels, losses
+from fastpo import _diagnosis, _remedies, algorithms, cli, kernels, losses
 from fastpo.kernels import _native, vocab_divergence
 from fastpo.reference import registry
 from tests.losses.test_fixed_points import PAIRWISE
@@ -48,7 +48,7 @@ NOT_RUN = collections.Counter(
         ("docs/guides/trl.md", "needs trl"): 2,
         ("docs/guides/verl.md", "needs verl"): 1,
         ("docs/index.md", "not run"): 1,
-        ("docs/install.md", "not run"): 1,
+        ("docs/install.md", "not run"): 2,
         ("docs/training/data.md", "parsed"): 1,
         ("docs/training/distributed.md", "not run"): 2,
         ("docs/training/index.md", "not run"): 1,
@@ -230,6 +230,15 @@ class TestReferences:
         for path in (DOCS / "kernels").glob("*.md"):
             text = path.read_text()
             assert re.search(r"\*\*GPU(:\s+not\s+measured)?[.:]", text), path
+
+    def test_everything_that_may_be_wrong(self):
+        """Each row of `fastpo info`, filled in, with its remedy; and the command to which the table leads."""
+        page = (DOCS / "install.md").read_text()
+        table = generator().findings_table().splitlines()[2:]
+        assert "<!-- findings -->" in page and len(table) == len(_remedies.ROWS)
+        for line, row in zip(table, _remedies.ROWS.values(), strict=True):
+            assert f"| *{row.check}{' (broken)' * row.broken}*: " in line and len(line.split(" | ")) == 3, line
+        assert _diagnosis.reinstall("fastpo").replace(" && ", "\n") in page
 
     def test_every_function_is_documented_once(self):
         text = "\n".join(path.read_text() for path in DOCS.rglob("*.md"))

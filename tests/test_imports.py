@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import ast
+import json
+import sys
 from pathlib import Path
 
 import fastpo
 
+from .fresh import python
+
 PACKAGE = Path(fastpo.__file__).parent
 # from the lowest floor to the highest; a module may import its own floor and those below
 FLOORS = [
+    {"_remedies"},
     {"reference"},
     {"kernels"},
     {"losses", "data", "advantages", "rewards", "schedules", "scores", "nn"},
     {"algorithms"},
     {"training"},
     # the front door and the tools stand above the library
-    {"__init__", "_info"},
+    {"__init__", "_info", "_diagnosis"},
     {"bench", "cli"},
     {"integrations"},
 ]
@@ -72,3 +77,16 @@ def test_the_rule_sees_a_violation(tmp_path):
     bad.write_text("from fastpo.training import loop\nimport fastpo.cli\n")
     assert {"fastpo.training", "fastpo.cli"} <= imported_modules(bad)
     assert floor("training") > floor("losses") and floor("cli") > floor("training")
+
+
+def test_what_importing_fastpo_imports():
+    """Beside itself and what torch has imported already, the standard library; of torch no part that is large."""
+    code = "import sys, json; had = set(sys.modules); import fastpo; print(json.dumps(sorted(set(sys.modules) - had)))"
+    done = python(code, PACKAGE.parent)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    new = json.loads(done.stdout)
+    others = {name.partition(".")[0] for name in new} - set(sys.stdlib_module_names)
+    assert others <= {"fastpo", "torch"}
+    assert sorted(n for n in new if n.startswith("torch.")) == []
+    # each is a file that is opened on every import
+    assert len(new) < 150, new

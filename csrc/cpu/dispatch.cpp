@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "../version.h"
 #include "isa/common.h"
 
 namespace fastpo {
@@ -62,7 +63,7 @@ struct InstructionSet {
 
 struct Choice {
   const InstructionSet* set = nullptr;
-  std::string error;
+  std::string supported, error;
 };
 
 Choice choose() {
@@ -79,14 +80,14 @@ Choice choose() {
   };
   const char* wanted = std::getenv("FASTPO_CPU_CAPABILITY");
   Choice choice;
-  std::string names;
   for (const InstructionSet& set : sets) {
-    if (set.supported) names += std::string(names.empty() ? "" : ", ") + set.name;
+    if (set.supported) choice.supported += std::string(choice.supported.empty() ? "" : ", ") + set.name;
     const bool named = wanted && std::string(wanted) == set.name;
     if (set.supported && (named || !wanted)) choice.set = &set;
   }
   if (!choice.set)
-    choice.error = "FASTPO_CPU_CAPABILITY is '" + std::string(wanted) + "'; this build on this machine has: " + names;
+    choice.error =
+        "FASTPO_CPU_CAPABILITY is '" + std::string(wanted) + "'; this build on this machine has: " + choice.supported;
   return choice;
 }
 
@@ -110,3 +111,8 @@ FASTPO_EXPORT const char* fastpo_capability() { return fastpo::choice().set->nam
 
 // the instruction sets that were compiled in
 FASTPO_EXPORT const char* fastpo_built_for() { return FASTPO_X86_SETS ? "default,avx2,avx512" : "default"; }
+
+// of these, the ones that the machine has, the best last
+FASTPO_EXPORT const char* fastpo_supported() { return fastpo::choice().supported.c_str(); }
+
+FASTPO_EXPORT const char* fastpo_version() { return FASTPO_SAYS_VERSION; }

@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "../version.h"
+
 namespace {
 
 using Lengths = std::vector<int64_t>;
@@ -130,6 +132,7 @@ Groups balance(const Lengths& lengths, int64_t count, bool equal_size) {
 
 PYBIND11_MODULE(_host, m) {
   namespace py = pybind11;
+  m.doc() = "Structures that live on the host, " FASTPO_SAYS_VERSION;
   m.def("pack", &pack, py::arg("lengths"), py::arg("budget"), py::call_guard<py::gil_scoped_release>());
   m.def("balance", &balance, py::arg("lengths"), py::arg("parts"), py::arg("equal_size") = false,
         py::call_guard<py::gil_scoped_release>());

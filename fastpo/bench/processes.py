@@ -10,11 +10,11 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastpo._info import processor
 from fastpo.bench.harness import OWN, Case, Measurement, Outcome, measure
 from fastpo.kernels import _native
 
@@ -141,15 +141,10 @@ result included. Max error: against fp64; of gradients, relative to the magnitud
 
 def environment() -> dict[str, Any]:
     """Where the numbers come from."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else name
     reason = _native.why_not("objective", torch.device("cpu"))
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": name,
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,

@@ -11,8 +11,10 @@ import ctypes
 import functools
 import importlib
 import importlib.util
+import json
 import os
 import re
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +46,8 @@ class Library:
     name: str
     path: Path | None = None
     error: str | None = None
+    # the file is there, and should have been loaded
+    failed: bool = False
     handle: ctypes.CDLL | None = None
     formulas: dict[str, int] = field(default_factory=dict)
     unpaired_formulas: dict[str, int] = field(default_factory=dict)
@@ -65,26 +69,51 @@ class Library:
         return function().decode()
 
 
+_PACKAGE = Path(__file__).parent.parent
+
+
 def _find(name: str) -> list[Path]:
-    return sorted(Path(__file__).parent.parent.glob(f"{name}*.so"))
+    return sorted(_PACKAGE.glob(f"{name}*.so"))
 
 
-def _open(name: str, missing: str) -> Library:
-    library = Library(name)
-    found = _find(name)
-    if not found:
-        library.error = missing
-        return library
-    library.path = found[0]
+def _not_built(name: str) -> str:
+    """Why there is no library, in the words that setup.py left."""
     try:
-        library.handle = ctypes.CDLL(str(library.path))
+        left = json.loads((_PACKAGE / "not_built.json").read_text())
+    except (OSError, ValueError):
+        left = {}
+    why = left.get(name, "fastpo was built without nvcc" if name == "_cuda" else None)
+    return f"not built ({why})" if why else "not built"
+
+
+def _cut_short(path: Path) -> str | None:
+    """What is wrong with an ELF file whose end is missing: of most such the loader dies (SIGBUS), without a word."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if len(head) < 64 or head[:6] != b"\x7fELF\x02\x01":
+        return None
+    (table,), (size, count) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<HH", head, 58)
+    whole, there = table + size * count, path.stat().st_size
+    return f"the file is cut short, {there:,} of {whole:,} bytes" if there < whole else None
+
+
+def _open(name: str) -> Library:
+    library = Library(name, path=next(iter(_find(name)), None))
+    if library.path is None:
+        library.error = _not_built(name)
+        return library
+    library.error = _cut_short(library.path)
+    try:
+        if library.error is None:
+            library.handle = ctypes.CDLL(str(library.path))
     except OSError as error:
         library.error = str(error)
+    library.failed = library.handle is None
     return library
 
 
 def _load(name: str) -> Library:
-    library = _open(name, "not built (no C++ compiler when fastpo was installed)")
+    library = _open(name)
     if library.handle is None:
         return library
     try:
@@ -98,7 +127,7 @@ def _load(name: str) -> Library:
         # reads FASTPO_CPU_CAPABILITY; an unknown or unsupported value is an error, not a fallback
         problem = library.text("fastpo_capability_error")
     except AttributeError as error:
-        library.handle, library.error = None, str(error)
+        library.handle, library.error, library.failed = None, str(error), True
         return library
     if problem:
         raise RuntimeError(problem)
@@ -106,10 +135,21 @@ def _load(name: str) -> Library:
 
 
 def _import_host() -> tuple[ModuleType | None, str | None]:
+    spec = importlib.util.find_spec("fastpo._host")
+    if spec is None or spec.origin is None:
+        return None, "there is none for this Python" if _find("_host") else _not_built("_host")
+    if cut := _cut_short(Path(spec.origin)):
+        return None, cut
     try:
         return importlib.import_module("fastpo._host"), None
     except ImportError as error:
         return None, str(error)
+
+
+def version_of(path: Path) -> str | None:
+    """The version of fastpo that a library says it is of, read from the file; None if it does not say."""
+    found = re.search(rb"fastpo version ([\w.+]+)", path.read_bytes())
+    return found[1].decode() if found else None
 
 
 def cuda_driver() -> int:
@@ -132,6 +172,11 @@ def dotted(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
+def driver_runs(built: int) -> bool:
+    """Whether the driver runs code that was built with this CUDA: within a major version, newer code runs too."""
+    return cuda_driver() // 1000 >= built // 1000 > 0
+
+
 def _load_cuda() -> Library:
     """The library for CUDA devices, if torch has CUDA and the driver runs the CUDA that it was built with.
 
@@ -139,14 +184,17 @@ def _load_cuda() -> Library:
     """
     library = Library("_cuda", path=next(iter(_find("_cuda")), None))
     if library.path is None:
-        library.error = "not built (no nvcc when fastpo was installed)"
+        library.error = _not_built("_cuda")
     elif torch.version.cuda is None:
         library.error = "this torch has no CUDA"
+    elif os.environ.get("FASTPO_CUDA") == "0":
+        library.error = "left out by FASTPO_CUDA=0"
+    elif error := _cut_short(library.path):
+        library.error, library.failed = error, True
     else:
         built, driver = cuda_built_with(library.path), cuda_driver()
-        # within a major version, newer code runs on an older driver
-        if driver // 1000 >= built // 1000 > 0:
-            return _open("_cuda", "")
+        if driver_runs(built):
+            return _open("_cuda")
         runs = f"the driver runs CUDA {dotted(driver)} at most" if driver else "there is no driver"
         library.error = f"built with CUDA {dotted(built)}, but {runs}"
     return library
