@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +67,8 @@ class Library:
 
 
 def _find(name: str) -> list[Path]:
-    return sorted(Path(__file__).parent.parent.glob(f"{name}*.so"))
+    suffix = "pyd" if sys.platform == "win32" else "so"
+    return sorted(Path(__file__).parent.parent.glob(f"{name}*.{suffix}"))
 
 
 def _open(name: str, missing: str) -> Library:
