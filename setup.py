@@ -1,7 +1,8 @@
 """Builds fastpo._cpu and, with nvcc, fastpo._cuda (LibTorch stable ABI), and fastpo._host (pybind11).
 
-Settings are in pyproject.toml. Environment: FASTPO_REQUIRE_NATIVE=1 makes a failing build an error; FASTPO_CUDA=0
-leaves _cuda out; CUDA_HOME is where nvcc is looked for first.
+Compilers: g++ from 11, clang from 14, on Windows clang-cl. Settings are in pyproject.toml. Environment:
+FASTPO_REQUIRE_NATIVE=1 makes a failing build an error; FASTPO_CUDA=0 leaves _cuda out, FASTPO_CUDA=1 makes a missing
+nvcc an error; CUDA_HOME is where nvcc is looked for first; FASTPO_LOCAL_VERSION=cu130 makes the version 0.1.0+cu130.
 """
 
 import json
@@ -17,24 +18,30 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 REQUIRE = os.environ.get("FASTPO_REQUIRE_NATIVE") == "1"
+WINDOWS = sys.platform == "win32"
 # -ffp-contract: the ISO modes of g++ switch fused multiply-add off
-FLAGS = [
-    "-O3",
-    "-std=c++20",
-    "-fvisibility=hidden",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-ffp-contract=fast",
-]
-# GCC 12 warns inside its own AVX-512 intrinsics
-FLAGS += [
-    "-Wall",
-    "-Wextra",
-    "-Wno-psabi",
-    "-Wno-ignored-attributes",
-    "-Wno-maybe-uninitialized",
-    "-Wno-unused-parameter",
-]
+FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+if WINDOWS:
+    # clang-cl hands over to clang what stands behind this
+    FLAGS = ["/std:c++20", *(f"/clang:{flag}" for flag in FLAGS)]
+else:
+    # g++ 12 warns inside its own AVX-512 intrinsics; clang does not know that warning
+    FLAGS += [
+        "-std=c++20",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Wno-psabi",
+        "-Wno-ignored-attributes",
+        "-Wno-maybe-uninitialized",
+        "-Wno-unused-parameter",
+        "-Wno-unknown-warning-option",
+    ]
+LINK = {
+    "linux": ["-Wl,--no-undefined"],
+    # where a wheel's torch lies: a library that is loaded already would do on Linux only
+    "darwin": ["-Wl,-rpath,@loader_path/../torch/lib"],
+}.get(sys.platform, [])
 # one build serves every torch from this version on
 TORCH_TARGET = "0x020a000000000000"
 # each serves its whole major version, which fastpo/kernels/_native.py knows too; the PTX serves what comes after
@@ -45,12 +52,26 @@ DEVICE_SOURCES = ["csrc/arguments.h", "csrc/formulas/*.h", "csrc/cuda/*.cuh"]
 
 
 def find_nvcc():
-    if os.environ.get("FASTPO_CUDA") == "0" or sys.platform != "linux":
+    wanted = os.environ.get("FASTPO_CUDA")
+    if wanted == "0" or sys.platform != "linux":
         return None
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     found = [shutil.which("nvcc", path=f"{home}/bin") for home in homes if home]
     found += [shutil.which("nvcc"), shutil.which("nvcc", path="/usr/local/cuda/bin")]
-    return next((nvcc for nvcc in found if nvcc), None)
+    nvcc = next((nvcc for nvcc in found if nvcc), None)
+    if wanted == "1" and not nvcc:
+        raise FileNotFoundError("FASTPO_CUDA=1, but there is no nvcc")
+    return nvcc
+
+
+def find_clang_cl():
+    """MSVC's own compiler has no vector extensions."""
+    places = [None, *(f"{os.environ.get(v)}\\LLVM\\bin" for v in ("ProgramFiles", "ProgramW6432"))]
+    places.append(f"{os.environ.get('VCINSTALLDIR')}\\Tools\\Llvm\\x64\\bin")
+    found = next((c for c in (shutil.which("clang-cl", path=p) for p in places) if c), None)
+    if found is None:
+        raise FileNotFoundError("there is no clang-cl, and MSVC's compiler lacks the vector extensions")
+    return found
 
 
 def cuda_libraries(nvcc):
@@ -64,14 +85,12 @@ def extensions():
     from pybind11.setup_helpers import Pybind11Extension
     from torch.utils.cpp_extension import CppExtension
 
-    linux = sys.platform == "linux"
-
     def stable(name, sources, link=(), **options):
         return CppExtension(
             name,
             sorted(str(p) for p in sources),
             extra_compile_args=[*FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"],
-            extra_link_args=["-Wl,--no-undefined", *link] if linux else [],
+            extra_link_args=[*LINK, *link],
             depends=[str(p) for p in Path("csrc").rglob("*") if p.suffix in {".h", ".inc", ".cuh", ".cu"}],
             py_limited_api=True,
             **options,
@@ -164,6 +183,10 @@ def make_command():
         return build_ext, []
 
     class Build(BuildExtension):
+        def __init__(self, *args, **options):
+            # torch's rules for ninja name MSVC's compiler
+            super().__init__(*args, **options, use_ninja=not WINDOWS)
+
         def run(self):
             package = Path(self.get_ext_fullpath("fastpo._cpu")).parent
             for extension in self.extensions:
@@ -184,6 +207,9 @@ def make_command():
             self.extensions = [other for other in self.extensions if other is not extension]
 
         def build_extensions(self):
+            if WINDOWS:
+                self.compiler.initialize()
+                self.compiler.cc = find_clang_cl()
             for extension in self.extensions:
                 if extension.name != "fastpo._cuda":
                     continue
@@ -205,4 +231,9 @@ def make_command():
 
 
 command, modules = make_command()
-setup(ext_modules=modules, cmdclass={"build_ext": command, "build_py": Sources})
+label = os.environ.get("FASTPO_LOCAL_VERSION")
+setup(
+    ext_modules=modules,
+    cmdclass={"build_ext": command, "build_py": Sources},
+    options={"egg_info": {"tag_build": f"+{label}"}} if label else {},
+)

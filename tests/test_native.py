@@ -105,6 +105,12 @@ class TestLibrary:
         bad = python(show, SOURCES, FASTPO_CPU_CAPABILITY="sse9")
         assert bad.returncode != 0
         assert "FASTPO_CPU_CAPABILITY is 'sse9'; this build on this machine has: default" in bad.stderr
+        if Path("/proc/cpuinfo").exists():
+            flags = {*re.findall(r"\w+", Path("/proc/cpuinfo").read_text())}
+            needed = {"default": set(), "avx2": {"avx2", "fma", "f16c"}}
+            needed["avx512"] = needed["avx2"] | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+            here = [name for name in SETS if needed[name] <= flags]
+            assert f"machine has: {', '.join(here)}\n" in bad.stderr
 
     def test_unknown_backend_and_device(self):
         with (

@@ -3,4 +3,6 @@
 #include "isa/avx512.h"
 // the kernel, compiled into fastpo::avx512
 #include "affine_scan.inc"
+// the end of what the set began
+#include "isa/end.h"
 #endif

@@ -28,18 +28,22 @@ FASTPO_FN void put_narrow(float* p, VecD v) {
   __builtin_memcpy(p, &narrow, sizeof narrow);
 }
 
+// where the numbers of a vector are in two, split into those of even and odd places, or joined
+constexpr int even_lane(int l) { return 2 * l; }
+constexpr int odd_lane(int l) { return 2 * l + 1; }
+constexpr int joined_low(int l) { return l / 2 + l % 2 * lanes<double>; }
+constexpr int joined_high(int l) { return joined_low(l) + lanes<double> / 2; }
+
 // n pairs from place `first` on, in T, as doubles
 template <class T>
 FASTPO_FN void split_pairs(const void* data, int64_t first, int64_t n, double* re, double* im) {
   constexpr int width = lanes<double>;
   const T* from = static_cast<const T*>(data) + 2 * first;
-  VecL even, odd;
-  for (int l = 0; l < width; ++l) even[l] = 2 * l, odd[l] = 2 * l + 1;
   int64_t i = 0;
   for (; i + width <= n; i += width) {
     const VecD low = wide_at(from + 2 * i), high = wide_at(from + 2 * i + width);
-    put(re + i, __builtin_shuffle(low, high, even));
-    put(im + i, __builtin_shuffle(low, high, odd));
+    put(re + i, shuffled<even_lane>(low, high));
+    put(im + i, shuffled<odd_lane>(low, high));
   }
   for (; i < n; ++i) re[i] = static_cast<double>(from[2 * i]), im[i] = static_cast<double>(from[2 * i + 1]);
 }
@@ -48,13 +52,11 @@ template <class T>
 FASTPO_FN void join_pairs(const double* re, const double* im, int64_t n, void* data, int64_t first) {
   constexpr int width = lanes<double>;
   T* to = static_cast<T*>(data) + 2 * first;
-  VecL low, high;
-  for (int l = 0; l < width; ++l) low[l] = l / 2 + l % 2 * width, high[l] = low[l] + width / 2;
   int64_t i = 0;
   for (; i + width <= n; i += width) {
     const VecD a = at(re + i), b = at(im + i);
-    put_narrow(to + 2 * i, __builtin_shuffle(a, b, low));
-    put_narrow(to + 2 * i + width, __builtin_shuffle(a, b, high));
+    put_narrow(to + 2 * i, shuffled<joined_low>(a, b));
+    put_narrow(to + 2 * i + width, shuffled<joined_high>(a, b));
   }
   for (; i < n; ++i) to[2 * i] = static_cast<T>(re[i]), to[2 * i + 1] = static_cast<T>(im[i]);
 }

@@ -55,6 +55,39 @@ FASTPO_DECLARE(avx512)
 
 namespace {
 
+#if FASTPO_X86_SETS
+struct Leaf {
+  unsigned a, b, c, d;
+};
+
+Leaf cpuid(unsigned leaf) {
+  Leaf r;
+  asm volatile("cpuid" : "=a"(r.a), "=b"(r.b), "=c"(r.c), "=d"(r.d) : "a"(leaf), "c"(0));
+  return r;
+}
+
+// Whether this machine has avx2 and avx512 as they are compiled for: the instructions, and registers that the system
+// saves. __builtin_cpu_supports needs a library that clang-cl does not link, and clang knows fewer names than g++.
+struct Features {
+  bool avx2 = false, avx512 = false;
+
+  Features() {
+    constexpr unsigned fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
+    constexpr unsigned first = fma | osxsave | avx | f16c, second = 1u << 5;
+    constexpr unsigned avx512f = 1u << 16, avx512dq = 1u << 17, avx512bw = 1u << 30, avx512vl = 1u << 31;
+    constexpr unsigned all = avx512f | avx512dq | avx512bw | avx512vl;
+    // both halves of 16 registers; the masks, the upper quarters and the other 16
+    constexpr unsigned saved_avx = 0x06, saved_avx512 = 0xe0;
+    if (cpuid(0).a < 7 || (cpuid(1).c & first) != first) return;
+    unsigned saved, above;
+    asm volatile("xgetbv" : "=a"(saved), "=d"(above) : "c"(0));
+    const unsigned has = cpuid(7).b;
+    avx2 = (has & second) && (saved & saved_avx) == saved_avx;
+    avx512 = avx2 && (has & all) == all && (saved & saved_avx512) == saved_avx512;
+  }
+};
+#endif
+
 struct InstructionSet {
   const char* name;
   bool supported;
@@ -67,15 +100,14 @@ struct Choice {
 };
 
 Choice choose() {
+#if FASTPO_X86_SETS
+  const Features features;
+#endif
   static const InstructionSet sets[] = {
       {"default", true, FASTPO_TABLE(baseline)},
 #if FASTPO_X86_SETS
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
-       FASTPO_TABLE(avx2)},
-      {"avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl"),
-       FASTPO_TABLE(avx512)},
+      {"avx2", features.avx2, FASTPO_TABLE(avx2)},
+      {"avx512", features.avx512, FASTPO_TABLE(avx512)},
 #endif
   };
   const char* wanted = std::getenv("FASTPO_CPU_CAPABILITY");
@@ -101,8 +133,6 @@ const Choice& choice() {
 const Kernels& kernels() { return choice().set->kernels; }
 
 }  // namespace fastpo
-
-#define FASTPO_EXPORT extern "C" __attribute__((visibility("default")))
 
 // "" if an instruction set was found, else what is wrong with the one that was asked for
 FASTPO_EXPORT const char* fastpo_capability_error() { return fastpo::choice().error.c_str(); }

@@ -6,6 +6,13 @@
 
 #include "../arguments.h"
 
+// what Python asks a library by name
+#if defined(_WIN32)
+#define FASTPO_EXPORT extern "C" __declspec(dllexport)
+#else
+#define FASTPO_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
 namespace fastpo {
 
 // Rows of a strided tensor (..., n): where row r starts, and the stride inside it.

@@ -3,4 +3,6 @@
 #include "isa/avx2.h"
 // the kernel, compiled into fastpo::avx2
 #include "linear_logprobs.inc"
+// the end of what the set began
+#include "isa/end.h"
 #endif

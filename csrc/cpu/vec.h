@@ -86,6 +86,20 @@ FASTPO_FN VecD smaller_of(VecD a, VecD b) {
 #endif
 }
 
+// Lane l of the result is lane from(l) of a and b side by side. g++ has the first builtin from version 12 on only.
+template <int (*from)(int), size_t... l>
+FASTPO_FN VecD shuffled(VecD a, VecD b, std::index_sequence<l...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, from(l)...);
+#else
+  return __builtin_shuffle(a, b, VecL{from(l)...});
+#endif
+}
+template <int (*from)(int)>
+FASTPO_FN VecD shuffled(VecD a, VecD b) {
+  return shuffled<from>(a, b, std::make_index_sequence<lanes<double>>());
+}
+
 template <class V>
 FASTPO_FN Scalar<V> sum_lanes(V v) {
   Scalar<V> s = 0;
@@ -163,6 +177,8 @@ struct Element<DType::f16> {
     return (VecF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif FASTPO_AVX2
     return (VecF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+    return (VecF)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
 #else
     HalfBits h;
     __builtin_memcpy(&h, p, sizeof h);
@@ -180,6 +196,8 @@ struct Element<DType::f16> {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif FASTPO_AVX2
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+    vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
 #else
     const VecU bits = (VecU)v;
     const VecU sign = (bits >> 16) & 0x8000u;

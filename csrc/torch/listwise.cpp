@@ -53,7 +53,6 @@ std::tuple<Tensor, Tensor, Tensor> forward(int64_t kind, Tensor policy, Optional
 
 STABLE_TORCH_LIBRARY_IMPL(fastpo, CPU, m) { m.impl("listwise", TORCH_BOX(&fastpo::forward)); }
 
-#define FASTPO_EXPORT extern "C" __attribute__((visibility("default")))
 #define FASTPO_NAME(name) "," #name
 
 // names of the objectives, in the order of their places

@@ -91,8 +91,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastpo, CPU, m) {
   m.impl("objective_backward", TORCH_BOX(&fastpo::backward));
 }
 
-#define FASTPO_EXPORT extern "C" __attribute__((visibility("default")))
-
 // names of the formulas on pairs and on single completions, and of their hyper-parameters, in the order of their
 // numbers
 FASTPO_EXPORT const char* fastpo_formulas() {

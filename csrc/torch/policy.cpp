@@ -69,7 +69,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(int64_t formula, Tens
 
 STABLE_TORCH_LIBRARY_IMPL(fastpo, CPU, m) { m.impl("policy_objective", TORCH_BOX(&fastpo::forward)); }
 
-#define FASTPO_EXPORT extern "C" __attribute__((visibility("default")))
 #define FASTPO_NAME(name, ...) "," #name
 
 // names of the formulas, their numbers and choices, and of the metrics, in the order of their places

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +74,8 @@ _PACKAGE = Path(__file__).parent.parent
 
 
 def _find(name: str) -> list[Path]:
-    return sorted(_PACKAGE.glob(f"{name}*.so"))
+    suffix = "pyd" if sys.platform == "win32" else "so"
+    return sorted(_PACKAGE.glob(f"{name}*.{suffix}"))
 
 
 def _not_built(name: str) -> str:

@@ -2,7 +2,12 @@
 
 #include "common.h"
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
 
 #define FASTPO_NAMESPACE fastpo::avx512
 #define FASTPO_VECTOR_BYTES 64
