@@ -150,8 +150,10 @@ def test_constant_when_traced_is_torchs_mark():
     assert theirs and vars(_native.constant_when_traced(function)) == theirs
 
 
-def test_import_leaves_the_compiler_alone():
-    code = "import sys, fastpo; print(*(m for m in ('torch._dynamo', 'triton', 'cupy') if m in sys.modules))"
+def test_import_leaves_alone_what_is_large():
+    """The compilers; and transformers, also where there are layers of S4, beside whose language model it is needed."""
+    large = ("torch._dynamo", "triton", "cupy", "transformers")
+    code = f"import sys, fastpo; fastpo.nn.S4Layer(4, 8); print(*(m for m in {large} if m in sys.modules))"
     root = Path(_native.__file__).parents[2]
     out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert out.stdout == "\n", out.stdout + out.stderr
