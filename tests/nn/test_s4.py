@@ -27,6 +27,15 @@ KERNELS = {
 by_kernel = pytest.mark.parametrize("kind", KERNELS)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads that share busy cores wait for each other, and the tensors here are small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def build(kind, length, **more):
     """A kernel in fp64, with low-rank factors that no measure has."""
     made, options = KERNELS[kind]
@@ -441,8 +450,6 @@ class Bag(nn.Module):
 
 def test_learns_a_delay():
     """The symbol of 48 positions before: a state remembers it, a bag does not."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     found = {}
     for name, steps in (("s4", 240), ("bag", 120)):
         torch.manual_seed(0)
@@ -456,7 +463,6 @@ def test_learns_a_delay():
             optimizer.zero_grad()
         x = torch.randint(4, (32, 128))
         found[name] = (model(x)[:, 48:].argmax(-1) == x[:, :-48]).float().mean().item()
-    torch.set_num_threads(threads)
     assert found["s4"] > 0.9 and found["bag"] < 0.4, found
 
 
