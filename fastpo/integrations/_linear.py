@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastpo.kernels._tiles import add_product, multiplies_into_wide
 
@@ -103,6 +104,21 @@ def _differentiable(
     return [next(found) if n and t is not None else None for t, n in zip(given, needed, strict=True)]
 
 
+def _traced(student: Head, teacher: Head, compute: _Rows, size: int) -> tuple[Tensor, ...]:
+    """The same for torch.compile, which follows no backward that differentiates: products are in fp32."""
+    wide = torch.promote_types(student.hidden.dtype, torch.float32)
+    (hidden, *own), (others, *fixed) = ([None if t is None else t.to(wide) for t in h] for h in (student, teacher))
+    assert hidden is not None and others is not None
+    parts: list[Any] = []
+    for rows in _blocks(len(hidden), size):
+
+        def block(h: Tensor, o: Tensor, rows: slice = rows) -> tuple[Tensor, ...]:
+            return compute(nn.functional.linear(h, *own), nn.functional.linear(o, *fixed), rows)  # type: ignore[arg-type]
+
+        parts.append(checkpoint(block, hidden[rows], others[rows], use_reentrant=False, preserve_rng_state=False))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
 def of_logits(student: Head, teacher: Head, compute: _Rows, rows: int | None = None) -> tuple[Tensor, ...]:
     """`compute(student_logits, teacher_logits, rows)` of all rows, without the logits of all.
 
@@ -125,4 +141,6 @@ def of_logits(student: Head, teacher: Head, compute: _Rows, rows: int | None = N
         student, teacher = (Head(*(t if t is None else t.to(dtype) for t in head)) for head in (student, teacher))  # type: ignore[arg-type]
     fixed = Head(*(t if t is None else t.detach() for t in teacher))  # type: ignore[arg-type]
     with torch.autocast(device, enabled=False):
+        if torch.compiler.is_compiling():
+            return _traced(student, fixed, compute, size)
         return _Chunked.apply(compute, size, fixed, *student)

@@ -167,7 +167,7 @@ class _Divergences(_Function):
                 each = token_kl(logits, others, direction="reverse" if beta else "forward", temperature=temperature)
             else:
                 each = token_jsd(logits, others, beta=beta, temperature=temperature)
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 # of the backward: the entropy has no gradient
                 return each, each.detach()
             index = torch.zeros_like(each, dtype=torch.int64)

@@ -222,6 +222,20 @@ def test_jsd_sums_the_weights_gradient_in_fp32():
     assert (found[0] - found[1]).norm() < 2**-8 * found[1].norm()
 
 
+def test_jsd_compiled():
+    """In one graph."""
+    torch._dynamo.reset()
+    x = leaves()
+    hidden, teacher, labels = x["hidden"].reshape(-1, H), x["ref_hidden"].reshape(-1, H), x["target"].reshape(-1)
+    module = ours.LigerFusedLinearJSDLoss(chunk_size=20)
+    found = []
+    for loss in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+        value = loss(hidden, x["weight"], teacher, x["ref_weight"], labels, x["bias"], x["ref_bias"])
+        wanted = [x["hidden"], x["weight"], x["bias"]]
+        found.append([value.detach(), *torch.autograd.grad(value, wanted, retain_graph=True)])
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_options_are_attributes():
     """What is set afterwards counts, as with Liger's modules."""
     x = leaves()
