@@ -24,6 +24,8 @@ for line in sys.stdin:
         os.dup2(os.open(path, os.O_WRONLY), int(stream))
     os.environ.update(job["environment"])
     sys.path.insert(0, job["path"])
+    # an editable install finds in its own tree what is missing in `path`
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
     code = 0
     try:
         exec(job["code"], {"__name__": "__main__"})
