@@ -52,6 +52,7 @@ import torch
 from torch import Tensor
 
 from fastpo import linear_logprobs, losses, token_jsd, token_kl, token_logprobs
+from fastpo.integrations._grpo import AGGREGATION_OF
 from fastpo.integrations._linear import Head, of_logits
 from fastpo.integrations._swaps import Swap, Swaps
 
@@ -563,17 +564,6 @@ def _scores(trainer: Any, farthest: Callable[[Tensor], Tensor]) -> Iterator[_See
 # at which ours cut log-ratios; below -20 they are nothing under an exponential
 _FARTHEST = 20.0
 
-_AGGREGATIONS = {
-    "grpo": "seq_mean_token_mean",
-    "sapo": "seq_mean_token_mean",
-    "bnpo": "token_mean",
-    "dapo": "token_mean",
-    "cispo": "token_mean",
-    "vespo": "token_mean",
-    "dr_grpo": "const_norm",
-    "luspo": "seq_mean_token_sum",
-}
-
 
 def _check_grpo(trainer: Any, inputs: dict[str, Any]) -> str | None:
     """Why the loss is left to TRL, or None; ValueError for options that nothing reads."""
@@ -581,7 +571,7 @@ def _check_grpo(trainer: Any, inputs: dict[str, Any]) -> str | None:
     delta = trainer.args.delta
     if delta is not None and name in ("cispo", "sapo", "vespo"):
         raise ValueError(f"TRL does not read delta={delta:g} with loss_type={name!r}")
-    if name not in _AGGREGATIONS or level not in ("token", "sequence"):
+    if name not in AGGREGATION_OF or level not in ("token", "sequence"):
         return f"loss_type={name!r} and importance_sampling_level={level!r}"
     if level == "sequence" and name in ("cispo", "sapo", "vespo"):
         return f"loss_type={name!r} and importance_sampling_level='sequence'"
@@ -649,7 +639,7 @@ def _grpo(original: Any) -> Any:
         training = self.model.training
         window = self.current_gradient_accumulation_steps if training else 1.0
         loss, own = _grpo_method(self)
-        options: dict[str, Any] = {"aggregation": _AGGREGATIONS[self.loss_type], "count_empty": True}
+        options: dict[str, Any] = {"aggregation": AGGREGATION_OF[self.loss_type], "count_empty": True}
         if self.loss_type in ("cispo", "dapo", "vespo"):
             # of the whole generation, hence its share in this step
             items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes

@@ -9,18 +9,8 @@ import torch
 from torch import Tensor
 
 from fastpo import linear_logprobs, losses
+from fastpo.integrations._grpo import AGGREGATION_OF
 from fastpo.integrations.liger._common import Fused
-
-_AGGREGATIONS: dict[str, Any] = {
-    "grpo": "seq_mean_token_mean",
-    "sapo": "seq_mean_token_mean",
-    "bnpo": "token_mean",
-    "dapo": "token_mean",
-    "cispo": "token_mean",
-    "vespo": "token_mean",
-    "dr_grpo": "const_norm",
-    "luspo": "seq_mean_token_sum",
-}
 
 
 def _check_grpo(
@@ -31,8 +21,8 @@ def _check_grpo(
     max_completion_length: int | None,
     weighted: bool,
 ) -> None:
-    if loss_type not in _AGGREGATIONS:
-        raise ValueError(f"loss_type must be one of {', '.join(_AGGREGATIONS)}; got {loss_type!r}")
+    if loss_type not in AGGREGATION_OF:
+        raise ValueError(f"loss_type must be one of {', '.join(AGGREGATION_OF)}; got {loss_type!r}")
     if level not in ("token", "sequence"):
         raise ValueError(f"importance_sampling_level must be 'token' or 'sequence', got {level!r}")
     own = loss_type in ("cispo", "sapo", "vespo")
@@ -135,7 +125,7 @@ def liger_fused_linear_grpo(
                 raise ValueError("use_ref_model=True needs ref_per_token_logps, or ref_input and ref_weight")
             with torch.no_grad():
                 reference = linear_logprobs(ref_input, ref_weight, ids, ref_bias, **score)
-    more: dict[str, Any] = {"aggregation": _AGGREGATIONS[loss_type], "count_empty": True}
+    more: dict[str, Any] = {"aggregation": AGGREGATION_OF[loss_type], "count_empty": True}
     loss: Any
     own: dict[str, float]
     if loss_type == "cispo":
