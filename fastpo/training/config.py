@@ -397,7 +397,7 @@ _CI: Mapping[str, Mapping[str, Any]] = {
     # the probability of an answer is learnt from its end to its beginning
     **{name: {"steps": 64, "optim.lr": 4e-4} for name in ("fl_detailed_balance", "subtrajectory_balance")},
     # their margins would take probability from right answers too
-    **{name: {"optim.lr": 6e-4} for name in ("rso_hinge", "mallows_po")},
+    **{name: {"optim.lr": 6e-4} for name in ("rso_hinge", "mallows_po", "first_ranknet")},
     # a head that is drawn may rank well already; of two models it is to be found who is described by which
     "reward_model": {"steps": 40},
     "reaction_model": {"steps": 80},
