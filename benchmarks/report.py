@@ -1,6 +1,7 @@
-"""`make bench`: the standard cases over fresh processes, as a table, JSON and plots, and the targets.
+"""The standard cases over fresh processes, as a table, JSON and plots, and the targets.
 
---quick runs two processes instead of five and leaves out the objective at a million pairs. --sweep instead measures how
+Each kernel has a file of its own in the folder of results, written as soon as it is measured. --quick runs two
+processes and leaves out the objective at a million pairs. --sweep instead measures how
 a kernel and its peers grow, `linear_logprobs` with the vocabulary and the rows, `cauchy` and `vandermonde` with the
 state and the length: one call of each after another one.
 """
@@ -39,6 +40,7 @@ COLOURS = {
     "core_chunked": "tab:pink",
     "core_gathered": "mediumpurple",
     "trl_gathered": "lightskyblue",
+    "cce": "teal",
     "liger": "tab:brown",
     "torchrl": "tab:cyan",
     "loop": "lightgray",
@@ -224,6 +226,11 @@ def plot_sweep(swept: Sweep, summaries: list[dict[str, Any]], where: dict[str, A
     return path
 
 
+def save(path: Path, contents: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(contents, indent=2) + "\n")
+    return path
+
+
 def written(*paths: Path) -> None:
     print("\nwritten:", *[p.relative_to(Path.cwd()) if p.is_relative_to(Path.cwd()) else p for p in paths])
 
@@ -231,6 +238,7 @@ def written(*paths: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two processes, without the largest objective")
+    parser.add_argument("--processes", type=int, help="fresh processes of a kernel (default: 5, of --quick 2)")
     parser.add_argument("--only", nargs="+", choices=GROUPS, metavar="KERNEL", help=f"of: {', '.join(GROUPS)}")
     names = ", ".join(SWEEPS)
     text = f"how a kernel grows, instead, of: {names}"
@@ -248,8 +256,7 @@ def main() -> int:
             print(f"{error}; nothing is reported", file=sys.stderr)
             return 1
         name = "sweep" if args.sweep == "linear_logprobs" else f"sweep_{args.sweep}"
-        numbers = args.output / f"{name}.json"
-        numbers.write_text(json.dumps({"environment": where, "cases": swept}, indent=2) + "\n")
+        numbers = save(args.output / f"{name}.json", {"environment": where, "cases": swept})
         written(numbers, plot_sweep(SWEEPS[args.sweep], swept, where, args.output / f"{name}.png"))
         return 0
     summaries: dict[str, dict[str, Any]] = {}
@@ -260,12 +267,14 @@ def main() -> int:
         if args.quick:
             cases = tuple(c for c in cases if not (isinstance(c, ObjectiveCase) and c.pairs > 100_000))
         try:
-            processes = 2 if args.quick else 5
+            processes = args.processes or (2 if args.quick else 5)
             measured = measure_in_processes(cases, processes, only=ONLY.get(kernel), repetitions=REPETITIONS[kernel])
         except CheckFailedError as error:
             print(f"{error}; nothing is reported", file=sys.stderr)
             return 1
         group = [summarise(runs) for runs in measured]
+        contents = {"environment": {**environment(), "git_commit": where["git_commit"]}, "cases": group}
+        written(save(args.output / f"{kernel}.json", contents))
         summaries |= {summary["case"]: summary for summary in group}
         # those of many cases are summed up by the targets
         if kernel not in ONLY:
@@ -274,10 +283,7 @@ def main() -> int:
             pictures.append(plot(kernel, group, where, args.output))
     targets = check_targets(summaries)
     print(LEGEND, targets_table(targets), sep="\n\n")
-    report = args.output / "report.json"
-    contents = {"environment": where, "cases": list(summaries.values()), "targets": targets}
-    report.write_text(json.dumps(contents, indent=2) + "\n")
-    written(report, *pictures)
+    written(*pictures)
     return 0
 
 

@@ -15,11 +15,16 @@ from fastpo.bench.harness import Expected, Problem, Provider, Run, UnavailableEr
 from fastpo.bench.linear_logprobs import (
     IGNORED,
     LABELS,
+    Head,
+    cce,
+    core,
     eager,
     exact,
     fastpo_head,
+    gathered,
     gradients,
     products,
+    trl,
 )
 from fastpo.reference.pairwise import Side, pairwise_objective
 from fastpo.reference.registry import objective
@@ -42,6 +47,9 @@ class LinearDpoCase:
         "fastpo_kept",
         "eager",
         "compile",
+        "core",
+        "trl",
+        "cce",
         "liger",
         "products",
         "products_kept",
@@ -91,12 +99,24 @@ class LinearDpoCase:
 
             return run
 
-        def by_eager(hidden: Tensor, weight: Tensor) -> Sequence[Tensor]:
-            policy = eager(hidden, weight, targets).sum(-1)
-            with torch.no_grad():
-                constant = eager(*reference, targets).sum(-1)
-            chosen, rejected = (_BETA * (policy - constant)).chunk(2)
-            return [-F.logsigmoid(chosen - rejected).mean(), chosen.detach(), rejected.detach()]
+        def by(head: Head) -> Function:
+            def run(hidden: Tensor, weight: Tensor) -> Sequence[Tensor]:
+                policy = head(hidden, weight, targets).sum(-1)
+                with torch.no_grad():
+                    constant = head(*reference, targets).sum(-1)
+                chosen, rejected = (_BETA * (policy - constant)).chunk(2)
+                return [-F.logsigmoid(chosen - rejected).mean(), chosen.detach(), rejected.detach()]
+
+            return run
+
+        def by_rows(head: Head) -> Function:
+            """Those that take (N, H) alone, on the rows that have targets."""
+
+            def run(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+                found = gathered(head, rows)(hidden.flatten(0, 1), weight, targets.flatten())
+                return found.view(targets.shape)
+
+            return by(run)
 
         def by_liger() -> Function:
             loss = _liger()(ignore_index=IGNORED, beta=_BETA)
@@ -118,8 +138,13 @@ class LinearDpoCase:
             [
                 Provider("fastpo", LABELS["fastpo"], lambda: timed(by_fastpo("fastpo"))),
                 Provider("fastpo_kept", LABELS["fastpo_kept"], lambda: timed(by_fastpo("fastpo_kept"))),
-                Provider("eager", "eager torch", lambda: timed(by_eager)),
-                Provider("compile", "torch.compile of eager", lambda: timed(compiled(by_eager))),
+                Provider("eager", "eager torch", lambda: timed(by(eager))),
+                Provider("compile", "torch.compile of eager", lambda: timed(compiled(by(eager)))),
+                Provider(
+                    "core", "F.linear_cross_entropy on gathered rows", lambda: timed(by_rows(core(chunked=False)))
+                ),
+                Provider("trl", "TRL's ChunkedLogProbFunction on gathered rows", lambda: timed(by_rows(trl()))),
+                Provider("cce", "cut-cross-entropy's torch_compile", lambda: timed(by(cce()))),
                 Provider("liger", "Liger's LigerFusedLinearDPOLoss", lambda: timed(by_liger())),
                 Provider("products", "floor: its 5 matrix products", lambda: alone(2), floor=True),
                 Provider(

@@ -50,6 +50,7 @@ class LinearLogprobsCase:
         "core_gathered",
         "trl",
         "trl_gathered",
+        "cce",
         "products",
         "products_kept",
     )
@@ -105,6 +106,7 @@ class LinearLogprobsCase:
             Provider("core", "F.linear_cross_entropy", lambda: timed(core(chunked=False))),
             Provider("core_chunked", "F.linear_cross_entropy in chunks", lambda: timed(core(chunked=True))),
             Provider("trl", "TRL's ChunkedLogProbFunction", lambda: timed(trl())),
+            Provider("cce", "cut-cross-entropy's torch_compile", lambda: timed(cce())),
         ]
         if len(rows) < self.rows:
             label = "F.linear_cross_entropy on gathered rows"
@@ -180,6 +182,22 @@ def trl() -> Head:
         ids = targets.clamp(min=0)
         found = ChunkedLogProbFunction.apply(hidden, weight, None, ids, 1.0, _TRL_COLUMNS, None, 1.0, ())
         return found[0] * (targets != IGNORED)
+
+    return head
+
+
+def cce() -> Head:
+    """Cut Cross-Entropy where there is no Triton; it gathers the rows that have targets by itself."""
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError as error:
+        raise UnavailableError(f"cut-cross-entropy cannot be imported: {error}") from error
+
+    def head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        found: Tensor = linear_cross_entropy(
+            hidden, weight, targets, ignore_index=IGNORED, reduction="none", impl="torch_compile"
+        )
+        return -found
 
     return head
 
