@@ -393,7 +393,7 @@ _CI: Mapping[str, Mapping[str, Any]] = {
     # its ranks over all prompts, as above
     "aot_unpaired": {"optim.lr": 5e-4},
     # both answers of a pair fall fast, and then part
-    "apo_down": {"steps": 36},
+    "apo_down": {"steps": 64, "optim.lr": 5e-4},
     # the probability of an answer is learnt from its end to its beginning
     **{name: {"steps": 64, "optim.lr": 4e-4} for name in ("fl_detailed_balance", "subtrajectory_balance")},
     # their margins would take probability from right answers too
