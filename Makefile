@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 
 # a process that waits for its threads leaves a core to the other
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 25
 
 # every algorithm with three seeds in place of one, and a build from the source distribution, with and without CUDA
 test-slow: $(VENV)/installed
