@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: demo test test-slow lint docs gallery bench gpu-check clean
+.PHONY: demo test test-slow lint docs gallery bench tables gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/fastpo train dpo
@@ -33,8 +33,25 @@ docs: $(VENV)/installed
 gallery: $(VENV)/installed
 	$(BIN)/python docs/gallery.py
 
+# Takes hours and overwrites benchmarks/results and the tables of the pages. QUICK=1: the short forms, without the
+# sweeps, into build/bench, with the pages as they would be
+SHORT := $(filter-out 0,$(QUICK))
+SCRATCH := $(if $(SHORT),--output build/bench)
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/report.py $(if $(SHORT),--quick) $(SCRATCH)
+ifeq ($(SHORT),)
+	$(BIN)/python benchmarks/report.py --sweep linear_logprobs
+	$(BIN)/python benchmarks/report.py --sweep cauchy
+	$(BIN)/python benchmarks/report.py --sweep vandermonde
+endif
+	$(BIN)/python benchmarks/s4_generation.py $(if $(SHORT),--processes 2 --lengths 64 256) $(SCRATCH)
+	$(BIN)/python benchmarks/methods.py $(if $(SHORT),dpo kto) --jobs 2 $(SCRATCH)
+	$(BIN)/python benchmarks/trainers.py $(if $(SHORT),--steps 2 --repetitions 1) $(SCRATCH)
+	$(BIN)/python benchmarks/tables.py $(if $(SHORT),--results build/bench --output build/bench/pages)
+
+# the tables of README.md and docs/, from the JSON files of benchmarks/results
+tables: $(VENV)/installed
+	$(BIN)/python benchmarks/tables.py
 
 # On a machine with a GPU and a torch that has CUDA: builds in place for $(PYTHON), whose packages are used as they
 # are; peers that it does not have are named and left out
