@@ -33,21 +33,23 @@ docs: $(VENV)/installed
 gallery: $(VENV)/installed
 	$(BIN)/python docs/gallery.py
 
-# Takes hours and overwrites benchmarks/results and the tables of the pages. QUICK=1: the short forms, without the
-# sweeps, into build/bench, with the pages as they would be
+# Takes hours, and at its end overwrites benchmarks/results and the tables of the pages: until then the checkout is that
+# of the commit which the files name. QUICK=1: the short forms, without the sweeps, with the pages as they would be
+# beside them and nothing overwritten
 SHORT := $(filter-out 0,$(QUICK))
-SCRATCH := $(if $(SHORT),--output build/bench)
+MEASURED := build/bench$(if $(SHORT),-quick)
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/report.py $(if $(SHORT),--quick) $(SCRATCH)
+	$(BIN)/python benchmarks/report.py $(if $(SHORT),--quick) --output $(MEASURED)
 ifeq ($(SHORT),)
-	$(BIN)/python benchmarks/report.py --sweep linear_logprobs
-	$(BIN)/python benchmarks/report.py --sweep cauchy
-	$(BIN)/python benchmarks/report.py --sweep vandermonde
+	$(BIN)/python benchmarks/report.py --sweep linear_logprobs --output $(MEASURED)
+	$(BIN)/python benchmarks/report.py --sweep cauchy --output $(MEASURED)
+	$(BIN)/python benchmarks/report.py --sweep vandermonde --output $(MEASURED)
 endif
-	$(BIN)/python benchmarks/s4_generation.py $(if $(SHORT),--processes 2 --lengths 64 256) $(SCRATCH)
-	$(BIN)/python benchmarks/methods.py $(if $(SHORT),dpo kto) --jobs 2 $(SCRATCH)
-	$(BIN)/python benchmarks/trainers.py $(if $(SHORT),--steps 2 --repetitions 1) $(SCRATCH)
-	$(BIN)/python benchmarks/tables.py $(if $(SHORT),--results build/bench --output build/bench/pages)
+	$(BIN)/python benchmarks/s4_generation.py $(if $(SHORT),--processes 2 --lengths 64 256) --output $(MEASURED)
+	$(BIN)/python benchmarks/methods.py $(if $(SHORT),dpo kto) --jobs 2 --output $(MEASURED)
+	$(BIN)/python benchmarks/trainers.py $(if $(SHORT),--steps 2 --repetitions 1) --output $(MEASURED)
+	$(if $(SHORT),,cp $(MEASURED)/*.json $(MEASURED)/*.png benchmarks/results)
+	$(BIN)/python benchmarks/tables.py $(if $(SHORT),--results $(MEASURED) --output $(MEASURED)/pages)
 
 # the tables of README.md and docs/, from the JSON files of benchmarks/results
 tables: $(VENV)/installed

@@ -430,8 +430,8 @@ def headlines(results: Results) -> list[str]:
     count = sum(c.speed["median"] < 1 for c in every)
     text.append(f"Ours is the slower one in {count:,} of {len(every):,} comparisons, sweeps over sizes included.")
     if count:
-        times = number(1 / worst_of_all.speed["median"])
-        text[-1] += f" At worst it takes {times} times the time of: {worst_of_all.other}, in {worst_of_all.case}."
+        longer = number(1 / worst_of_all.speed["median"])
+        text[-1] += f" At worst it takes {longer} times the time of: {worst_of_all.other}, in {worst_of_all.case}."
     picture = results.picture("sweep", "linear_logprobs: memory and time over rows and vocabulary")
     return [*text, *picture]
 
