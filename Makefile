@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: demo test test-slow lint docs gallery bench gpu-check clean
+.PHONY: demo test test-slow lint docs gallery bench tables gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/fastpo train dpo
@@ -33,8 +33,27 @@ docs: $(VENV)/installed
 gallery: $(VENV)/installed
 	$(BIN)/python docs/gallery.py
 
+# Takes hours, and at its end overwrites benchmarks/results and the tables of the pages: until then the checkout is that
+# of the commit which the files name. QUICK=1: the short forms, without the sweeps, with the pages as they would be
+# beside them and nothing overwritten
+SHORT := $(filter-out 0,$(QUICK))
+MEASURED := build/bench$(if $(SHORT),-quick)
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/report.py $(if $(SHORT),--quick) --output $(MEASURED)
+ifeq ($(SHORT),)
+	$(BIN)/python benchmarks/report.py --sweep linear_logprobs --output $(MEASURED)
+	$(BIN)/python benchmarks/report.py --sweep cauchy --output $(MEASURED)
+	$(BIN)/python benchmarks/report.py --sweep vandermonde --output $(MEASURED)
+endif
+	$(BIN)/python benchmarks/s4_generation.py $(if $(SHORT),--processes 2 --lengths 64 256) --output $(MEASURED)
+	$(BIN)/python benchmarks/methods.py $(if $(SHORT),dpo kto) --jobs 2 --output $(MEASURED)
+	$(BIN)/python benchmarks/trainers.py $(if $(SHORT),--steps 2 --repetitions 1) --output $(MEASURED)
+	$(if $(SHORT),,cp $(MEASURED)/*.json $(MEASURED)/*.png benchmarks/results)
+	$(BIN)/python benchmarks/tables.py $(if $(SHORT),--results $(MEASURED) --output $(MEASURED)/pages)
+
+# the tables of README.md and docs/, from the JSON files of benchmarks/results
+tables: $(VENV)/installed
+	$(BIN)/python benchmarks/tables.py
 
 # On a machine with a GPU and a torch that has CUDA: builds in place for $(PYTHON), whose packages are used as they
 # are; peers that it does not have are named and left out

