@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from fastpo.bench import (
     Case,
     GaeCase,
@@ -24,6 +26,7 @@ from fastpo.bench.listwise import OBJECTIVES as LIST_OBJECTIVES
 from fastpo.bench.processes import spread
 from fastpo.bench.state_space import PRODUCTS
 from fastpo.bench.vocab_divergence import DIVERGENCES
+from fastpo.kernels._tiles import MULTIPLIED_ON_CPUS
 
 FORWARD = TokenLogprobsCase(512, 50_000)
 ENTROPY = TokenLogprobsCase(512, 50_000, stats=("entropy",))
@@ -65,7 +68,8 @@ LISTWISE = tuple(ListwiseCase(objective, backward=b) for objective in LIST_OBJEC
 CAUCHY, VANDERMONDE = (
     tuple(StateSpaceCase(product, backward=backward) for backward in (False, True)) for product in PRODUCTS
 )
-LINEAR_LOGPROBS = (HALF, HALF_BFLOAT16, HALF_FROZEN, WHOLE)
+LINEAR_LOGPROBS = (HALF, HALF_FROZEN, WHOLE)
+LINEAR_LOGPROBS_BFLOAT16 = (HALF_BFLOAT16,)
 LINEAR_DPO = (DPO,)
 GROUPS: dict[str, tuple[Case, ...]] = {
     "token_logprobs": TOKEN_LOGPROBS,
@@ -76,6 +80,7 @@ GROUPS: dict[str, tuple[Case, ...]] = {
     "flows": FLOWS,
     "listwise": LISTWISE,
     "linear_logprobs": LINEAR_LOGPROBS,
+    "linear_logprobs_bfloat16": LINEAR_LOGPROBS_BFLOAT16,
     "linear_dpo": LINEAR_DPO,
     "advantages": ADVANTAGES,
     "groups": GROUPED,
@@ -91,6 +96,7 @@ REPETITIONS = {
     "flows": 5,
     "listwise": 9,
     "linear_logprobs": 3,
+    "linear_logprobs_bfloat16": 3,
     "linear_dpo": 3,
     "advantages": 5,
     "groups": 5,
@@ -99,6 +105,9 @@ REPETITIONS = {
 
 # beside fastpo and eager torch; torch.compile would take an hour
 ONLY: dict[str, tuple[str, ...]] = {"formulas": ()}
+if torch.bfloat16 not in MULTIPLIED_ON_CPUS:
+    # a call of eager torch takes a minute or two, and those of its peers as long
+    ONLY["linear_logprobs_bfloat16"] = ("fastpo_kept", "fastpo_float32")
 
 
 @dataclass(frozen=True)

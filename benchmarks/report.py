@@ -277,7 +277,7 @@ def main() -> int:
         written(save(args.output / f"{kernel}.json", contents))
         summaries |= {summary["case"]: summary for summary in group}
         # those of many cases are summed up by the targets
-        if kernel not in ONLY:
+        if kernel != "formulas":
             for summary in group:
                 print(table(summary), end="\n\n", flush=True)
             pictures.append(plot(kernel, group, where, args.output))

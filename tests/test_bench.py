@@ -31,6 +31,7 @@ from fastpo.bench import (
     TokenLogprobsCase,
     UnavailableError,
     VocabDivergenceCase,
+    harness,
     linear_logprobs,
     main,
     measure,
@@ -38,7 +39,7 @@ from fastpo.bench import (
     summarise,
     table,
 )
-from fastpo.bench.harness import Measurement, Outcome, check, interleave, peak_bytes, read
+from fastpo.bench.harness import Measurement, Outcome, Run, check, interleave, peak_bytes, read
 from fastpo.bench.listwise import OBJECTIVES as LIST_OBJECTIVES
 from fastpo.bench.vocab_divergence import DIVERGENCES
 from fastpo.kernels import _native
@@ -161,6 +162,22 @@ def test_providers_take_turns() -> None:
     assert calls[:6] == list("aabbcc")
     rounds = [calls[i : i + 3] for i in range(6, len(calls), 3)]
     assert len(rounds) == 7 and all(sorted(r) == list("abc") for r in rounds)
+
+
+def test_a_long_call_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def took(run: Run, calls: int) -> float:
+        run()
+        return 11.0 if run is long else 0.5
+
+    def long() -> list[Tensor]:
+        return calls.append("long") or []
+
+    monkeypatch.setattr(harness, "_timed", took)
+    seconds = interleave({"short": lambda: calls.append("short") or [], "long": long}, 7)
+    assert seconds == {"short": 0.5, "long": 11.0}
+    assert calls.count("long") == 1 and calls.count("short") == 9
 
 
 def test_peak_memory_counts_temporaries_once() -> None:

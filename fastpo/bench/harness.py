@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 OWN, BASELINE = "fastpo", "eager"
+# seconds of a call that is timed once
+_LONG = 10.0
 
 Run = Callable[[], Sequence[Tensor]]
 
@@ -211,16 +213,20 @@ def check(
 def interleave(runs: dict[str, Run], repetitions: int, least_seconds: float = 5e-3) -> dict[str, float]:
     """Median seconds of a call. Each repetition times every provider once, in a new random order.
 
-    Short calls are repeated within one sample until it lasts about `least_seconds`.
+    Short calls are repeated within one sample until it lasts about `least_seconds`; those of more than 10 seconds are
+    timed once.
     """
     numbers = {}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
     for name, run in runs.items():
         seconds = _timed(run, 1)
+        if seconds > _LONG:
+            samples[name].append(seconds)
+            continue
         # the first call of a short one says little
         seconds = seconds if seconds > 1 else _timed(run, 1)
         numbers[name] = max(1, math.ceil(least_seconds / seconds))
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    order, shuffle = list(runs), random.Random(0).shuffle
+    order, shuffle = list(numbers), random.Random(0).shuffle
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()

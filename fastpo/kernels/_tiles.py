@@ -28,6 +28,22 @@ class Tiling(NamedTuple):
     bytes: int
 
 
+def _multiplied_on_cpus() -> frozenset[torch.dtype]:
+    """The dtypes whose products a CPU's torch leaves to a library.
+
+    Those of bf16 and fp16 matrices are oneDNN's where the processor has the instructions for it, and else loops of
+    torch's own, of which the slowest were seen to take a hundred times as long as products of fp32.
+    """
+    found = {torch.float32, torch.float64}
+    for dtype, name in ((torch.bfloat16, "_is_mkldnn_bf16_supported"), (torch.float16, "_is_mkldnn_fp16_supported")):
+        supported = getattr(torch.ops.mkldnn, name, None) if torch.backends.mkldnn.is_available() else None
+        if supported is not None and supported():
+            found.add(dtype)
+    return frozenset(found)
+
+
+MULTIPLIED_ON_CPUS = _multiplied_on_cpus()
+
 # On a CPU each core's share of a tile stays in its second-level cache between the product and the kernel. On a GPU a
 # tile is large enough for the product to run at full speed
 TILINGS = {"cpu": Tiling(512, 1 << 20), "cuda": Tiling(8192, 256 << 20)}

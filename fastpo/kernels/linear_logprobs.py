@@ -569,7 +569,8 @@ def linear_logprobs(
     allowed sets; about 130 + 34·K bytes for each; kept from the forward to the backward n·V·b (on a GPU n·V·a) if that
     is at most `memory_budget`, or N·H·a for a frozen head; in the backward n·H·a for hidden's gradient and, for a bf16
     or fp16 weight's, H·a per column of the buffer where the rows are more than the buffer's (512, on a GPU 8,192). On a
-    CPU products of bf16 and fp16 take up to one more buffer.
+    CPU products of bf16 and fp16 take up to one more buffer, or, where they are made in fp32 (`logits_dtype`), b is 4
+    and there is H·4 more per column of the buffer.
 
     Args:
         hidden: (..., H), fp32, bf16, fp16 or fp64. Under torch.autocast it and the head are cast, as by a linear layer.
@@ -602,9 +603,11 @@ def linear_logprobs(
             `token_logprobs`; over a process group those of this rank's columns. The numbers under the softmax of other
             tokens, NaN and inf included, have no influence; their rows of the weight must be finite all the same, since
             in hidden's gradient they are multiplied by 0. No product is saved.
-        logits_dtype: dtype of the tiles. On a GPU they are fp32. On a CPU "auto" is that of `hidden`: torch's CPU has
-            no product of bf16 matrices with an fp32 result, so bf16 logits are rounded to bf16 there. "float32" makes
-            them exact, at the price of a product in fp32.
+        logits_dtype: dtype of the tiles. On a GPU they are fp32. On a CPU "auto" is the dtype of `hidden` where the
+            processor multiplies in it (bf16: x86 with AVX-512): torch's CPU has no product of bf16 matrices with an
+            fp32 result, so bf16 logits are rounded to bf16 there. On other CPUs torch's products of bf16 and fp16 are
+            loops that take up to a hundred times as long as those of fp32, and "auto" is "float32": exact logits, at
+            the price of products in fp32.
 
     Returns:
         the log-probs, of the shape of `targets`, fp32 (fp64 for fp64 input); with `stats`, a `LinearLogprobs` tuple.
@@ -653,6 +656,7 @@ def linear_logprobs(
     leading = hidden.shape[:-1]
     count = math.prod(leading)
     per_row = isinstance(temperature, Tensor)
+    on_cpu = hidden.device.type == "cpu"
     options = _Options(
         1.0 if isinstance(temperature, Tensor) else float(temperature),
         float(logit_scale),
@@ -660,7 +664,7 @@ def linear_logprobs(
         0.0 if lora is None else float(lora[2]),
         ignore_index,
         process_group.group_name if sharded else None,
-        logits_dtype == "float32",
+        logits_dtype == "float32" or (on_cpu and hidden.dtype not in _tiles.MULTIPLIED_ON_CPUS),
     )
     tensors = (
         hidden.reshape(count, hidden.shape[-1]),

@@ -303,19 +303,47 @@ def test_views(dtype):
     compare(views)
 
 
-def test_float32_tiles():
-    """bf16 input whose logits bf16 cannot hold: exact with tiles in fp32, rounded without."""
+def test_float32_tiles(monkeypatch):
+    """bf16 input whose logits bf16 cannot hold: exact with tiles in fp32, also where the processor has no products of
+    bf16, and rounded without."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(20, 64).bfloat16(), torch.randn(500, 64).bfloat16()
     targets = torch.randint(500, (20,))
     with fastpo.use_backend("reference"):
         truth = fastpo.linear_logprobs(hidden.double(), weight.double(), targets)
-    errors = [
-        (fastpo.linear_logprobs(hidden, weight, targets, logits_dtype=d) - truth).abs().max().item()
-        for d in ("float32", "auto")
-    ]
+
+    def error(logits_dtype: str, *multiplied: torch.dtype) -> float:
+        monkeypatch.setattr(_tiles, "MULTIPLIED_ON_CPUS", frozenset(multiplied))
+        found = fastpo.linear_logprobs(hidden, weight, targets, logits_dtype=logits_dtype)
+        return (found - truth).abs().max().item()
+
     # 64 products of two eight-bit numbers, summed in fp32; logits of about 30 rounded to eight bits
-    assert errors[0] < 1e-4 < errors[1] < 0.3
+    assert error("float32", *DTYPES) == error("auto", torch.float32) < 1e-4 < error("auto", *DTYPES) < 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+class TestOtherProcessors:
+    """With products of bf16 and fp16 where this machine has none, and without where it has them."""
+
+    @pytest.fixture(autouse=True)
+    def other(self, monkeypatch):
+        changed = _tiles.MULTIPLIED_ON_CPUS ^ {torch.bfloat16, torch.float16}
+        monkeypatch.setattr(_tiles, "MULTIPLIED_ON_CPUS", changed)
+
+    @pytest.mark.parametrize("budget", [0, 1 << 20])
+    def test_values(self, dtype, budget, monkeypatch):
+        given = make(29, vocab=500, dtype=dtype, bias=True, rank=2, ids=2)
+        given["targets"][::4] = -100
+        compare(given, memory_budget=budget)
+        small_tiles(monkeypatch, 7, 1)
+        compare(given, memory_budget=budget, temperature=0.7, softcap=3.0, logit_scale=1.5)
+
+    def test_frozen_head(self, dtype, monkeypatch):
+        TestFrozenHead().test_as_with_a_head_that_learns(dtype, {"softcap": 3.0, "temperature": 1.3}, monkeypatch)
+
+    def test_memory(self, dtype):
+        TestMemory().test_forward_alone(dtype)
+        TestMemory().test_recomputed_and_kept(dtype)
 
 
 @by_dtype
@@ -1050,13 +1078,16 @@ class TestMemory:
 
         run()
         n, a, b = int((targets != -100).sum()), max(4, dtype.itemsize), dtype.itemsize
+        # of the products' operands
+        o = b if dtype in _tiles.MULTIPLIED_ON_CPUS else a
         buffer = torch.get_num_threads() << 20
-        columns = buffer // (min(n, 512) * b) // 64 * 64
+        columns = buffer // (min(n, 512) * o) // 64 * 64
         parts = {
             "buffer": buffer,
-            "compacted": n * self.SIZE * b,
+            "compacted": n * self.SIZE * o,
+            "widened": columns * self.SIZE * o * (o != b),
             "rows": n * (128 + 34) + self.ROWS * (16 + a),
-            "logits": n * self.VOCAB * b,
+            "logits": n * self.VOCAB * o,
             "expected": self.ROWS * self.SIZE * a,
             "d_hidden": n * self.SIZE * a,
             "d_slice": columns * self.SIZE * a,
@@ -1068,20 +1099,20 @@ class TestMemory:
         peak, parts = self.measured(dtype, learns, **options)
         want = sum(parts[name] for name in names.split())
         # bf16 products are made apart, before they are added in fp32, and some turn the tile around first
-        extra = 0 if dtype != torch.bfloat16 else parts["buffer"]
+        extra = parts["buffer"] if dtype.itemsize == 2 else 0
         assert 0.97 * want < peak < 1.03 * want + extra, (peak, want)
         if "logits" not in names:
             assert peak - parts["results"] < parts["logits"] / 2
 
     @by_dtype
     def test_forward_alone(self, dtype):
-        self.check(dtype, (), "buffer compacted rows")
+        self.check(dtype, (), "buffer compacted widened rows")
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
     def test_recomputed_and_kept(self, dtype):
-        both, names = ("hidden", "weight"), "buffer compacted rows d_hidden results"
+        both, names = ("hidden", "weight"), "buffer compacted widened rows d_hidden results"
         # else it is summed where it belongs
-        names += " d_slice" if dtype == torch.bfloat16 else ""
+        names += " d_slice" if dtype.itemsize == 2 else ""
         self.check(dtype, both, names, memory_budget=0)
         self.check(dtype, both, names + " logits", memory_budget=1 << 30)
 
