@@ -387,8 +387,12 @@ def headlines(results: Results) -> list[str]:
     """The rows of the README."""
     lines, missing, shown = [], [], []
 
-    def of(row: dict[str, Any] | None) -> str:
-        return f"{number(row['speed']['median'])}x" if row else ""
+    def of(row: dict[str, Any]) -> str:
+        return f"{number(row['speed']['median'])}x"
+
+    def over(ours: dict[str, Any], row: dict[str, Any]) -> str:
+        pairs = zip(ours["seconds_each"], row["seconds_each"], strict=True)
+        return f"{number(statistics.median(other / own for own, other in pairs))}x"
 
     for name, cases in HEADLINES.items():
         found = {case["case"]: case for case in results.cases(name)}
@@ -400,8 +404,13 @@ def headlines(results: Results) -> list[str]:
             shown.append(name)
             eager, compiled = others.pop(BASELINE, None), others.pop("compile", None)
             fastest = min(others.values(), key=lambda row: row["speed"]["median"], default=None)
-            last = f"{cell(fastest['label'])}: {of(fastest)}" if fastest else ""
-            lines.append([cell(case.name), of(eager), of(compiled), last])
+            # ours with other options, if it was timed
+            for own, label in (OWN, ""), (f"{OWN}_kept", ", logits kept"):
+                if "seconds" not in (ours := found[case.name]["providers"].get(own, {})):
+                    continue
+                shown_of = [over(ours, row) if row else "" for row in (eager, compiled, fastest)]
+                shown_of[-1] = f"{cell(fastest['label'])}: {shown_of[-1]}" if fastest else ""
+                lines.append([cell(case.name) + label, *shown_of])
     sizes = by_size(results.cases("formulas"))
     for pairs in list(dict.fromkeys([*list(sizes)[:1], *list(sizes)[-1:]])):
         if rows := sizes[pairs].get(BASELINE):
