@@ -198,11 +198,17 @@ class Problem:
         return words if len(words) == 1 else words[rows]
 
     def slices(self) -> Iterator[Slice]:
-        for first in range(0, self.weight.shape[0], self.width):
+        """Each valid until the next."""
+        vocab, size = self.weight.shape
+        widened = None
+        if self.weight.dtype != self.narrow:
+            widened = self.weight.new_empty(min(self.width, vocab), size, dtype=self.narrow)
+        for first in range(0, vocab, self.width):
             part = slice(first, first + self.width)
+            weight = self.weight[part]
             yield Slice(
                 first,
-                self.weight[part].to(self.narrow),
+                weight if widened is None else widened[: len(weight)].copy_(weight),
                 None if self.bias is None else self.bias[part].to(self.tile_dtype),
                 None if self.lora_b is None else self.lora_b[part].to(self.narrow),
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -160,9 +162,12 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(model_folder, data, tmp_path):
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Drawn from those that no system gives to connections by itself, as it is used long after it was found free."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_768)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("", port))
+            return port
 
 
 def launched(launcher: list[str], *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
