@@ -394,6 +394,8 @@ _CI: Mapping[str, Mapping[str, Any]] = {
     "aot_unpaired": {"optim.lr": 5e-4},
     # both answers of a pair fall fast, and then part
     "apo_down": {"steps": 64, "optim.lr": 5e-4},
+    # a fall of the loss is to be seen through that every batch has other examples
+    "detailed_balance": {"steps": 48},
     # the probability of an answer is learnt from its end to its beginning
     **{name: {"steps": 64, "optim.lr": 4e-4} for name in ("fl_detailed_balance", "subtrajectory_balance")},
     # their margins would take probability from right answers too

@@ -1,8 +1,12 @@
-"""What some runs on given data leave behind beside a policy that is more often right: reward models, and flows."""
+"""What some runs on given data leave behind beside a policy that is more often right: reward models, and flows.
+
+That they learn it is tested where every algorithm is. What is called most of something is over a half by three binomial errors.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,8 +14,6 @@ import pytest
 from fastpo.training import task
 from fastpo.training.model import load_tokenizer
 from fastpo.training.scorers import Sample, load_judge, load_scorer
-
-from .conftest import summary
 
 pytest.importorskip("accelerate")
 
@@ -30,33 +32,34 @@ def wrong_and_right(prompts: list[str]) -> tuple[list[Sample], list[Sample]]:
     return sides[1], sides[0]
 
 
-def test_a_reward_model_ranks_held_out_pairs(trained):
-    """And serves as a reward and as a judge."""
-    run = trained("reward_model", "--steps", "40")
-    assert 0.35 < summary(run)["reward_accuracy_before"] < 0.65 and summary(run)["reward_accuracy_after"] > 0.75
+def mostly(of: Sequence[float]) -> bool:
+    return sum(of) / len(of) > 0.5 + 3 * (0.25 / len(of)) ** 0.5
+
+
+def test_a_reward_model_is_a_reward_and_a_judge(trained):
+    run = trained("reward_model")
     wrong, right = wrong_and_right(task.prompts(0)[1])
     tokenizer = load_tokenizer(str(run / "model"))
     scorer = load_scorer([str(run / "model")], tokenizer)
     better = [r > w for r, w in zip(scorer(right), scorer(wrong), strict=True)]
-    assert sum(better) / len(better) > 0.75
-    assert sum(load_judge([str(run / "model")], tokenizer)(right, wrong)) / len(right) > 0.65
+    assert mostly(better) and mostly(load_judge([str(run / "model")], tokenizer)(right, wrong))
     held_out = [json.loads(line)["prompt"] for line in (run / task.HELD_OUT).read_text().splitlines()]
     assert {*held_out} <= {*task.prompts(0)[1]}
 
 
 def test_reactions_are_predicted(trained):
-    run = trained("reaction_model", "--steps", "40")
-    assert summary(run)["reward_accuracy_before"] < 0.65 and summary(run)["reward_accuracy_after"] > 0.75
+    """As probabilities, above a half of what is liked and below of what is not."""
+    run = trained("reaction_model")
     wrong, right = wrong_and_right(task.prompts(0)[1])
     scorer = load_scorer([str(run / "model")], load_tokenizer(str(run / "model")))
-    chances = [sum(scorer(samples)) / len(samples) for samples in (right, wrong)]
-    assert 0.6 < chances[0] < 1 and 0 < chances[1] < 0.4
+    likes, dislikes = scorer(right), [1 - chance for chance in scorer(wrong)]
+    assert all(0 < chance < 1 for chance in (*likes, *dislikes))
+    assert mostly(likes) and mostly(dislikes)
 
 
 def test_annotators_are_told_apart(trained):
     """Two reward models, of which one learns what the contrary ones prefer."""
-    run = trained("maxmin", "--steps", "40")
-    assert summary(run)["reward_accuracy_before"] < 0.65 and summary(run)["reward_accuracy_after"] > 0.75
+    run = trained("maxmin")
     groups = json.loads((run / "model" / "annotators.json").read_text())
     contrary = {groups[f"annotator {who}"] for who in task.CONTRARY}
     others = {groups[f"annotator {who}"] for who in range(task.ANNOTATORS) if who not in task.CONTRARY}
@@ -67,22 +70,20 @@ def test_annotators_are_told_apart(trained):
     better = {}
     for name in ("0", "1"):
         ours, theirs = scorer.each(right)[name], scorer.each(wrong)[name]
-        better[name] = sum(r > w for r, w in zip(ours, theirs, strict=True)) / len(right)
-    assert better[str(*others)] > 0.7 and better[str(*contrary)] < 0.3
+        better[name] = [r > w for r, w in zip(ours, theirs, strict=True)]
+    assert mostly(better[str(*others)]) and mostly([not right for right in better[str(*contrary)]])
 
 
 def test_an_autoregressive_reward_ranks_held_out_answers(trained):
-    run = trained("autoregressive_reward", "--steps", "40")
+    run = trained("autoregressive_reward")
     wrong, right = wrong_and_right(task.prompts(0)[1])
     scorer = load_scorer([str(run / "model")], load_tokenizer(str(run / "model")))
-    better = [r > w for r, w in zip(scorer(right), scorer(wrong), strict=True)]
-    assert sum(better) / len(better) > 0.8
+    assert mostly([r > w for r, w in zip(scorer(right), scorer(wrong), strict=True)])
 
 
 def test_flows_learn_the_mean_of_the_rewards(trained):
     """log Z grows towards the logarithm of the mean of e^5 for a right answer and of less for the others, about 3."""
-    run = trained("detailed_balance", "--steps", "40")
-    assert summary(run)["loss_last"] < 0.75 * summary(run)["loss_first"]
+    run = trained("detailed_balance")
     assert metrics(run)[0]["log_z"] == 0 and 1.5 < metrics(run)[-1]["log_z"] < 3.5
 
 

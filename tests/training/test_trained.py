@@ -191,8 +191,9 @@ def risen(name: str, run: Path, untrained: Path, answers: Mapping[str, list[str]
         return Rise.of(after, before)
     if name in BALANCES and told:
         losses = [r["loss"] for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
-        # a fall, of batches that are all different
-        first, last = (torch.tensor(part, dtype=torch.float64) for part in (losses[:6], losses[-6:]))
+        # a fall from the first quarter to the last, of batches that are all different
+        count = len(losses) // 4
+        first, last = (torch.tensor(part, dtype=torch.float64) for part in (losses[:count], losses[-count:]))
         return Rise(
             float(first.mean() - last.mean()), float(sum(part.var() / len(part) for part in (first, last)) ** 0.5)
         )
