@@ -405,11 +405,14 @@ _CI: Mapping[str, Mapping[str, Any]] = {
     "reaction_model": {"steps": 80},
     "maxmin": {"steps": 48},
     # first of all, what the words for good and bad are
-    "conditional_training": {"steps": 56},
+    "conditional_training": {"steps": 96},
     "chain_of_hindsight": {"steps": 56},
     # two steps a turn, or few of its samples teach something
     **{name: {"steps": 18} for name in ("sppo", "sppo_hard", "inpo", "dno", "nash_md", "nash_ema", "ipo_md")},
-    **{name: {"steps": 18} for name in ("nlpo", "p3o", "copg", "xrpo", "pass_at_k", "online_mcts_dpo", "itool")},
+    **{
+        name: {"steps": 18}
+        for name in ("nlpo", "p3o", "copg", "xrpo", "pass_at_k", "online_mcts_dpo", "itool", "meta_po")
+    },
     **{name: {"steps": 20} for name in ("preamble_rl", "diffu_grpo")},
 }
 

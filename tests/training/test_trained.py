@@ -63,6 +63,7 @@ TARGETS = ("dpg", "gdc", "gdc_plus_plus", "f_dpg", "online_brain", "online_gflow
 STATED = {
     "npo": (0.02, 0.3),  # small: unlearning says nothing of what else to answer
     "apo_down": (0.5, 12.0),  # large, up to 4 a token: mass goes where no answer was sampled from
+    "detailed_balance": (0.02, 4.0),  # mass goes where no answer was given, too
     "preamble_rl": (0.1, 8.0),  # of what the frozen model reads: three tokens of thirteen, log 13³ = 7.7
 }
 
