@@ -70,6 +70,14 @@ def evaluate(
     return dict(zip(NAMES, (t.detach().cpu() for t in (out, *grads)), strict=True))
 
 
+def polynomial(x: np.ndarray, *coefficients: np.longdouble) -> np.ndarray:
+    """That begins with the square; 80-bit powers would take longer than all else here."""
+    out = np.zeros_like(x)
+    for c in reversed(coefficients):
+        out = out * x + c
+    return out * x * x
+
+
 def mixture(p: np.ndarray, q: np.ndarray, x: np.ndarray, weight: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """For m = weight p + (1 - weight) q, log(p / m) and log(q / m), 0 where p or q is, KL(p || m) and KL(q || m), all
     to 80 bits of themselves."""
@@ -82,7 +90,7 @@ def mixture(p: np.ndarray, q: np.ndarray, x: np.ndarray, weight: float) -> tuple
         near = np.abs(more) < 0.5
         logs.append(np.where(d > 0, np.where(near, -np.log1p(more), np.log(d / m)), 0))
         terms = np.where(near, more - np.log1p(more), logs[-1] + np.where(d > 0, m / d, 0) - 1)
-        series = sum(((-more) ** k / k for k in range(2, 9)), np.longdouble(0))
+        series = polynomial(-more, *(1 / np.longdouble(k) for k in range(2, 9)))
         terms = d * np.where(near & (np.abs(more) < 1e-3), series, terms)
         kls.append(np.where(d > 0, terms, m).sum(-1, keepdims=True))
     return logs, kls
@@ -182,7 +190,7 @@ def exact(
             y = np.where(np.isfinite(x), x, 0)
             qe = np.where((np.abs(a * x) < 1) & (q > 0), q * np.expm1(a * y) / a, (product - q) / a)
             pf = np.where((np.abs((1 - a) * x) < 1) & (p > 0), -p * np.expm1((a - 1) * y), p - product) / (1 - a)
-            series = sum((y**k * (1 - a ** (k - 1)) / math.factorial(k) for k in range(2, 12)), np.longdouble(0))
+            series = polynomial(y, *((1 - a ** (k - 1)) / math.factorial(k) for k in range(2, 12)))
             small = np.abs(x) * max(1, abs(alpha)) < 1e-2
             value = total(np.where(small, q * series, p - q - qe)) / (1 - a)
             of_q = of_mean(0, np.where(q > 0, -qe / q, 0), ((1 - a) * value,), np.where(q > 0, product / q, 0))
