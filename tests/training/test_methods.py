@@ -1,6 +1,7 @@
 """What some runs on given data leave behind beside a policy that is more often right: reward models, and flows.
 
-That they learn it is tested where every algorithm is. What is called most of something is over a half by three binomial errors.
+That they learn it is tested where every algorithm is. What is called most of something is over a half by three
+binomial errors.
 """
 
 from __future__ import annotations
