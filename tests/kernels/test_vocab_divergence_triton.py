@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -65,8 +66,9 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-# where fp16 takes no other path than bf16 does
+# where fp16 takes no other path than bf16 does, and where fp32 takes none either, as the interpreter takes its time
 two_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+one_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 
 
 class TestPlace:
@@ -164,6 +166,15 @@ class TestMembers(cases.TestMembers):
     # fp64, which these kernels do not serve
     test_gradcheck = None
 
+    @pytest.mark.parametrize("apart", [1e-3, 1.0, 30.0])
+    @two_dtypes
+    def test_near_and_far(self, dtype, apart, member):
+        super().test_near_and_far(dtype, apart, member)
+
+    @one_dtype
+    def test_equal_streams(self, dtype, member):
+        super().test_equal_streams(dtype, member)
+
 
 class TestKinds(cases.TestKinds):
     test_long_vocabulary = None
@@ -172,6 +183,16 @@ class TestKinds(cases.TestKinds):
     @two_dtypes
     def test_vocabulary_sizes(self, dtype, vocab, member):
         super().test_vocabulary_sizes(dtype, vocab, member)
+
+    @one_dtype
+    def test_layouts(self, dtype, member):
+        super().test_layouts(dtype, member)
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("which", [0, 1])
+    @one_dtype
+    def test_bad_row_stays_alone(self, dtype, bad, which, member):
+        super().test_bad_row_stays_alone(dtype, bad, which, member)
 
     @two_dtypes
     def test_every_start_and_length(self, dtype, member):
