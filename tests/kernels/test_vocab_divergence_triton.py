@@ -171,7 +171,7 @@ class TestMembers(cases.TestMembers):
     def test_near_and_far(self, dtype, apart, member):
         super().test_near_and_far(dtype, apart, member)
 
-    @one_dtype
+    @two_dtypes
     def test_equal_streams(self, dtype, member):
         super().test_equal_streams(dtype, member)
 
