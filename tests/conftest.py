@@ -12,6 +12,8 @@ import pytest
 import torch
 
 
+# before pytest-xdist's, which reads the groups
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The reference has no instruction set. A file is one worker's, unless its tests say otherwise."""
     for item in items:

@@ -42,8 +42,15 @@ class Rows:
         return values.new_zeros(self.shape).index_put((self.index[self.inside],), values[self.inside])
 
 
-def _stack(columns: list[Tensor], like: Tensor) -> Tensor:
-    return torch.stack(columns, 1) if columns else like
+def _scan(slopes: Tensor, shifts: Tensor, x: Tensor, reverse: bool = True) -> Tensor:
+    """The states behind each step of (B, T) slopes and shifts, from x, (B,)."""
+    # a slope of 0 forgets also what is inf or NaN
+    steps = list(zip(*(t.unbind(1) for t in (slopes, shifts, slopes == 0)), strict=True))
+    states: list[Tensor] = []
+    for slope, shift, forgets in reversed(steps) if reverse else steps:
+        x = slope * torch.where(forgets, x.nan_to_num(0, 0, 0), x) + shift
+        states.append(x)
+    return torch.stack(states[::-1] if reverse else states, 1) if states else shifts
 
 
 def affine_scan(
@@ -61,16 +68,10 @@ def affine_scan(
         accumulate = torch.promote_types(accumulate, initial.dtype)
     rows = Rows(b, cu_seqlens)
     counts = rows.mask(mask, b)
-    slopes, shifts = (torch.where(counts, rows.pad(t).to(accumulate), 0) for t in (a, b))
+    # what is masked keeps the state
+    slopes, shifts = (torch.where(counts, rows.pad(t).to(accumulate), keep) for t, keep in ((a, 1), (b, 0)))
     x = shifts.new_zeros(rows.rows) if initial is None else initial.to(accumulate)
-    found: list[Tensor] = []
-    for t in reversed(range(rows.length)) if reverse else range(rows.length):
-        slope, shift = slopes[:, t], shifts[:, t]
-        # a slope of 0 forgets also what is inf or NaN
-        step = slope * torch.where((slope == 0) & ~x.isfinite(), 0, x) + shift
-        x = torch.where(counts[:, t], step, x)
-        found.append(torch.where(counts[:, t], step, 0))
-    return rows.unpad(_stack(found[::-1] if reverse else found, shifts))
+    return rows.unpad(torch.where(counts, _scan(slopes, shifts, x, reverse), 0))
 
 
 def advantages(
@@ -125,29 +126,29 @@ def advantages(
     zero = r.new_zeros(rows.rows)
     behind = zero if bootstrap is None else bootstrap.to(accumulate)
     x, following = (zero, behind) if values is not None else (behind, zero)
-    seen = torch.zeros(rows.rows, dtype=torch.bool, device=rewards.device)
-    found: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for t in reversed(range(rows.length)):
-        step = counts[:, t] if skip else counts[:, t] | seen
+    later = counts.flip(1).cumsum(1).flip(1) > counts.long()
+    step = counts if skip else counts | later
+    # the next step of each token; behind the last one is T, where the bootstrap stands
+    place = torch.where(step, torch.arange(rows.length, device=step.device), rows.length)
+    place = torch.cat([place[:, 1:], place.new_full((rows.rows, min(rows.length, 1)), rows.length)], 1)
+    ahead = place.flip(1).cummin(1).values.flip(1)
+
+    def next_of(each: Tensor, last: Tensor) -> Tensor:
+        return torch.cat([each, last[:, None]], 1).gather(1, ahead)
+
+    if next_values is None:
+        next_v = next_of(v, following)
         if repeat is not None:
-            following = torch.where(repeat & step & ~seen, v[:, t], following)
-        ahead = torch.where(ends[:, t], 0, gamma * (following if next_values is None else next_v[:, t]))
-        carried = torch.where(stops[:, t], 0, gamma * torch.ones_like(x))
-        rho = slope = torch.ones_like(x)
-        if log_ratios is not None:
-            ratio = log_ratio[:, t].exp()
-            rho, slope = ratio.clamp(max=rho_bar), ratio.clamp(max=c_bar)
-        slope = carried * lam * slope
-        delta = rho * (r[:, t] + ahead - v[:, t])
-        before, x_now = x, delta + torch.where(slope == 0, 0, slope * x)
-        advantage = x_now
-        if log_ratios is not None:
-            push = rho * carried
-            advantage = delta + torch.where(push == 0, 0, push * before)
-        for out, value in zip(found, (advantage, x_now + v[:, t]), strict=True):
-            out.append(torch.where(counts[:, t], value, 0))
-        x = torch.where(step, x_now, x)
-        following = torch.where(step, v[:, t], following)
-        seen = seen | step
-    advantage, target = (rows.unpad(_stack(columns[::-1], r)) for columns in found)
+            next_v = torch.where(repeat[:, None] & ~later, v, next_v)
+    gained = torch.where(ends, 0, gamma * next_v)
+    carried = torch.where(stops, 0, gamma * torch.ones_like(r))
+    ratio = log_ratio.exp()
+    rho, slope = (1, 1) if log_ratios is None else (ratio.clamp(max=rho_bar), ratio.clamp(max=c_bar))
+    delta = rho * (r + gained - v)
+    found = _scan(torch.where(step, carried * lam * slope, 1), torch.where(step, delta, 0), x)
+    advantage = found
+    if log_ratios is not None:
+        push = rho * carried
+        advantage = delta + torch.where(push == 0, 0, push * next_of(found, x))
+    advantage, target = (rows.unpad(torch.where(counts, t, 0)) for t in (advantage, found + v))
     return advantage, target
