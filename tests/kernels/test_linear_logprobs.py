@@ -953,6 +953,7 @@ class TestAllowed:
                 with fastpo.use_backend(backend), pytest.raises(error, match=message):
                     call(given, allowed=allowed)
 
+    @pytest.mark.once
     def test_compiled(self):
         torch._dynamo.reset()
         given = make(4, 6, vocab=90, bias=True)
@@ -973,6 +974,7 @@ class TestAllowed:
         for ours, compiled in zip(*results, strict=True):
             torch.testing.assert_close(ours, compiled, rtol=1e-6, atol=1e-6)
 
+    @pytest.mark.once
     def test_opcheck(self):
         given = make(5, vocab=40, ids=2)
         words = self.sets(given)

@@ -295,6 +295,7 @@ class TestAutograd:
         assert torch.equal(once, twice) and torch.equal(once, torch.autograd.grad(loss, leaf, torch.tensor(3.0))[0])
 
     @by_case
+    @pytest.mark.once
     def test_compiled(self, case):
         name, _ = CASES[case]
         first = list_objective(name).names[0]
@@ -312,6 +313,7 @@ class TestAutograd:
 
 
 class TestOps:
+    @pytest.mark.once
     def test_opcheck(self):
         policy, other = torch.randn(3, 5, requires_grad=False), torch.rand(3, 5)
         targets, mask = torch.rand(3, 5), torch.rand(3, 5) < 0.8

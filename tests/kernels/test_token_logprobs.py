@@ -682,6 +682,7 @@ class TestAllowed:
             assert torch.autograd.gradcheck(function, logits.requires_grad_())
             assert torch.autograd.gradgradcheck(function, logits)
 
+    @pytest.mark.once
     def test_opcheck(self, dtype):
         logits, targets = make(2, 3, 70, dtype=dtype, ids=2)
         words = allow(logits, targets)[1]
@@ -694,6 +695,7 @@ class TestAllowed:
             torch.library.opcheck(torch.ops.fastpo.token_logprobs_backward.default, (logits, *rest))
             torch.library.opcheck(torch.ops.fastpo.token_logprobs_backward_.default, (logits.clone(), *rest))
 
+    @pytest.mark.once
     def test_compiled(self):
         logits, targets = make(6, 130)
         words = allow(logits, targets)[1]
