@@ -11,13 +11,13 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 demo: $(VENV)/installed
 	$(BIN)/fastpo train dpo
 
-# in the order of their names: last come those of the trainer, whose many small groups even out the two workers' times
+# in the order of their names: last come those of the trainer, which are shared out and even out the two workers' times
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 25
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 # every algorithm with three seeds in place of one, and a build from the source distribution, with and without CUDA
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow or not slow" tests/training/test_trained.py tests/test_sdist.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow or not slow" tests/training/test_trained.py tests/test_sdist.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

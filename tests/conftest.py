@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 # Triton kernels run in its interpreter, which is chosen when Triton is imported; on a GPU, set this to 0
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -11,14 +12,27 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 
+# whose tests share nothing that takes long to make
+SHARED_OUT = ("tests/training/test_trained.py",)
 
-# before pytest-xdist's, which reads the groups
-@pytest.hookimpl(tryfirst=True)
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile` a file is one worker's, but for a few files, of which each test is."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if nodeid.startswith(SHARED_OUT) else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The reference has no instruction set. A file is one worker's, unless its tests say otherwise."""
+    """The reference has no instruction set."""
     for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
         if getattr(item, "callspec", None) is not None and item.callspec.params.get("backend") == "reference":
             item.add_marker("once")
 

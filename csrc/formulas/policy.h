@@ -350,13 +350,16 @@ FASTPO_FN TokenResult<T> evaluate_token(const Terms& terms, const TokenNumbers<T
   // off-policy weights, which are constants
   if (present.rollout) {
     const T logratio = old - x.rollout, of_token = ratio_of(logratio);
-    const T raw = c.weight_level == level_sequence ? sequence.rollout_ratio : of_token;
+    const auto ratio_at = [&](int level) {
+      return level == level_sequence        ? sequence.rollout_ratio
+             : level == level_sequence_mean ? sequence.rollout_mean_ratio
+                                            : of_token;
+    };
+    const T raw = ratio_at(c.weight_level);
     T weight = c.weight_level == level_none ? one : clip(raw, h.weight_low, h.weight_high);
     if (c.weight_level != level_none) add(sums::truncated, select(raw != weight, one, zero));
     if (c.reject_level != level_none) {
-      const T judged = c.reject_level == level_token      ? of_token
-                       : c.reject_level == level_sequence ? sequence.rollout_ratio
-                                                          : sequence.rollout_mean_ratio;
+      const T judged = ratio_at(c.reject_level);
       const T inside = select(judged <= constant<T>(h.reject_high), one, zero);
       const T accepted = select(judged >= constant<T>(h.reject_low), inside, zero);
       add(sums::rejected, one - accepted);

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from fastpo.reference.policy import (
     MAXIMA,
     SUMS,
     Batch,
+    Level,
     Penalty,
     PolicyObjective,
     RolloutCorrection,
@@ -439,10 +440,9 @@ def _not_negative(name: str, value: object) -> float:
 def _check_correction(c: object) -> None:
     if not isinstance(c, RolloutCorrection):
         raise TypeError(f"correction must be a fastpo.losses.RolloutCorrection, got {type(c).__name__}")
-    if c.level is not None:
-        _one_of("correction.level", c.level, ("token", "sequence"))
-    if c.reject is not None:
-        _one_of("correction.reject", c.reject, ("token", "sequence", "sequence_mean"))
+    for name in ("level", "reject"):
+        if (given := getattr(c, name)) is not None:
+            _one_of(f"correction.{name}", given, get_args(Level))
     for low, high in (("low", "high"), ("reject_low", "reject_high")):
         a, b = (_checks.number(f"correction.{name}", getattr(c, name)) for name in (low, high))
         if not 0 <= a <= b:

@@ -49,13 +49,14 @@ class RolloutCorrection(NamedTuple):
     the rollout's log-probs as `old_logprobs` and no correction: weighing as well would count the ratio twice.
 
     Attributes:
-        level: of the ratio in w, "token" or "sequence" (the product over the tokens); None for w = 1.
+        level: of the ratio in w: "token", "sequence" (the product over the tokens) or "sequence_mean" (their geometric
+            mean, whose size does not grow with the length); None for w = 1.
         low, high: bounds of w.
-        reject: level of the ratio that decides, also "sequence_mean" (the geometric mean); None to reject nothing.
+        reject: level of the ratio that decides, or None to reject nothing.
         reject_low, reject_high: what is kept.
     """
 
-    level: Literal["token", "sequence"] | None = "token"
+    level: Level | None = "token"
     low: float = 0.0
     high: float = math.inf
     reject: Level | None = None
@@ -63,12 +64,12 @@ class RolloutCorrection(NamedTuple):
     reject_high: float = math.inf
 
     @classmethod
-    def tis(cls, high: float = 2.0, *, low: float = 0.0, level: Literal["token", "sequence"] = "token") -> Any:
+    def tis(cls, high: float = 2.0, *, low: float = 0.0, level: Level = "token") -> Any:
         """Truncated importance sampling. verl: C = 2; TRL: *_truncate, 3; OpenRLHF's "tis" has low 0.5, high 5."""
         return cls(level, low, high)
 
     @classmethod
-    def mis(cls, low: float = 0.0, high: float = 3.0, *, level: Literal["token", "sequence"] = "sequence") -> Any:
+    def mis(cls, low: float = 0.0, high: float = 3.0, *, level: Level = "sequence") -> Any:
         """Masked importance sampling: w = r inside the bounds, else 0. TRL: sequence_mask; at token level, IcePop."""
         return cls(level, 0.0, math.inf, level, low, high)
 
@@ -691,7 +692,7 @@ def policy_objective(
         ratios = {"token": _ratio(logratio)}
         if "sequence" in (c.level, c.reject):
             ratios["sequence"] = _ratio(total(logratio))
-        if c.reject == "sequence_mean":
+        if "sequence_mean" in (c.level, c.reject):
             ratios["sequence_mean"] = _ratio(mean(logratio))
         raw = ratios[c.level or "token"]
         weight = torch.ones_like(raw) if c.level is None else raw.clamp(c.low, c.high)

@@ -44,6 +44,7 @@ PENALTIES = [
     {"kl": "k3", "kl_gradient": "k2"},
     {"kl": "k3", "kl_corrected": True},
     {"kl": "k2", "kl_gradient": "k1", "kl_corrected": True},
+    {"kl": "k1", "kl_gradient": "k2"},
 ]
 CORRECTIONS = [
     RolloutCorrection(None),
@@ -52,6 +53,7 @@ CORRECTIONS = [
     RolloutCorrection.mis(0.3, 3.0),
     RolloutCorrection.icepop(0.8, 1.25),
     RolloutCorrection.sequence_mask(0.9, 1.2),
+    RolloutCorrection.tis(1.1, low=0.95, level="sequence_mean"),
 ]
 
 
@@ -612,9 +614,11 @@ class TestShared:
             (RolloutCorrection.mis(0.5, 1.5), lambda r, s, g: s * ((s >= 0.5) & (s <= 1.5)) + 0 * r),
             (RolloutCorrection.icepop(0.8, 1.2), lambda r, s, g: r * ((r >= 0.8) & (r <= 1.2))),
             (RolloutCorrection.sequence_mask(0.9, 1.1), lambda r, s, g: r * ((g >= 0.9) & (g <= 1.1))),
+            (RolloutCorrection.tis(1.01, level="sequence_mean"), lambda r, s, g: g.clamp(max=1.01) + 0 * r),
+            (RolloutCorrection("sequence_mean", reject="token", reject_high=1.1), lambda r, s, g: g * (r <= 1.1)),
             (RolloutCorrection(), lambda r, s, g: r),
         ],
-        ids=["tis", "tis both sides", "tis sequence", "mis", "icepop", "sequence mask", "decoupled"],
+        ids=["tis", "both sides", "tis sequence", "mis", "icepop", "sequence mask", "mean", "mean, mask", "decoupled"],
     )
     def test_corrections(self, backend, correction, weigh):
         """Constants on the policy term; not on the penalty. What is rejected stays in the denominator."""
@@ -633,7 +637,7 @@ class TestShared:
         torch.testing.assert_close(m.rejected_fraction, (w == 0).double().mean())
         torch.testing.assert_close(m.rollout_kl, -x[self.MASK].mean())
         torch.testing.assert_close(m.rollout_k3, (r - 1 - x)[self.MASK].mean())
-        raw = (s.expand_as(r) if correction.level == "sequence" else r)[self.MASK]
+        raw = {"token": r, "sequence": s, "sequence_mean": g}[correction.level].expand_as(r)[self.MASK]
         torch.testing.assert_close(m.rollout_ratio_mean, raw.mean())
         torch.testing.assert_close(m.rollout_chi2, (raw**2).mean() - 1)
         assert m.rollout_ratio_max == raw.max() and m.rollout_ratio_min == raw.min()
@@ -988,7 +992,7 @@ class TestBadInput:
 
     def test_correction(self):
         for correction, message in [
-            (RolloutCorrection("row"), "correction.level must be one of token, sequence; got 'row'"),  # type: ignore
+            (RolloutCorrection("row"), "correction.level must be one of token, sequence, sequence_mean; got 'row'"),  # type: ignore
             (RolloutCorrection("token", 2.0, 1.0), "0 <= low <= high, got 2 and 1"),
             (RolloutCorrection("token", reject="batch"), "correction.reject must be one of"),  # type: ignore
         ]:

@@ -32,8 +32,6 @@ from .conftest import summary
 pytest.importorskip("accelerate")
 
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
-# each in a group of its own, so that workers share them
-NAMES = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in algorithms.names()]
 # standard errors: a rise has more of them, and what is told nothing does not
 SURE = 3.0
 
@@ -249,7 +247,7 @@ def band(name: str, run: Path, seed: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", algorithms.names())
 def test_every_algorithm_learns_what_it_is_told_and_nothing_else(name, seed, trained, shuffled, answers, monkeypatch):
     # there are tests of checkpoints, which take as long as some steps
     monkeypatch.setattr(checkpoint, "save", lambda *_: None)
