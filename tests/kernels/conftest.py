@@ -13,7 +13,7 @@ import pytest
 @pytest.fixture(autouse=True, scope="session")
 def language_patched_once() -> Iterator[None]:
     """The interpreter patches its language at a launch, and once more at every call of a function inside, where the
-    search for what is left to patch would be a third of its time."""
+    search for what is left to patch would be more than a quarter of its time."""
     interpreter: Any = sys.modules.get("triton.runtime.interpreter")
     if interpreter is None:
         yield
