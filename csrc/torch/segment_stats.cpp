@@ -44,15 +44,23 @@ std::tuple<Tensor, Tensor, Tensor> segment_stats(Tensor values, OptionalTensor w
 template <class Id>
 bool adjacent_members(const Id* ids, int64_t n, int64_t* order, int64_t* boundaries, int64_t segments) {
   int64_t segment = 0;
+  bool falls = false;
   boundaries[0] = 0;
-  if (n > 0) order[0] = 0;
-  for (int64_t i = 1; i < n; ++i) {
-    if (ids[i] < ids[i - 1]) return false;
-    order[i] = i;
+  const auto take = [&](int64_t i) {
+    falls |= ids[i] < ids[i - 1];
     // without a branch, which would be mispredicted once a group
     boundaries[segment + 1] = i;
     segment += ids[i] != ids[i - 1];
+  };
+  int64_t i = 1;
+  for (; i + 4 <= n && !falls; i += 4) {
+    const Id last = ids[i - 1];
+    if (((ids[i] ^ last) | (ids[i + 1] ^ last) | (ids[i + 2] ^ last) | (ids[i + 3] ^ last)) == 0) continue;
+    for (int64_t j = i; j < i + 4; ++j) take(j);
   }
+  for (; i < n && !falls; ++i) take(i);
+  if (falls) return false;
+  std::iota(order, order + n, int64_t{0});
   std::fill(boundaries + segment + (n > 0), boundaries + segments + 1, n);
   return true;
 }

@@ -22,7 +22,7 @@ from tests.tolerance import assert_within
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = ["native", "reference"]
-LAYOUTS = ["rows", "rows masked", "packed", "packed masked", "ids", "ids masked", "far ids"]
+LAYOUTS = ["rows", "rows masked", "packed", "packed masked", "ids", "ids masked", "ids in order", "far ids"]
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
@@ -60,6 +60,7 @@ def make(layout: str, groups: int, members: int, dtype: torch.dtype, seed: int =
         boundaries = torch.cat(edges).to(torch.int32)
     elif "ids" in layout:
         at = torch.randint(0, max(groups, 1), shape, generator=generator)
+        at = torch.sort(at)[0] if layout == "ids in order" else at
         ids = at * (10**15 if layout == "far ids" else 1) - (10**17 if layout == "far ids" else 0)
         if seed % 2 and layout != "far ids":
             ids = ids.to(torch.int32)
@@ -249,6 +250,30 @@ class TestGroups:
             for ids in ([0, 1, 0, 1, 0], [-5, 7, -5, 7, -5], [2**62, -(2**62), 2**62, -(2**62), 2**62]):
                 found = fastpo.group_normalize(rewards, torch.tensor(ids), mode="center")
                 assert found.tolist() == [-2, -5, 0, 5, 2]
+
+    @pytest.mark.parametrize("ordered", [True, False])
+    def test_nan_and_inf_stay_in_their_group(self, backend, ordered):
+        """Groups of 1 to 19, the last one ending with the batch, each place in turn."""
+        sizes = torch.arange(1, 20)
+        ids = torch.repeat_interleave(sizes, sizes)
+        rewards = torch.randn(len(ids), generator=torch.Generator().manual_seed(3))
+        order = (
+            torch.arange(len(ids)) if ordered else torch.randperm(len(ids), generator=torch.Generator().manual_seed(4))
+        )
+        with fastpo.use_backend(backend):
+            clean = fastpo.group_normalize(rewards[order], ids[order])
+            for bad, at in itertools.product((math.nan, math.inf, -math.inf), range(0, len(ids), 3)):
+                spoilt = rewards.clone()
+                spoilt[at] = bad
+                found = fastpo.group_normalize(spoilt[order], ids[order])
+                others, same = ids[order] != ids[at], ids[order] == ids[at]
+                assert torch.equal(found[others], clean[others])
+                if math.isnan(bad):
+                    rest = same & ~torch.isnan(spoilt[order])
+                    assert found[order == at].item() == 0
+                    assert torch.allclose(found[rest], fastpo.group_normalize(rewards[order][rest][None])[0], atol=1e-6)
+                elif same.sum() > 1:
+                    assert torch.isnan(found[same]).all()
 
     def test_small_deviations_of_large_rewards(self, backend):
         """In fp64, 1e6 plus a few units of 1e-6: the mean is corrected by its own deviations."""
