@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -32,6 +32,8 @@ from fastpo.reference.registry import NOT_NEGATIVE, POSITIVE, Domain
 CORRECTIONS: Mapping[str, Callable[[], RolloutCorrection] | None] = {
     "none": None,
     "tis": RolloutCorrection.tis,
+    "sequence_tis": partial(RolloutCorrection.tis, level="sequence"),
+    "sequence_mean_tis": partial(RolloutCorrection.tis, level="sequence_mean"),
     "mis": RolloutCorrection.mis,
     "icepop": RolloutCorrection.icepop,
     "sequence_mask": RolloutCorrection.sequence_mask,

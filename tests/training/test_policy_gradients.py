@@ -208,6 +208,44 @@ def test_masks_of_tokens_give_the_losses_of_what_is_left():
     near(leaves[1].grad, torch.where(active, error / 2, 0))
 
 
+def test_corrections_weigh_by_what_the_sampler_said():
+    generator = torch.Generator().manual_seed(4)
+    streams = {name: torch.randn(7, generator=generator) - 1 for name in ("advantages", "old", "reference")}
+    # off by so much that of the three sequences every correction bounds or drops another set of tokens
+    streams["rollout"] = streams["old"] + torch.tensor([0.1, -0.2, 2.5, 0.3, -3.0, -0.9, 1.0])
+    logr = streams["old"] - streams["rollout"]
+    sums = torch.stack([part.sum() for part in logr.split([2, 1, 4])])
+    each, mean = (of.repeat_interleave(torch.tensor([2, 1, 4])) for of in (sums, sums / torch.tensor([2.0, 1, 4])))
+    ratio, sequence, average = logr.exp(), each.exp(), mean.exp()
+    weights = {
+        "none": torch.ones(7),
+        "tis": ratio.clamp(max=2.0),
+        "sequence_tis": sequence.clamp(max=2.0),
+        "sequence_mean_tis": average.clamp(max=2.0),
+        "mis": sequence * (sequence <= 3.0),
+        "icepop": ratio * ((ratio >= 0.5) & (ratio <= 5.0)),
+        "sequence_mask": ratio * ((average >= 0.5) & (average <= 5.0)),
+    }
+    assert tuple(weights) == algorithms.build("grpo", {}).recipe.choices()["correction"]
+    assert len({tuple(weight.tolist()) for weight in weights.values()}) == len(weights)
+    for name, weight in weights.items():
+        policy = streams["old"].clone().requires_grad_()
+        batch = Batch(
+            {**streams, "policy": policy},
+            Completions((2, 1, 4), torch.tensor([0, 2, 3, 7], dtype=torch.int32), (1, 1, 1)),
+            {},
+            3,
+            0,
+            7,
+            9,
+        )
+        algorithm = algorithms.build("grpo", {"correction": name, "beta": 0.0, "aggregation": "token_mean"})
+        assert algorithm.anchors(1) == ({} if name == "none" else {"old": "turn"})
+        algorithm(batch, {}).loss.backward()
+        # the ratio to the old policy is 1, so that the slope is the weighted advantage
+        near(policy.grad, -streams["advantages"] * weight / 7)
+
+
 def test_xrpo_gives_the_rest_to_whom_it_tells_most():
     algorithm = algorithms.build("xrpo", {"samples": 6, "first": 4, "rounds": 3, "exploration": 0.01})
     assert algorithm.draws[0].times == 4
