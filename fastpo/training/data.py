@@ -396,9 +396,8 @@ class Encoder:
             return ids[: len(ids) - ids[::-1].index(self.eos)]
         return ids if ids[-1:] == [self.eos] else [*ids, self.eos]
 
-    def _start(self, prompt: str, rendered: bool, where: str) -> list[int]:
-        """The tokens of a prompt, at least one."""
-        ids = self._ids(prompt) if prompt else []
+    def _start(self, ids: list[int], rendered: bool, where: str) -> list[int]:
+        """A prompt of these tokens as the model sees it: at least one token."""
         if not rendered:  # a chat template writes BOS itself
             ids = self.start + ids
         if not ids:
@@ -415,7 +414,7 @@ class Encoder:
         completions = self.example(row, where, number).completions if demonstrations else ()
         if rendered:
             text, _ = self._render(text, [])
-        ids = self._start(text, rendered, where)
+        ids = self._start(self._ids(text) if text else [], rendered, where)
         if len(ids) + room > self.max_length:
             raise UserError(
                 f"{where}: the prompt has {len(ids):,} tokens, which with --rollout.max_new_tokens {room:,} is more "
@@ -452,7 +451,7 @@ class Encoder:
             sides = [[side[0]._replace(text=text)] for side, text in zip(sides, texts, strict=True)]
         alone = self._ids(prompt) if prompt else []
         pieces = [self._pieces(prompt, alone, side, rendered) for side in sides]
-        prompt_ids = self._start(prompt, rendered, where)
+        prompt_ids = self._start(alone, rendered, where)
         room = self.max_length - len(prompt_ids)
         if room < 1:
             raise UserError(
