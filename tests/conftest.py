@@ -8,6 +8,9 @@ from typing import Any
 
 # Triton kernels run in its interpreter, which is chosen when Triton is imported; on a GPU, set this to 0
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# threads of workers that share the cores would spin where another could work: a third of the time of the kernels' tests
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
