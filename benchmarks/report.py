@@ -238,7 +238,7 @@ def written(*paths: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two processes, without the largest objective")
-    parser.add_argument("--processes", type=int, help="fresh processes of a kernel (default: 5, of --quick 2)")
+    parser.add_argument("--processes", type=int, help="fresh processes of a kernel (default: 3, of --quick 2)")
     parser.add_argument("--only", nargs="+", choices=GROUPS, metavar="KERNEL", help=f"of: {', '.join(GROUPS)}")
     names = ", ".join(SWEEPS)
     text = f"how a kernel grows, instead, of: {names}"
@@ -267,7 +267,7 @@ def main() -> int:
         if args.quick:
             cases = tuple(c for c in cases if not (isinstance(c, ObjectiveCase) and c.pairs > 100_000))
         try:
-            processes = args.processes or (2 if args.quick else 5)
+            processes = args.processes or (2 if args.quick else 3)
             measured = measure_in_processes(cases, processes, only=ONLY.get(kernel), repetitions=REPETITIONS[kernel])
         except CheckFailedError as error:
             print(f"{error}; nothing is reported", file=sys.stderr)
