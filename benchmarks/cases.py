@@ -12,6 +12,7 @@ from fastpo.bench import (
     Case,
     GaeCase,
     GroupCase,
+    LinearDivergenceCase,
     LinearDpoCase,
     LinearLogprobsCase,
     ListwiseCase,
@@ -71,6 +72,7 @@ CAUCHY, VANDERMONDE = (
 LINEAR_LOGPROBS = (HALF, HALF_FROZEN, WHOLE)
 LINEAR_LOGPROBS_BFLOAT16 = (HALF_BFLOAT16,)
 LINEAR_DPO = (DPO,)
+LINEAR_DIVERGENCE = tuple(LinearDivergenceCase(divergence=name) for name in ("forward", "reverse", "jsd"))
 GROUPS: dict[str, tuple[Case, ...]] = {
     "token_logprobs": TOKEN_LOGPROBS,
     "vocab_divergence": VOCAB_DIVERGENCE,
@@ -82,6 +84,7 @@ GROUPS: dict[str, tuple[Case, ...]] = {
     "linear_logprobs": LINEAR_LOGPROBS,
     "linear_logprobs_bfloat16": LINEAR_LOGPROBS_BFLOAT16,
     "linear_dpo": LINEAR_DPO,
+    "linear_divergence": LINEAR_DIVERGENCE,
     "advantages": ADVANTAGES,
     "groups": GROUPED,
     "state_space": (*CAUCHY, *VANDERMONDE),
@@ -98,6 +101,7 @@ REPETITIONS = {
     "linear_logprobs": 3,
     "linear_logprobs_bfloat16": 3,
     "linear_dpo": 3,
+    "linear_divergence": 3,
     "advantages": 5,
     "groups": 5,
     "state_space": 5,

@@ -427,6 +427,69 @@ def vocab_divergence_case(device: torch.device, shape: tuple[int, ...], vocab: i
     )
 
 
+def eager_head_kl(hidden: Tensor, weight: Tensor, *reference: Tensor) -> Outputs:
+    with torch.no_grad():
+        other = F.linear(*reference)
+    return eager_kl(F.linear(hidden, weight), other)
+
+
+def trl_head_kl() -> Callable[..., Outputs]:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    def run(hidden: Tensor, weight: Tensor, *reference: Tensor) -> Outputs:
+        return [ChunkedDivergenceFunction.apply(hidden, weight, None, *reference, None, 0.0)[0]]
+
+    return run
+
+
+def linear_divergence_case(device: torch.device, rows: int, size: int, vocab: int, *, kept: bool) -> Case:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(count: int) -> Tensor:
+        return torch.randn(count, size, generator=generator, device=device, dtype=torch.bfloat16)
+
+    tensors = [normal(rows), normal(vocab) / size**0.5]
+    # a reference that is as far away as a log-prob is large: the peers' bf16 logits are rounded
+    tensors += [t + t.abs().mean() * normal(len(t)) for t in tensors]
+    leaves = [t.requires_grad_() for t in tensors[:2]]
+
+    def timed(function: Callable[..., Outputs]) -> Callable[[], Outputs]:
+        return lambda: gradients(function(*tensors), leaves)
+
+    budget = 1 << 50 if kept else 0
+    providers = [
+        Provider("fastpo", timed(lambda *given: [fastpo.linear_divergence(*given, memory_budget=budget)])),
+        Provider("eager", timed(eager_head_kl)),
+        Provider("compile", timed(torch.compile(eager_head_kl, fullgraph=True, dynamic=False))),
+    ]
+    missing = {}
+    try:
+        providers.append(Provider("TRL", timed(trl_head_kl())))
+    except ImportError as error:
+        missing["TRL"] = f"not installed: {error}"
+    h, w = (t.detach() for t in leaves)
+    logits = h.new_zeros(rows, vocab)
+    d_hidden, d_weight = torch.empty_like(h), torch.empty_like(w)
+
+    def products() -> Outputs:
+        # of both models, once or twice
+        for _ in range(2 if kept else 4):
+            torch.mm(h, w.t(), out=logits)
+        torch.mm(logits, w, out=d_hidden)
+        torch.mm(logits.t(), h, out=d_weight)
+        return []
+
+    providers.append(Provider("products", products, floor=True))
+    return Case(
+        f"linear_divergence KL {rows} x {size} x {vocab} bf16, forward + backward" + ", logits kept" * kept,
+        providers,
+        0,
+        ("products", 1.3),
+        None if kept else 4 << 30,
+        missing=missing,
+    )
+
+
 def eager_dpo(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, mask: Tensor | None
 ) -> Tensor:
@@ -575,6 +638,8 @@ def cases(device: torch.device, small: bool) -> list[Callable[[], Case]]:
         found.append(
             lambda e=entropy, b=backward, k=kept: linear_logprobs_case(device, *head, entropy=e, backward=b, kept=k)
         )
+    for kept in (False, True):
+        found.append(lambda k=kept: linear_divergence_case(device, *head, kept=k))
     for pairs, tokens in ((64, 4096), (512, 512), (1_000_000, 0)) if not small else ((4, 50), (30, 0)):
         for backward in (False, True):
             found.append(lambda p=pairs, t=tokens, b=backward: objective_case(device, p, t, backward=b))

@@ -19,6 +19,7 @@ from fastpo.bench import (
     Expected,
     GaeCase,
     GroupCase,
+    LinearDivergenceCase,
     LinearDpoCase,
     LinearLogprobsCase,
     ListwiseCase,
@@ -339,6 +340,16 @@ def test_the_products_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         assert made == wanted and f" {len(wanted)} matrix product" in floor.label
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_divergence_on_the_head_passes_its_own_check(divergence: str) -> None:
+    names = ("fastpo_kept", "products", "products_kept")
+    outcomes: dict[str, Outcome] = {}
+    check(LinearDivergenceCase(20, 40, 333, divergence).build(), outcomes, names)
+    assert set(outcomes) == {"fastpo", "eager", *names}
+    assert all(o.status in ("ok", "floor") for o in outcomes.values())
+    assert set(outcomes["fastpo"].errors) == {"loss", "hidden_gradient", "weight_gradient"}
+
+
 def test_dpo_on_the_head_passes_its_own_check() -> None:
     names = ("fastpo_kept", "products", "products_kept")
     outcomes: dict[str, Outcome] = {}
@@ -410,6 +421,8 @@ def test_command_prints_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFi
     sizes = ["--hidden", "8", "--vocab", "50", "--processes", "1", "--repetitions", "1", "--providers", "products"]
     assert main(["linear_logprobs", "--rows", "6", "--prompt", "0.3", "--frozen", "--backward", *sizes]) == 0
     assert "linear_logprobs 6 x 8 x 50 float32, 30% prompt, forward + backward" in capsys.readouterr().out
+    assert main(["linear_divergence", "--rows", "8", "--divergence", "jsd", *sizes]) == 0
+    assert "jsd on the head 8 x 8 x 50 float32, 50% prompt" in capsys.readouterr().out
     assert main(["linear_dpo", "--sequences", "2", "--tokens", "4", *sizes]) == 0
     assert "dpo on the head 2 x 4 x 8 x 50 float32, 50% prompt" in capsys.readouterr().out
 

@@ -20,7 +20,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("kernel", ["linear_logprobs", "objective", "policy", "token_logprobs"])
+@pytest.mark.parametrize("kernel", ["linear_divergence", "linear_logprobs", "objective", "policy", "token_logprobs"])
 def test_the_tests(kernel):
     command = ("-m", "pytest", "-q", "-k", "TestDevice and not split", f"tests/gpu/test_{kernel}.py")
     out = run(*command, FASTPO_TEST_DEVICE="cpu")
@@ -40,7 +40,7 @@ def test_the_benchmark(tmp_path):
     out = run(*command, TORCH_COMPILE_DISABLE="1")
     assert out.returncode == 0, out.stderr[-3000:]
     report = json.loads((tmp_path / "gpu-none.json").read_text())
-    assert len(report["cases"]) == 19
+    assert len(report["cases"]) == 21
     for case in report["cases"]:
         assert case["providers"]["fastpo"]["status"] == case["providers"]["eager"]["status"] == "ok"
         assert case["providers"]["fastpo"]["seconds"]["median"] > 0

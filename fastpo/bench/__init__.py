@@ -15,6 +15,7 @@ from fastpo.bench.harness import (
     UnavailableError,
     measure,
 )
+from fastpo.bench.linear_divergence import LinearDivergenceCase
 from fastpo.bench.linear_dpo import LinearDpoCase
 from fastpo.bench.linear_logprobs import LinearLogprobsCase
 from fastpo.bench.listwise import ListwiseCase
@@ -31,6 +32,7 @@ __all__ = [
     "Expected",
     "GaeCase",
     "GroupCase",
+    "LinearDivergenceCase",
     "LinearDpoCase",
     "LinearLogprobsCase",
     "ListwiseCase",

@@ -10,6 +10,7 @@ from pathlib import Path
 from fastpo.bench.advantages import GaeCase, GroupCase
 from fastpo.bench.flows import SubTbCase
 from fastpo.bench.harness import BASELINE, OWN, Case, CheckFailedError
+from fastpo.bench.linear_divergence import LinearDivergenceCase
 from fastpo.bench.linear_dpo import LinearDpoCase
 from fastpo.bench.linear_logprobs import LinearLogprobsCase
 from fastpo.bench.listwise import OBJECTIVES as LIST_OBJECTIVES
@@ -96,6 +97,14 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--tokens", type=positive, default=LinearDpoCase.tokens, help="per sequence; half is prompt")
     _head(add, LinearDpoCase)
     _providers(add, LinearDpoCase.PROVIDERS)
+    help_ = "divergences between two models' next-token distributions, from hidden states, with the backward"
+    add = kernels.add_parser("linear_divergence", parents=[common], help=help_, description=help_)
+    add.add_argument("--rows", type=positive, default=LinearDivergenceCase.rows)
+    _head(add, LinearDivergenceCase)
+    add.add_argument("--divergence", choices=tuple(DIVERGENCES), default=LinearDivergenceCase.divergence)
+    text = f"share of the rows that do not count (default {LinearDivergenceCase.prompt})"
+    add.add_argument("--prompt", type=share, default=LinearDivergenceCase.prompt, help=text)
+    _providers(add, LinearDivergenceCase.PROVIDERS)
     help_ = "pairwise losses with their metrics, from log-probs"
     add = kernels.add_parser("objective", parents=[backward, common], help=help_, description=help_)
     add.add_argument("--pairs", type=positive, default=ObjectiveCase.pairs)
@@ -144,7 +153,9 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def _head(to: argparse.ArgumentParser, case: type[LinearLogprobsCase] | type[LinearDpoCase]) -> None:
+def _head(
+    to: argparse.ArgumentParser, case: type[LinearLogprobsCase] | type[LinearDpoCase] | type[LinearDivergenceCase]
+) -> None:
     to.add_argument("--hidden", type=positive, default=case.hidden, help=f"hidden size (default {case.hidden})")
     to.add_argument("--vocab", type=positive, default=case.vocab)
 
@@ -173,6 +184,8 @@ def main(argv: list[str]) -> int:
         )
     elif args.kernel == "linear_dpo":
         case = LinearDpoCase(args.sequences, args.tokens, args.hidden, args.vocab)
+    elif args.kernel == "linear_divergence":
+        case = LinearDivergenceCase(args.rows, args.hidden, args.vocab, args.divergence, args.prompt)
     elif args.kernel == "gae":
         case = GaeCase(args.rows, args.tokens, args.layout)
     elif args.kernel == "group_normalize":

@@ -178,4 +178,4 @@ def _expected(hidden: Tensor, weight: Tensor, reference: tuple[Tensor, Tensor], 
     values = {"loss": each.mean(), "chosen_rewards": chosen, "rejected_rewards": rejected}
     expected = {name: Expected(value.detach(), magnitude=largest, eps=eps) for name, value in values.items()}
     found = exact(hidden, weight, targets, upstream)
-    return expected | gradients(found, (max(largest, found.logprob), eps), True)
+    return expected | gradients(found.hidden, found.weight, (max(largest, found.logprob), eps))

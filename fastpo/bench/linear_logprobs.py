@@ -77,8 +77,7 @@ class LinearLogprobsCase:
         hidden = torch.randn(self.rows, self.hidden, generator=generator).to(dtype)
         weight = torch.randn(self.vocab, self.hidden, generator=generator).div_(self.hidden**0.5).to(dtype)
         targets = torch.randint(self.vocab, (self.rows,), generator=generator)
-        length = min(self.rows, _SEQUENCE)
-        targets[torch.arange(self.rows) % length < self.prompt * length] = IGNORED
+        targets[prompts(self.rows, self.prompt)] = IGNORED
         upstream = torch.randn(self.rows, generator=generator).to(torch.promote_types(dtype, torch.float32))
         learning = self.backward and not self.frozen
         hidden.requires_grad_(self.backward)
@@ -139,7 +138,13 @@ class LinearLogprobsCase:
         found = exact(hidden, weight, targets, upstream if self.backward else None)
         rounding = found.rounding(hidden.dtype)
         expected = {"logprobs": Expected(found.logprobs, 1.0, *rounding)}
-        return expected | gradients(found, rounding, not self.frozen)
+        return expected | gradients(found.hidden, None if self.frozen else found.weight, rounding)
+
+
+def prompts(rows: int, share: float) -> Tensor:
+    """Which rows have no target: the first ones of every sequence."""
+    length = min(rows, _SEQUENCE)
+    return torch.arange(rows) % length < share * length
 
 
 def fastpo_head(name: str) -> Head:
@@ -287,10 +292,12 @@ def exact(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor | No
     return Exact(logprobs, logit, logprob, by_hidden, (d_weight, weight_terms))
 
 
-def gradients(found: Exact, rounding: tuple[float, float], weight: bool) -> dict[str, Expected]:
-    """The gradients that were made, in the order in which a run returns them."""
+def gradients(
+    hidden: tuple[Tensor, Tensor] | None, weight: tuple[Tensor, Tensor] | None, rounding: tuple[float, float]
+) -> dict[str, Expected]:
+    """The gradients that were made, each with Σ |terms|, in the order in which a run returns them."""
     expected = {}
-    for name, gradient in (("hidden_gradient", found.hidden), ("weight_gradient", found.weight if weight else None)):
+    for name, gradient in (("hidden_gradient", hidden), ("weight_gradient", weight)):
         if gradient is not None:
             value, size = gradient
             expected[name] = Expected(value, size.clamp_min(torch.finfo(torch.float32).tiny), *rounding)

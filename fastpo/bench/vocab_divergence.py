@@ -20,12 +20,12 @@ Function = Callable[[Tensor, Tensor], Sequence[Tensor]]
 
 class Divergence(NamedTuple):
     """A divergence: the function of fastpo and of its reference, what people write of the log-probs of the reference
-    and the policy, and the beta of TRL's GKD loss, where that has it."""
+    and the policy, and the beta of TRL's and Liger's losses, where those have it."""
 
     function: str
     options: dict[str, Any]
     eager: Callable[[Tensor, Tensor], Tensor]
-    trl: float | None = None
+    beta: float | None = None
 
 
 def _kl(first: Tensor, second: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class VocabDivergenceCase:
             from trl.experimental.gkd import GKDTrainer
         except ImportError as error:
             raise UnavailableError(f"TRL's GKDTrainer cannot be imported: {error}") from error
-        beta = self.of.trl
+        beta = self.of.beta
         if beta is None:
             raise UnavailableError("TRL's GKD loss has no such divergence")
 

@@ -53,8 +53,8 @@ from torch import Tensor
 
 from fastpo import linear_logprobs, losses, token_jsd, token_kl, token_logprobs
 from fastpo.integrations._grpo import AGGREGATION_OF
-from fastpo.integrations._linear import Head, of_logits
 from fastpo.integrations._swaps import Swap, Swaps
+from fastpo.kernels.linear_divergence import Head, of_logits, shaped
 
 FIXES = {
     "half precision": "log-probs, entropies and reward losses of bf16 and fp16 logits are fp32, not rounded to them",
@@ -157,10 +157,6 @@ class _Divergences(_Function):
         teacher = (teacher_hidden, teacher_weight, teacher_bias)
         if any(hasattr(weight, "ds_id") for weight in (student_weight, teacher_weight)):
             return self._original.apply(*student, *teacher, beta, temperature, *shapes, *teachers_shapes)
-
-        def shaped(logits: Tensor, scale: float, cap: float | None) -> Tensor:
-            logits = logits if scale == 1.0 else logits * scale
-            return logits if cap is None else cap * torch.tanh(logits / cap)
 
         def compute(logits: Tensor, others: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
             logits, others = shaped(logits, *shapes), shaped(others, *teachers_shapes)

@@ -5,6 +5,7 @@ from fastpo.kernels.affine_scan import affine_scan
 from fastpo.kernels.allowed import pack_allowed, top_p_allowed, unpack_allowed
 from fastpo.kernels.cauchy import cauchy
 from fastpo.kernels.completions import completion_logprobs, sequence_logprobs
+from fastpo.kernels.linear_divergence import linear_divergence
 from fastpo.kernels.linear_logprobs import LinearLogprobs, linear_logprobs
 from fastpo.kernels.packing import balance, pack
 from fastpo.kernels.segment_stats import SegmentStats, group_normalize, segment_stats
@@ -21,6 +22,7 @@ __all__ = [
     "cauchy",
     "completion_logprobs",
     "group_normalize",
+    "linear_divergence",
     "linear_logprobs",
     "pack",
     "pack_allowed",

@@ -99,6 +99,61 @@ def temperature(
         raise ValueError(f"temperature must be positive and finite, got {value}")
 
 
+def logit_scale(value: object) -> None:
+    if not 0 < number("logit_scale", value) < math.inf:
+        raise ValueError(f"logit_scale must be positive and finite, got {value}")
+
+
+def softcap(value: object) -> None:
+    if value is not None and not 0 < number("softcap", value) < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or None, got {value}")
+
+
+def memory_budget(value: object) -> None:
+    """A number of bytes, or None."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"memory_budget must be a number of bytes, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"memory_budget must not be negative, got {value}")
+
+
+def is_dtensor(value: object) -> bool:
+    # without an import of torch.distributed
+    return isinstance(value, Tensor) and hasattr(value, "placements")
+
+
+def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "", sharded: bool = False) -> None:
+    """Hidden states (..., H) and a head (V, H), (V,) of their dtype; of a sharded one these are local."""
+    names = [prefix + name for name in ("hidden", "weight", "bias")]
+    tensor(names[0], hidden, FLOATS)
+    if hidden.dim() == 0:
+        raise ValueError(f"{names[0]} must have shape (..., H), got a 0-dimensional tensor")
+    size = hidden.shape[-1]
+    beside(names[1], weight, names[0], hidden)
+    if weight.dim() != 2 or weight.shape[1] != size:
+        raise ValueError(
+            f"{names[1]} has shape {tuple(weight.shape)}, expected (V, {size}) for {names[0]} of shape "
+            f"{tuple(hidden.shape)}; an empty or flat weight is a shard of FSDP or ZeRO that has to be gathered first: "
+            "compute the log-probs inside the forward of the module that was wrapped, or under "
+            "deepspeed.zero.GatheredParameters"
+        )
+    if weight.shape[0] == 0 and not sharded:
+        raise ValueError(f"{names[1]} has shape {tuple(weight.shape)}: the vocabulary (first dimension) is empty")
+    if bias is not None:
+        beside(names[2], bias, names[0], hidden)
+        shape(names[2], bias, weight.shape[:1], f"one number per row of {names[1]}")
+
+
+def beside(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """A tensor of the device and dtype of another."""
+    tensor(name, value, FLOATS)
+    same_device(name, value, other_name, other)
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}, {other_name} {other.dtype}: they must be of one dtype")
+
+
 def ignore_index(value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"ignore_index must be an int, got {type(value).__name__}")

@@ -383,50 +383,25 @@ def _check(
     allowed: Tensor | None,
     sharded: bool,
 ) -> None:
-    _checks.tensor("hidden", hidden, _checks.FLOATS)
-    _checks.tensor("weight", weight, _checks.FLOATS)
     _checks.tensor("targets", targets, _checks.INTEGERS)
     for name, value in (("hidden", hidden), ("targets", targets), ("bias", bias), ("rows", rows), ("allowed", allowed)):
-        if _is_dtensor(value):
+        if _checks.is_dtensor(value):
             raise TypeError(f"{name} is a DTensor, but " + ("must be local" if sharded else "weight is none"))
+    _checks.head(hidden, weight, bias, sharded=sharded)
     _checks.same_device("targets", targets, "hidden", hidden)
-    if hidden.dim() == 0:
-        raise ValueError("hidden must have shape (..., H), got a 0-dimensional tensor")
-    size = hidden.shape[-1]
-
-    def beside(name: str, value: Tensor) -> None:
-        _checks.tensor(name, value, _checks.FLOATS)
-        _checks.same_device(name, value, "hidden", hidden)
-        if value.dtype != hidden.dtype:
-            raise TypeError(f"{name} has dtype {value.dtype}, hidden {hidden.dtype}: they must be of one dtype")
-
-    beside("weight", weight)
-    if weight.dim() != 2 or weight.shape[1] != size:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, expected (V, {size}) for hidden of shape {tuple(hidden.shape)}; "
-            "an empty or flat weight is a shard of FSDP or ZeRO that has to be gathered first: compute the log-probs "
-            "inside the forward of the module that was wrapped, or under deepspeed.zero.GatheredParameters"
-        )
-    if weight.shape[0] == 0 and not sharded:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}: the vocabulary (first dimension) is empty")
-    if bias is not None:
-        beside("bias", bias)
-        _checks.shape("bias", bias, weight.shape[:1], "one number per row of weight")
     _checks.targets(targets, hidden.shape[:-1], f"hidden of shape {tuple(hidden.shape)}")
     _checks.temperature(temperature, hidden.shape[:-1], "hidden", hidden, differentiable=True)
-    if not 0 < _checks.number("logit_scale", logit_scale) < math.inf:
-        raise ValueError(f"logit_scale must be positive and finite, got {logit_scale}")
-    if softcap is not None and not 0 < _checks.number("softcap", softcap) < math.inf:
-        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
+    _checks.logit_scale(logit_scale)
+    _checks.softcap(softcap)
     _checks.ignore_index(ignore_index)
     _checks.statistics(stats, STATISTICS)
     if lora is not None:
         if not isinstance(lora, tuple) or len(lora) != 3:
             raise TypeError(f"lora must be a tuple (A, B, scaling), got {type(lora).__name__}")
-        beside("lora[0]", lora[0])
-        beside("lora[1]", lora[1])
+        _checks.beside("lora[0]", lora[0], "hidden", hidden)
+        _checks.beside("lora[1]", lora[1], "hidden", hidden)
         rank = lora[0].shape[0] if lora[0].dim() else 0
-        _checks.shape("lora[0]", lora[0], (rank, size), "A of an adapter is (rank, H)")
+        _checks.shape("lora[0]", lora[0], (rank, hidden.shape[-1]), "A of an adapter is (rank, H)")
         _checks.shape("lora[1]", lora[1], (weight.shape[0], rank), "B of an adapter is (V, rank)")
         if not math.isfinite(_checks.number("lora[2]", lora[2])):
             raise ValueError(f"lora[2], the scaling, must be finite, got {lora[2]}")
@@ -446,17 +421,8 @@ def _check_rows(rows: Tensor | None, count: int) -> None:
         raise ValueError(f"rows must be different numbers in [0, {count})")
 
 
-def _check_budget(memory_budget: int | None, skip_below: float) -> None:
-    if memory_budget is not None and (isinstance(memory_budget, bool) or not isinstance(memory_budget, int)):
-        raise TypeError(f"memory_budget must be a number of bytes, got {type(memory_budget).__name__}")
-    if memory_budget is not None and memory_budget < 0:
-        raise ValueError(f"memory_budget must not be negative, got {memory_budget}")
-    if not 0 <= _checks.number("skip_below", skip_below) < math.inf:
-        raise ValueError(f"skip_below must be at least 0 and finite, got {skip_below}")
-
-
 @functools.lru_cache
-def _default_budget(device: torch.device) -> int:
+def default_budget(device: torch.device) -> int:
     """Bytes of logits that may be kept."""
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -465,19 +431,15 @@ def _default_budget(device: torch.device) -> int:
     return int(memory * _BUDGET)
 
 
-def _cast(t: Any, dtype: torch.dtype) -> Any:
-    cast = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
-    return t.to(dtype) if cast else t
-
-
-def _is_dtensor(t: object) -> bool:
-    # without an import of torch.distributed
-    return isinstance(t, Tensor) and hasattr(t, "placements")
+def cast(t: Any, dtype: torch.dtype) -> Any:
+    """What torch.nn.functional.linear makes of its arguments under autocast."""
+    casts = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+    return t.to(dtype) if casts else t
 
 
 def _local(name: str, t: Any, sharded: bool) -> tuple[Any, Any]:
     """The local part of a DTensor, and its mesh; other tensors as they are."""
-    if not _is_dtensor(t):
+    if not _checks.is_dtensor(t):
         return t, None
     (placement, *others) = t.placements
     good = placement.is_shard(0) if sharded else placement.is_replicate()
@@ -629,7 +591,7 @@ def linear_logprobs(
             "process_group must be a torch.distributed.ProcessGroup that this rank belongs to, got "
             f"{type(process_group).__name__}"
         )
-    if _is_dtensor(weight):
+    if _checks.is_dtensor(weight):
         weight, mesh = _local("weight", weight, True)
         sharded, process_group = True, process_group or mesh.get_group()
     if sharded:
@@ -639,14 +601,15 @@ def linear_logprobs(
         if lora is not None:
             lora = (_local("lora[0]", lora[0], False)[0], _local("lora[1]", lora[1], True)[0], lora[2])
     if isinstance(hidden, Tensor) and torch.is_autocast_enabled(hidden.device.type):
-        # what torch.nn.functional.linear would do
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight, bias = _cast(hidden, dtype), _cast(weight, dtype), _cast(bias, dtype)
+        hidden, weight, bias = cast(hidden, dtype), cast(weight, dtype), cast(bias, dtype)
         if isinstance(lora, tuple):
-            lora = tuple(_cast(part, dtype) for part in lora)
+            lora = tuple(cast(part, dtype) for part in lora)
     numbers = (temperature, logit_scale, softcap, ignore_index)
     _check(hidden, weight, targets, bias, *numbers, stats, lora, rows, allowed, sharded)
-    _check_budget(memory_budget, skip_below)
+    _checks.memory_budget(memory_budget)
+    if not 0 <= _checks.number("skip_below", skip_below) < math.inf:
+        raise ValueError(f"skip_below must be at least 0 and finite, got {skip_below}")
     if logits_dtype not in ("auto", "float32"):
         raise ValueError(f"logits_dtype must be 'auto' or 'float32', got {logits_dtype!r}")
     if not sharded:
@@ -688,7 +651,7 @@ def linear_logprobs(
         # under a trace nothing is kept: it would have no shape that is known before
         budget, skip = 0, 0.0
         if not torch.compiler.is_compiling():
-            budget = _default_budget(hidden.device) if memory_budget is None else memory_budget
+            budget = default_budget(hidden.device) if memory_budget is None else memory_budget
             skip = float(skip_below)
         found = _native.call(
             _LinearLogprobs.apply,

@@ -241,6 +241,8 @@ def attention(
     window = options.get("sliding_window")
     if row.seen is not None:
         key, value = key.index_select(2, row.seen), value.index_select(2, row.seen)
+    # not in batches of one shape: which thread takes a head would depend on what else is in the row, and with it, on
+    # CPUs, the last bits of narrow heads; a policy that has not moved would differ from its reference
     out = []
     parts = (query.split(row.counts, 2), key.split(row.lengths, 2), value.split(row.lengths, 2))
     for q, k, v in zip(*parts, strict=True):

@@ -21,7 +21,6 @@ import trl
 from trl.trainer import utils
 
 import fastpo
-from fastpo.integrations import _linear
 from fastpo.integrations import trl as ours
 from fastpo.kernels import _native
 from tests.training.conftest import character_tokenizer, tiny_model, tiny_reward_model
@@ -607,7 +606,7 @@ def test_divergences(options, dtype, ops, monkeypatch):
     """Of a student and a wider teacher, in blocks of rows; without any row the gradient is 0."""
     from trl.trainer import distillation_trainer
 
-    monkeypatch.setattr(_linear, "_LOGITS", {"cpu": 4 * 19})
+    monkeypatch.setattr(sys.modules["fastpo.kernels.linear_divergence"], "_LOGITS", {"cpu": 4 * 19})
     generator = torch.Generator().manual_seed(0)
     shapes = [(7, 8), (19, 8), (19,), (7, 12), (19, 12), (19,)]
     heads = [torch.randn(s, generator=generator).to(dtype) for s in shapes]

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastpo import token_jsd, token_kl, token_logprobs
-from fastpo.integrations._linear import Head, of_logits
 from fastpo.integrations.liger._common import Fused
+from fastpo.kernels.linear_divergence import Head, of_logits
 
 
 def liger_fused_linear_jsd(
