@@ -28,7 +28,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -41,6 +41,9 @@ from fastpo.training.errors import UserError
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
+
+# rows that are tokenised together, by the tokenizer's own threads
+_TOGETHER = 1024
 
 # what else a column may be called
 OTHER_NAMES = {"chosen_score": "score_chosen", "rejected_score": "score_rejected", "log_reward": "reward"}
@@ -104,6 +107,21 @@ class Parsed(NamedTuple):
     completions: Sequence[Sequence[Segment]]
     numbers: tuple[float, ...] = ()
     each: tuple[tuple[float, ...], ...] = ()
+
+
+class _Written(NamedTuple):
+    """A row as the texts that are tokenised, of which a chat template may have written the prompt and completions."""
+
+    parsed: Parsed
+    rendered: bool
+    where: str
+    number: int
+
+    @property
+    def texts(self) -> list[str]:
+        prompt, sides = self.parsed.prompt, self.parsed.completions
+        found = [text for side in sides for text in (prompt + side[0].text, *(s.text for s in side[1:]))]
+        return [prompt, *found] if prompt else found
 
 
 class Prompt(NamedTuple):
@@ -353,6 +371,9 @@ class Encoder:
         self.read = _READERS[kind]
         self.marks = tuple(column for column in columns if column.level in ("token", "segment"))
         self.cut = 0  # completions that were too long
+        # the tokens of texts that were tokenised ahead
+        self.known: dict[str, list[int]] = {}
+        self.control_tokens: dict[str, int] = {}
         # by column of names, their numbers in the order in which they came
         self.categories: dict[str, dict[str | int, int]] = {}
         self.eos: int = tokenizer.eos_token_id
@@ -365,7 +386,8 @@ class Encoder:
         return [column for column in self.columns if column.level == level]
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        found = self.known.get(text)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if found is None else found
 
     def _completion(self, prompt: str, prompt_ids: list[int], completion: str) -> list[int]:
         """The completion's tokens behind just those prompt tokens that the model sees when it generates."""
@@ -434,21 +456,51 @@ class Encoder:
         return float(known.setdefault(value, len(known)))
 
     def _control_token(self, text: str) -> int:
+        if text in self.control_tokens:
+            return self.control_tokens[text]
         ids = self._ids(text)
         if len(ids) != 1:
             raise UserError(
                 f"{self.name}: {text!r} must be one token, to have an embedding of its own, but it is {len(ids)}; "
                 "add it to the tokenizer and the model, or take one that is there"
             )
+        self.control_tokens[text] = ids[0]
         return ids[0]
 
     def example(self, row: dict[str, Any], where: str, number: int = 0) -> Example:
         """One row as token ids; `where` names it in errors, `number` is its place in the file."""
-        prompt, sides, numbers, each = self.read(self, row, where, number)
+        return self._example(self._written(row, where, number))
+
+    def examples(self, rows: Iterable[tuple[dict[str, Any], str, int]]) -> list[Example]:
+        """`example` of each of them, of which the tokenizer gets all texts at once."""
+        written, bad = [], None
+        try:
+            for row in rows:
+                written.append(self._written(*row))
+        except UserError as error:
+            # an earlier row may be worse
+            bad = error
+        texts = list(dict.fromkeys(text for row in written for text in row.texts))
+        if texts:
+            self.known = dict(zip(texts, self.tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True))
+        found = [self._example(row) for row in written]
+        self.known = {}
+        if bad is not None:
+            raise bad
+        return found
+
+    def _written(self, row: dict[str, Any], where: str, number: int) -> _Written:
+        parsed = self.read(self, row, where, number)
+        sides = parsed.completions
         rendered = not isinstance(sides[0][0].text, str)
         if rendered:
-            prompt, texts = self._render(prompt, [side[0].text for side in sides])
+            prompt, texts = self._render(parsed.prompt, [side[0].text for side in sides])
             sides = [[side[0]._replace(text=text)] for side, text in zip(sides, texts, strict=True)]
+            parsed = parsed._replace(prompt=prompt, completions=sides)
+        return _Written(parsed, rendered, where, number)
+
+    def _example(self, written: _Written) -> Example:
+        (prompt, sides, numbers, each), rendered, where, number = written
         alone = self._ids(prompt) if prompt else []
         pieces = [self._pieces(prompt, alone, side, rendered) for side in sides]
         prompt_ids = self._start(alone, rendered, where)
@@ -711,11 +763,11 @@ def encode(
     rows: Sequence[dict[str, Any]], path: str, encoder: Encoder, problem: Problem | None = None
 ) -> list[Example]:
     """The rows of a file as token ids."""
-    examples = []
-    for i, row in enumerate(rows, 1):
-        where = f"{path}, row {i}"
-        found = [encoder.example(part, where, i) for part in _parts(encoder.kind, row, where)]
-        examples += [example for example in found if encoder.keeps(example)]
+    examples: list[Example] = []
+    for first in range(0, len(rows), _TOGETHER):
+        some = ((row, f"{path}, row {i}", i) for i, row in enumerate(rows[first : first + _TOGETHER], first + 1))
+        parts = ((part, where, i) for row, where, i in some for part in _parts(encoder.kind, row, where))
+        examples += filter(encoder.keeps, encoder.examples(parts))
     if not examples:
         raise UserError(f"{path}: no row is good enough to be trained on")
     refused = None if problem is None else problem([example.numbers for example in examples])

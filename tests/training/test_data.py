@@ -7,6 +7,7 @@ import math
 import pytest
 
 from fastpo import algorithms
+from fastpo.training import data
 from fastpo.training.data import Encoder, Example, encode, load_examples, read_rows, with_mismatched
 from fastpo.training.errors import UserError
 
@@ -120,6 +121,42 @@ def test_formats_hold_the_same(suffix, tmp_path, write, encoder):
         datasets.Dataset.from_list(rows).to_parquet(path)
     assert read_rows(path) == rows
     assert load_examples(path, encoder) == [encoder.example(row, "", i) for i, row in enumerate(rows, 1)]
+
+
+class Counted:
+    """A tokenizer, and the texts of each of its calls."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.calls = tokenizer, []
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, texts, **options):
+        self.calls.append(texts)
+        return self.tokenizer(texts, **options)
+
+
+def test_rows_are_tokenised_together(write, encoder, monkeypatch):
+    monkeypatch.setattr(data, "_TOGETHER", 4)
+    rows = [{**row, "prompt": "same "} for row in pairs(6)]
+    expected = [encoder.example(row, "", i) for i, row in enumerate(rows, 1)]
+    encoder.tokenizer = Counted(encoder.tokenizer)
+    assert load_examples(write(rows), encoder) == expected
+    first, second = encoder.tokenizer.calls
+    sides = ["same " + row[side] for row in rows for side in ("chosen", "rejected")]
+    assert {*first} == {"same ", *sides[:8]} and {*second} == {"same ", *sides[8:]} and first.count("same ") == 1
+
+
+def test_the_first_bad_row_is_told(write, encoder):
+    """Of one whose tokens are too many and one that cannot be read, both among those that are tokenised together."""
+    long, unread = {"prompt": "a" * 99, "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b"}
+    for rows, message in (
+        ([ROW, long, unread], "row 2: the prompt has 99"),
+        ([ROW, unread, long], "row 2: there is no"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_examples(write(rows), encoder)
 
 
 def test_conversations_survive_parquet(tmp_path, encoder):
