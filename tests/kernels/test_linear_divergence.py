@@ -231,9 +231,12 @@ class TestMasks:
     def test_they_take_no_product(self, monkeypatch):
         seen = []
         logits = module.Head.logits
-        monkeypatch.setattr(
-            module.Head, "logits", lambda self, rows: seen.append(len(self.hidden)) or logits(self, rows)
-        )
+
+        def counted(self: Any, *args: Any) -> Tensor:
+            seen.append(len(self.hidden))
+            return logits(self, *args)
+
+        monkeypatch.setattr(module.Head, "logits", counted)
         evaluate(make(), mask=torch.arange(ROWS) < 3, memory_budget=0)
         assert seen == [3] * 4
 
@@ -413,3 +416,13 @@ def test_a_function_of_ones_own():
     others = given["reference_hidden"] @ given["reference_weight"].t() + given["reference_bias"]
     found = fastpo.linear_divergence(**given, divergence=squared, temperature=2.0)
     torch.testing.assert_close(found, ((z - others) / 2).square().sum(-1))
+
+
+def test_a_part_of_the_logits(blocks):
+    """What a block returns stays when the next one's logits take its place."""
+    blocks(4)
+    given = make()
+    found = fastpo.linear_divergence(
+        **given, divergence=lambda logits, others, mask, temperature: logits[:, 3], memory_budget=0
+    )
+    torch.testing.assert_close(found, given["hidden"] @ given["weight"][3] + given["bias"][3])
