@@ -74,7 +74,7 @@ class _Chunked(torch.autograd.Function):
         bias: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.compute, ctx.size, ctx.teacher = compute, size, teacher
+        ctx.compute, ctx.size = compute, size
         student = Head(hidden, weight, bias)
         parts: list[Any] = []
         logits: list[Tensor] = []
@@ -84,30 +84,31 @@ class _Chunked(torch.autograd.Function):
             # copies of what may be a part of logits, whose place is that of the next ones
             parts.append([t.clone() for t in compute(pair[0], pair[1], rows)])
             logits += pair if kept else []
-        ctx.save_for_backward(hidden, weight, bias, *logits)
+        ctx.save_for_backward(*student, *teacher, *logits)
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, *kept = ctx.saved_tensors
-        student = Head(hidden, weight, bias)
+        saved = ctx.saved_tensors
+        student, teacher, kept = Head(*saved[:3]), Head(*saved[3:6]), [*saved[6:]]
+        hidden, weight, bias = student
         needed = ctx.needs_input_grad[4:]
         if all(g is None for g in grads):
             return (None,) * 7
         if torch.is_grad_enabled():
-            return None, None, None, None, *_differentiable(ctx, student, needed, grads)
+            return None, None, None, None, *_differentiable(ctx, student, teacher, needed, grads)
         # sums over blocks of rows are fp32, rounded once
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        wide = student.wide
         # of the products' operands
         narrow = wide if hidden.device.type == "cpu" and hidden.dtype not in MULTIPLIED_ON_CPUS else hidden.dtype
         to_hidden = torch.empty_like(hidden) if needed[0] else None
         to_weight = torch.empty_like(weight, dtype=wide) if needed[1] else None
         to_bias = torch.zeros_like(bias, dtype=wide) if needed[2] and bias is not None else None
-        rooms = (None, None) if kept else _rooms(student, ctx.teacher, ctx.size)
+        rooms = (None, None) if kept else _rooms(student, teacher, ctx.size)
         for i, rows in enumerate(_blocks(len(hidden), ctx.size)):
             pair = kept[2 * i : 2 * i + 2]
             if not kept:
-                pair = [head.logits(rows, room) for head, room in zip((student, ctx.teacher), rooms, strict=True)]
+                pair = [head.logits(rows, room) for head, room in zip((student, teacher), rooms, strict=True)]
             found = _gradient(ctx, rows, pair, grads)
             if to_bias is not None:
                 to_bias += found.sum(0)
@@ -147,14 +148,14 @@ def _product(a: Tensor, weight: Tensor) -> Tensor:
 
 
 def _differentiable(
-    ctx: Any, student: Head, needed: tuple[bool, ...], grads: tuple[Tensor | None, ...]
+    ctx: Any, student: Head, teacher: Head, needed: tuple[bool, ...], grads: tuple[Tensor | None, ...]
 ) -> list[Tensor | None]:
     """The gradients as functions that can be differentiated again (create_graph): all logits are there."""
     given = [(t.view_as(t) if n and t is not None else t) for t, n in zip(student, needed, strict=True)]
     cast: Any = [None if t is None else t.to(student.wide) for t in given]
     everything = slice(0, len(student.hidden))
     with torch.no_grad():
-        constants = ctx.teacher.logits(everything)
+        constants = teacher.logits(everything)
     out = ctx.compute(nn.functional.linear(*cast), constants, everything)
     pairs = [(o, g) for o, g in zip(out, grads, strict=True) if g is not None]
     inputs = [t for t, n in zip(given, needed, strict=True) if n and t is not None]
@@ -258,7 +259,7 @@ def linear_divergence(
             `functools.partial(token_jsd, beta=0.1)`, or another function of (n, V) logits, (n, V) reference logits and
             the keywords `mask`, (n,) or None, and `temperature`, that returns (n,).
         mask: (...) bool, True where a token counts; None counts all. Other rows have the divergence 0 and the gradient
-            0, and may hold anything.
+            0, and may hold anything. On a GPU it is waited for, to count its rows.
         temperature: a positive number, or a tensor (...) of one per row. No gradient flows to it.
         logit_scale: a positive number that multiplies the logits of both models, or one for each.
         softcap: the bound of the logits of both models, or None for none, or one of them for each.

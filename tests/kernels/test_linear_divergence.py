@@ -286,6 +286,15 @@ class TestGradients:
         first, second = (torch.autograd.grad(out, weight, retain_graph=True)[0] for _ in range(2))
         assert torch.equal(first, second)
 
+    @pytest.mark.parametrize("name", ["weight", "reference_hidden", "reference_weight"])
+    def test_what_the_backward_needs_is_not_overwritten(self, name):
+        given = make()
+        leaf = given["hidden"].requires_grad_()
+        out = fastpo.linear_divergence(**given, memory_budget=0)
+        given[name].mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(out.sum(), leaf)
+
     def test_the_reference_is_a_constant(self):
         given = make()
         with pytest.raises(ValueError, match="reference_hidden requires grad"):
