@@ -368,7 +368,7 @@ def built_in_defaults(algorithm: str) -> dict[str, Any]:
             "eval_every": 10,
             "optim.lr": 5e-4,
             "batch.size": 32,
-            "batch.tokens": 512,
+            "batch.tokens": 2048,
             "rollout.max_new_tokens": 3,
             **_BUILT_IN.get(algorithm, {}),
         }
@@ -379,7 +379,7 @@ def built_in_defaults(algorithm: str) -> dict[str, Any]:
         "optim.lr": 2e-4,
         # four completions each, as many as 64 pairs have
         "batch.size": 32 if algorithms.kind(algorithm) in ("lists", "decisions") else 64,
-        "batch.tokens": 256,
+        "batch.tokens": 2048,
         **_BUILT_IN.get(algorithm, {}),
     }
 
@@ -422,8 +422,7 @@ def ci_defaults(algorithm: str) -> dict[str, Any]:
     steps, factor = _CI_LENGTHS[algorithms.kind(algorithm) == "prompts"]
     task = built_in_defaults(algorithm)
     rate = {"steps": steps, "optim.lr": factor * task["optim.lr"]}
-    # attention between packed sequences is computed and thrown away, and there are more forwards with fewer of them
-    return {**task, **rate, "eval_every": 0, "batch.tokens": 512, **_CI.get(algorithm, {})}
+    return {**task, **rate, "eval_every": 0, **_CI.get(algorithm, {})}
 
 
 PRESETS = {"task": built_in_defaults, "ci": ci_defaults}

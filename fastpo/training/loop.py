@@ -201,21 +201,22 @@ def _whole_step(job: Job, indices: Sequence[int], seed: int) -> tuple[dict[str, 
     """The gradient of a loss that couples the examples of a step.
 
     All log-probs of the step first, without a graph; then the loss and its slope at every token; then forward and
-    backward of each micro-batch with these slopes. One forward more than a sum takes, and exact however the step is
-    divided.
+    backward of each micro-batch with these slopes. One forward more than a sum takes, unless all is in one micro-batch,
+    and exact however the step is divided.
     """
     accelerator = job.accelerator
     examples = [job.examples[i] for i in indices]
-    whole = _all_streams(job, indices, seed)
-    policy = whole.streams["policy"].requires_grad_()
-    out = job.algorithm(whole, job.memory.state)
-    (slopes,) = torch.autograd.grad(out.loss, policy)
     drop = int(job.algorithm.mismatched)
     trained = [e._replace(completions=e.completions[: len(e.completions) - drop]) for e in examples]
     batches = list(micro_batches(accelerator, trained, job.tokens))
+    # of one micro-batch the graph is kept, as the backward would make it again
+    whole, graphs = _all_streams(job, indices, seed, graph=len(batches) == 1 and not drop)
+    policy = whole.streams["policy"].requires_grad_()
+    out = job.algorithm(whole, job.memory.state)
+    (slopes,) = torch.autograd.grad(out.loss, policy)
     for n, (members, batch) in enumerate(batches):
         with _sync(job, last=n + 1 == len(batches)):
-            logprobs = job.policy(*policy_inputs(batch))
+            logprobs = graphs[n] if graphs else job.policy(*policy_inputs(batch))
             of = slopes[places(whole.completions, members or [0], drop)]
             loss = (logprobs * of).sum()
             accelerator.backward(loss * (accelerator.num_processes if members else 0))
@@ -295,24 +296,28 @@ def _numbers(job: Job, numbers: Tensor, each: Tensor) -> dict[str, Tensor]:
     return {column.name: of[:, n] for level, of in parts for n, column in enumerate(_of_level(job, level))}
 
 
-@torch.no_grad()
-def _all_streams(job: Job, indices: Sequence[int], seed: int) -> Batch:
-    """The streams of all ranks' examples, on every rank."""
+def _all_streams(job: Job, indices: Sequence[int], seed: int, *, graph: bool = False) -> tuple[Batch, list[Tensor]]:
+    """The streams of all ranks' examples, on every rank; and if asked for, this rank's log-probs with their graphs."""
     accelerator = job.accelerator
     examples = [job.examples[i] for i in indices]
     completions = step_layout(examples, accelerator.device)
     whole: dict[str, Tensor] = {}
+    graphs: list[Tensor] = []
     for members, batch in micro_batches(accelerator, examples, job.tokens):
-        found = _streams(job, [indices[i] for i in members or [0]], batch)
+        with torch.set_grad_enabled(graph):
+            found = _streams(job, [indices[i] for i in members or [0]], batch)
+        if graph:
+            graphs.append(found["policy"])
         at = places(completions, members) if members else None
         for name, stream in found.items():
             here = whole.setdefault(name, stream.new_zeros(sum(completions.lengths), *stream.shape[1:]))
             if at is not None:
-                here[at] = stream
+                here[at] = stream.detach()
     # every place is 0 on all ranks but one
     streams = {name: accelerator.reduce(stream, reduction="sum") for name, stream in whole.items()}
     numbers = _numbers(job, *example_numbers(examples, accelerator.device))
-    return Batch(streams, completions, numbers, len(examples), seed, _trained_tokens(examples), job.max_length)
+    size = len(examples), seed, _trained_tokens(examples), job.max_length
+    return Batch(streams, completions, numbers, *size), graphs
 
 
 @torch.no_grad()
@@ -324,7 +329,7 @@ def evaluate_examples(job: Job, examples: Sequence[Example], constants: Mapping[
     held_out = Job(**{**vars(job), "examples": examples, "constants": constants})
     everything = range(len(examples))
     if job.algorithm.whole_step:
-        out = job.algorithm(_all_streams(held_out, everything, job.seed), job.memory.state)
+        out = job.algorithm(_all_streams(held_out, everything, job.seed)[0], job.memory.state)
         return job.algorithm.finish({name: float(value) for name, value in out.metrics.items()})
     total: dict[str, Tensor] = {}
     drawn = _Drawn(held_out, examples, job.seed)

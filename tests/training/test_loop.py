@@ -186,10 +186,11 @@ def test_padding_is_counted(tokens):
 COUPLED = [name for name in GIVEN if algorithms.build(name, {}).whole_step]
 
 
+@pytest.mark.parametrize("tokens", [61, 1 << 14])
 @pytest.mark.parametrize("name", COUPLED)
-def test_a_whole_steps_gradient_is_that_of_one_graph(name):
+def test_a_whole_steps_gradient_is_that_of_one_graph(name, tokens):
     """The loss of all examples, differentiated through one forward."""
-    job, plain = make_job(name, tokens=61, reference_seed=1), make_job(name, reference_seed=1)
+    job, plain = make_job(name, tokens=tokens, reference_seed=1), make_job(name, reference_seed=1)
     indices = list(range(len(job.examples)))
     batch = collate(plain.examples, torch.device("cpu"))
     streams = {"policy": plain.policy(*policy_inputs(batch))}
@@ -205,6 +206,14 @@ def test_a_whole_steps_gradient_is_that_of_one_graph(name):
         torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-6)
     for ours, theirs in zip(job.policy.parameters(), plain.policy.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4 * float(theirs.grad.abs().max()))
+
+
+@pytest.mark.parametrize(("tokens", "forwards"), [(1 << 14, 1), (200, 4)])
+def test_a_step_in_one_micro_batch_takes_one_forward(tokens, forwards):
+    job, calls = make_job("bco", tokens=tokens, reference_seed=1), []
+    job.policy.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    _whole_step(job, [*range(len(job.examples))], 7)
+    assert len(calls) == forwards and sum(calls) == max(1, forwards // 2)
 
 
 def test_evaluation_leaves_no_trace():
